@@ -21,11 +21,11 @@ from pkm_jax.training import hosts, init_from, settings
 from pkm_jax.training.checkpoints import Checkpoints
 from pkm_jax.training.evaluation import evaluate, save_counts
 from pkm_jax.training.metrics import RunLog, parameter_table, training_flops, utilisation
-from pkm_jax.training.optimizer import make_optimizer, schedule
+from pkm_jax.training.optimizer import schedule
 from pkm_jax.training.plan import make_plan
-from pkm_jax.training.state import (TrainState, batch_sharding, initial_state, laid_out,
-                                    model_graph)
-from pkm_jax.training.step import Batch, eval_step, train_step
+from pkm_jax.training.program import make_program
+from pkm_jax.training.state import TrainState, batch_sharding
+from pkm_jax.training.step import Batch, eval_step
 
 
 EVALUATION_SEED = 0     # of the records and masks evaluated over: the same for runs of any seed
@@ -60,13 +60,8 @@ def train(config: ml_collections.ConfigDict, name: str = '') -> Path:
             Checkpoints(folder / 'checkpoints', config.log.keep)))
 
         # 2. The state: resumed, else from pretrained weights, else from scratch.
-        optimizer = make_optimizer(config.train, plan.sparse)
-        initialise = functools.partial(initial_state, config=model_config, optimizer=optimizer,
-                                       track_dead=config.memory.dead_after > 0)
-        abstract = laid_out(jax.eval_shape(initialise, config.seed), mesh,
-                            config.train.split_backbone)
-        layout = jax.tree.map(lambda leaf: leaf.sharding, abstract)
-        resumed = checkpoints.restore(abstract)
+        program = make_program(config, model_config, plan.sparse, mesh)
+        resumed = checkpoints.restore(program.abstract)
         if resumed:
             state, progress = resumed
             stream.set_state(progress['data'])
@@ -75,11 +70,11 @@ def train(config: ml_collections.ConfigDict, name: str = '') -> Path:
         else:
             source = init_from.read(config.init_from) if config.init_from else None
             if source:
-                init_from.check(source, abstract, model_config, prepared.vocab_path)
+                init_from.check(source, program.abstract, model_config, prepared.vocab_path)
             if jax.process_index() == 0:
                 settings.describe_run(config, folder)
                 epath.Path(prepared.vocab_path).copy(folder / 'vocab.txt', overwrite=True)
-            state = jax.jit(initialise, out_shardings=layout)(config.seed)
+            state = program.initialise(config.seed)
             if source:
                 state = init_from.graft(source, state)
 
@@ -90,13 +85,9 @@ def train(config: ml_collections.ConfigDict, name: str = '') -> Path:
         log.say('\n'.join([parameter_table(shapes), *plan.reasons]))
         if not resumed:
             log.write('start', 0, 0, parameters=sum(map(math.prod, shapes.values())))
-        graph = model_graph(model_config)
-        take_step = jax.jit(functools.partial(
-            train_step, graph=graph, optimizer=optimizer, seed=config.seed,
-            accumulate=config.train.accumulate, sparse=plan.sparse), donate_argnums=0,
-            out_shardings=(layout, None))
-        evaluate_now = _evaluation(config, model_config, graph, mesh, prepared, folder, log)
-        _loop(config, model_config, state, take_step, evaluate_now, stream, mesh, checkpoints, log)
+        evaluate_now = _evaluation(config, model_config, program.graph, mesh, prepared, folder, log)
+        _loop(config, model_config, state, program.take_step, evaluate_now, stream, mesh,
+              checkpoints, log)
     return folder
 
 
