@@ -11,6 +11,7 @@ from ml_collections import config_flags
 
 from pkm_jax.training import hosts, settings
 from pkm_jax.training.loop import train
+from pkm_jax.training.preemption import Stopped
 from pkm_jax.training.report import write_report
 
 CONFIG = config_flags.DEFINE_config_file('config', help_string='configs/NAME.py')
@@ -24,6 +25,7 @@ def run(config: ml_collections.ConfigDict) -> Path | None:
     Raises:
       ValueError, FileNotFoundError, ImportError: see `loop.train`; bad settings of any run are found
         before the first starts.
+      Stopped: a signal asked for it; started again it goes on.
     """
     hosts.join(config.distributed)
     runs = settings.runs_of(config)
@@ -45,6 +47,9 @@ def main(_) -> None:
         if Path(__file__).parent not in Path(place).parents:
             raise       # no refusal of ours
         sys.exit(f'Not trained: {error}')
+    except Stopped as stopped:
+        print(stopped)
+        sys.exit(stopped.status)
     if page:
         print(f'report: {page}')
 

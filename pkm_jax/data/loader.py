@@ -7,7 +7,11 @@ mlm_weights [B, P] float32, 1 where a prediction is asked for. Rows without toke
 
 import dataclasses
 import functools
+import multiprocessing
+import os
+import signal
 import sys
+import threading
 from collections.abc import Iterator
 
 import grain
@@ -171,4 +175,16 @@ def _iterate(batches: grain.MapDataset, workers: int) -> grain.DatasetIterator:
     through_pipes = grain.experimental.DatasetOptions(min_shm_size=sys.maxsize)
     ready = grain.experimental.WithOptionsIterDataset(ready, through_pipes)
     processes = grain.MultiprocessingOptions(num_workers=workers, per_worker_buffer_size=2)
-    return iter(ready.mp_prefetch(processes))
+    return iter(ready.mp_prefetch(processes, _leave_signals_to_parent))
+
+
+def _leave_signals_to_parent(worker: int, workers: int) -> None:
+    """Ctrl-C and many launchers signal all processes: the parent ends its workers when it is done."""
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, signal.SIG_IGN)
+    threading.Thread(target=_end_with_parent, daemon=True).start()
+
+
+def _end_with_parent() -> None:
+    multiprocessing.parent_process().join()
+    os._exit(1)

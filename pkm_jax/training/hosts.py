@@ -17,6 +17,7 @@ def join(distributed: ml_collections.ConfigDict) -> None:
       ValueError, RuntimeError: they are not found, or the others are not reached.
     """
     if distributed.enabled:
+        jax.config.update('jax_enable_preemption_service', False)   # preemption.py hears signals
         jax.distributed.initialize(
             distributed.coordinator or None,
             distributed.processes or None,

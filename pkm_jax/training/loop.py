@@ -23,6 +23,7 @@ from pkm_jax.training.evaluation import evaluate, save_counts
 from pkm_jax.training.metrics import RunLog, parameter_table, training_flops, utilisation
 from pkm_jax.training.optimizer import schedule
 from pkm_jax.training.plan import make_plan
+from pkm_jax.training.preemption import Stopped, StopRequests
 from pkm_jax.training.program import make_program
 from pkm_jax.training.state import TrainState, batch_sharding
 from pkm_jax.training.step import Batch, eval_step
@@ -39,6 +40,7 @@ def train(config: ml_collections.ConfigDict, name: str = '') -> Path:
     Raises:
       ValueError, FileNotFoundError: the configuration, corpus, checkpoint or folder cannot be used;
         raised before anything is compiled.
+      Stopped: a signal asked for it; see preemption.py.
     """
     # 1. Refuse what cannot work; prepare the text.
     settings.check(config, jax.device_count(), jax.process_count())
@@ -86,21 +88,22 @@ def train(config: ml_collections.ConfigDict, name: str = '') -> Path:
         if not resumed:
             log.write('start', 0, 0, parameters=sum(map(math.prod, shapes.values())))
         evaluate_now = _evaluation(config, model_config, program.graph, mesh, prepared, folder, log)
+        requests = closing.enter_context(StopRequests())
         _loop(config, model_config, state, program.take_step, evaluate_now, stream, mesh,
-              checkpoints, log)
+              checkpoints, log, requests)
     return folder
 
 
 def _loop(config, model_config: BertConfig, state: TrainState, take_step: Callable,
           evaluate_now: Callable, stream: loader.BatchStream, mesh: Mesh, checkpoints: Checkpoints,
-          log: RunLog) -> None:
+          log: RunLog, requests: StopRequests) -> None:
     """Steps from state.step to the last, never waiting for a step before the next is under way."""
     step = start = int(state.step)
     steps, every = config.train.steps, config.log
-    profiling = False
+    profiling, asked = False, 0
     window = []     # metrics of the steps since the last line, still on the devices
     report = _reporter(config, model_config, log)
-    while step < steps:
+    while step < steps and not asked:
         batch = _to_devices(next(stream), mesh)
         if step == start:
             with log.pause():
@@ -119,8 +122,9 @@ def _loop(config, model_config: BertConfig, state: TrainState, take_step: Callab
         if profiling and step == every.profile[1]:
             jax.block_until_ready(metrics)
             jax.profiler.stop_trace()
+        asked = requests.agreed()
         evaluates = step % every.eval_every == 0 or step == steps
-        saves = step % every.checkpoint_every == 0 or step == steps
+        saves = step % every.checkpoint_every == 0 or step == steps or asked
         if evaluates or saves:
             report(step, window)
             window = []
@@ -129,6 +133,8 @@ def _loop(config, model_config: BertConfig, state: TrainState, take_step: Callab
                     evaluate_now(state, step)
                 if saves:
                     checkpoints.save(state, {'data': stream.get_state()})
+    if asked or requests.heard:     # the latter: too late for the others, but before another run
+        raise Stopped(asked or requests.heard, step)
 
 
 def _reporter(config, model_config, log):

@@ -1,10 +1,6 @@
 """A run by 2 and by 4 processes of this machine against the same run by one."""
 
 import json
-import os
-import socket
-import subprocess
-import sys
 from pathlib import Path
 
 import jax
@@ -13,42 +9,7 @@ import pytest
 
 from pkm_jax.training import checkpoints, hosts
 from pkm_jax.training.loop import train
-
-ROOT = Path(__file__).parents[2]
-
-
-def arguments(config, prefix='--config'):
-    """The command line that makes a shipped configuration this one."""
-    for name, value in config.items():
-        if isinstance(value, dict):
-            yield from arguments(value, f'{prefix}.{name}')
-        else:
-            yield f'{prefix}.{name}={tuple(value) if isinstance(value, list) else value}'
-
-
-def start(config, processes):
-    """Runs pretraining in so many processes of 8 / processes devices; returns what each printed."""
-    with socket.socket() as free:
-        free.bind(('127.0.0.1', 0))
-        port = free.getsockname()[1]
-    environment = {**os.environ, 'JAX_PLATFORMS': 'cpu', 'PYTHONPATH': str(ROOT),
-                   'JAX_NUM_CPU_DEVICES': str(8 // processes),
-                   'JAX_DEFAULT_MATMUL_PRECISION': 'highest'}
-    command = [sys.executable, '-m', 'pkm_jax.pretrain', '--config=configs/bert_base_pkm.py',
-               *arguments(json.loads(config.to_json())), '--config.distributed.enabled',
-               f'--config.distributed.coordinator=127.0.0.1:{port}',
-               f'--config.distributed.processes={processes}']
-    started = [subprocess.Popen([*command, f'--config.distributed.process={index}'], cwd=ROOT,
-                                env=environment, text=True, stdout=subprocess.PIPE,
-                                stderr=subprocess.STDOUT) for index in range(processes)]
-    try:
-        printed = [process.communicate(timeout=300)[0] for process in started]
-    finally:
-        for process in started:
-            process.kill()
-    for process, output in zip(started, printed):
-        assert process.returncode == 0, output
-    return printed
+from tests.training.processes import finish, start
 
 
 def results(folder):
@@ -68,7 +29,7 @@ def test_several_processes_train_the_model_of_one(config, tmp_path, processes, r
     config.train.steps = 6
     weights, evaluations = results(train(config))
     config.workdir = str(tmp_path / 'several')
-    printed = start(config, processes)
+    printed = finish(start(config, processes))
     ours, same = results(Path(config.workdir))
     assert ours.keys() == weights.keys()
     for name, array in ours.items():
