@@ -8,6 +8,7 @@ replicated. Never gathered: a table, its gradient, its optimiser state.
 """
 
 import functools
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import jax
@@ -32,9 +33,12 @@ class Shards(NamedTuple):
     columns: int = 1
 
 
-def make_mesh(shards: Shards) -> Mesh:
-    """A mesh with the axes 'data', 'rows' and 'columns'; a memory group's devices are adjacent."""
-    return jax.make_mesh(shards, AXES, axis_types=(AxisType.Auto,) * len(AXES))
+def make_mesh(shards: Shards, devices: Sequence[jax.Device] | None = None) -> Mesh:
+    """A mesh with the axes 'data', 'rows' and 'columns'; a memory group's devices are adjacent.
+
+    Of all devices, or of those given, which need not be there (planning/).
+    """
+    return jax.make_mesh(shards, AXES, axis_types=(AxisType.Auto,) * len(AXES), devices=devices)
 
 
 def shards_in_use() -> Shards:

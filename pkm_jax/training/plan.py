@@ -13,6 +13,8 @@ UPDATES = ('auto', 'dense', 'sparse')
 # Bytes of state that each optimizer of a table keeps per number in it.
 DENSE_STATE = {'adam': 8, 'sgd': 0}
 SPARSE_STATE = {'adam': 8, 'sgd': 0, 'rowwise_adam': 4, 'rowwise_adagrad': 0}
+# Float32 arrays of the touched rows in a sparse update: gradient, moment, step, new values.
+COMPACT_ARRAYS = 4
 NARROWEST = 128     # columns of a shard: below that reads are short, and rows are split instead
 
 
@@ -41,8 +43,7 @@ def make_plan(
     """
     if not model.memory_layers:
         return Plan(Shards(data=devices), False, ())
-    number = 1 if model.shared_values else len(model.memory_layers)
-    tables = Tables(number, model.memory.slots, model.memory.value_width or model.width)
+    tables = tables_of(model)
     tokens = config.train.batch // config.train.accumulate * config.data.length
     reads = model.memory.heads * model.memory.top_k
     sparse, why_sparse = _choose_updates(config, model, tables, tokens * reads)
@@ -53,10 +54,15 @@ def make_plan(
                          f'memory.values have (memory.updates = {config.memory.updates!r}).')
     itemsize = jnp.dtype(model.memory.values_dtype).itemsize
     per_number = itemsize + states[config.train.values_optimizer] + (0 if sparse else 4)
-    shards, why_shards = _choose_shards(config.memory.shards, tables, devices,
-                                        tables.number * tables.slots * tables.width * per_number,
-                                        device_bytes)
-    reasons = [f'value tables: {number} of {tables.slots:,} × {tables.width:,}, {why_sparse}; '
+
+    numbers = tables.number * tables.slots * tables.width
+
+    def size(shards):
+        compact = compact_bytes(shards, tables, tokens * reads, config.train.accumulate)
+        return numbers * per_number / (shards.rows * shards.columns) + (compact if sparse else 0)
+
+    shards, why_shards = _choose_shards(config.memory.shards, tables, devices, size, device_bytes)
+    reasons = [f'value tables: {tables.number} of {tables.slots:,} × {tables.width:,}, {why_sparse}; '
                f'{why_shards}']
     if sparse and shards.data > 1:
         what, received = exchange(shards, tokens, reads, tables.slots, tables.width, itemsize)
@@ -64,6 +70,20 @@ def make_plan(
         reasons.append(f'{shards.data} replicas of a table exchange {what}: each receives {choices}'
                        f' a part of a step and memory')
     return Plan(shards, sparse, tuple(reasons))
+
+
+def tables_of(model: BertConfig) -> Tables:
+    """The value tables of a model that has a memory."""
+    return Tables(1 if model.shared_values else len(model.memory_layers), model.memory.slots,
+                  model.memory.value_width or model.width)
+
+
+def compact_bytes(shards: Shards, tables: Tables, reads: int, accumulate: int) -> int:
+    """Bytes on a device of the rows that `reads` reads of each part of a step can touch, all parts'
+    gradients and what an update makes of their sum."""
+    rows = min(tables.slots // shards.rows, reads)
+    arrays = COMPACT_ARRAYS + (accumulate if accumulate > 1 else 0)
+    return 4 * arrays * tables.number * rows * tables.width // shards.columns
 
 
 def _choose_updates(config, model, tables, reads):
@@ -85,7 +105,8 @@ def _choose_updates(config, model, tables, reads):
 
 
 def _choose_shards(shards, tables, devices, size, device_bytes):
-    """The layout for `size` bytes of tables, and why; zeros of the configuration are chosen.
+    """The layout, and why, for tables that need `size(layout)` bytes of a device; zeros of the
+    configuration are chosen.
 
     The fewest shards that take half of a device's memory or less: columns as long as a shard keeps
     NARROWEST of them, rows beyond.
@@ -103,13 +124,13 @@ def _choose_shards(shards, tables, devices, size, device_bytes):
             f'product must divide the {devices} devices, rows the {tables.slots:,} slots and '
             f'columns the {tables.width} columns of a table. 0 leaves a number to the program.')
     budget = math.inf if device_bytes is None else device_bytes / 2
-    best = next((s for s in possible if size / (s.rows * s.columns) <= budget),
-                max(possible, key=lambda s: s.rows * s.columns))
-    why = (f'{size / (best.rows * best.columns) / 1e9:,.2f} GB a device with optimiser state, in '
+    best = next((layout for layout in possible if size(layout) <= budget),
+                max(possible, key=lambda layout: layout.rows * layout.columns))
+    why = (f'{size(best) / 1e9:,.2f} GB a device with optimiser state and gradient, in '
            f'{best.rows} × {best.columns} parts by rows and columns')
     if shards.rows and shards.columns:
         return best, why + ', as configured'
     limit = ('no limit of memory is known' if device_bytes is None else
              f'half of a device is {budget / 1e9:,.2f} GB')
-    fits = size / (best.rows * best.columns) <= budget
-    return best, f'{why}, {"the fewest that fit" if fits else "the most there are"} ({limit})'
+    found = 'the fewest that fit' if size(best) <= budget else 'the most there are'
+    return best, f'{why}, {found} ({limit})'
