@@ -1,6 +1,13 @@
 import itertools
 import json
+import multiprocessing
+import os
 import pickle
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -96,6 +103,29 @@ def test_worker_processes_do_not_change_the_stream(prepared):
     with_workers.close()
 
 
+def test_workers_leave_signals_to_their_parent(prepared):
+    """Ctrl-C reaches them too, and the parent wants more batches before it stops."""
+    stream = BatchStream(prepared, 'train', **OPTIONS, workers=2)
+    take(stream, 2)     # one of each
+    for worker in multiprocessing.active_children():
+        os.kill(worker.pid, signal.SIGINT)
+        os.kill(worker.pid, signal.SIGTERM)
+    take(stream, 30)    # more than is prefetched
+    stream.close()
+
+
+def test_workers_end_with_a_parent_that_is_killed(prepared):
+    environment = {**os.environ, 'PYTHONPATH': str(Path(__file__).parents[2])}
+    with subprocess.Popen([sys.executable, __file__], env=environment, stdin=subprocess.PIPE,
+                          stdout=subprocess.PIPE) as parent:
+        parent.stdin.write(pickle.dumps(prepared))
+        parent.stdin.flush()
+        workers = parent.stdout.readline().split()
+        parent.kill()
+        assert len(workers) == 2
+        parent.communicate(timeout=20)      # returns when no worker holds the pipe any more
+
+
 @pytest.mark.parametrize('hosts', [2, 3])
 def test_the_parts_of_the_hosts_make_up_the_batch_of_one(prepared, hosts):
     steps = epoch_steps(prepared)
@@ -186,3 +216,10 @@ def test_unusable_settings_are_refused(prepared):
         BatchStream(prepared, 'train', **OPTIONS, process_count=5)
     with pytest.raises(ValueError, match='max_predictions is 2'):
         BatchStream(prepared, 'train', **OPTIONS, max_predictions=2)
+
+
+if __name__ == '__main__':      # the parent that is killed
+    given = BatchStream(pickle.load(sys.stdin.buffer), 'train', **OPTIONS, workers=2)
+    take(given, 2)
+    print(*(child.pid for child in multiprocessing.active_children()), flush=True)
+    time.sleep(100)
