@@ -1,0 +1,1 @@
+"""What a training step would need, and take, on devices that are not here."""

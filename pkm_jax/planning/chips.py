@@ -1,0 +1,123 @@
+"""The devices that a plan can be made for: what their makers publish, and how they are connected."""
+
+import math
+import os
+import re
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import jax
+from jax.experimental import topologies
+
+GIB = 2 ** 30
+GPUS_PER_HOST = 8
+
+
+class Chip(NamedTuple):
+    """Published numbers of one device; rates are peaks, per second."""
+    memory: int         # bytes of HBM
+    flops: float        # bfloat16, dense
+    bandwidth: float    # bytes between HBM and the chip
+    links: float        # bytes sent to other devices over all links (ICI, or NVLink)
+    dimensions: int     # of the torus of a slice; 0: GPUs behind a switch
+    network: float = 0.     # of GPUs: bytes sent to another host
+
+
+# TPUs: cloud.google.com/tpu/docs/{v5e,v6e,v5p,v4}, where links are given in both directions together;
+# those of v4 from Jouppi et al. 2023 (arXiv 2304.01433): 6 links of 50 GB/s. GPUs: NVIDIA's data
+# sheets of the SXM modules, half of what they give for both directions of NVLink, and one port a
+# GPU of the DGX's network (400 Gb/s, A100: 200 Gb/s).
+CHIPS = {
+    'v5e': Chip(16 * GIB, 197e12, 819e9, 200e9, 2),
+    'v6e': Chip(32 * GIB, 918e12, 1638e9, 400e9, 2),
+    'v5p': Chip(95 * GIB, 459e12, 2765e9, 600e9, 3),
+    'v4': Chip(32 * GIB, 275e12, 1200e9, 300e9, 3),
+    'h200': Chip(141 * 10 ** 9, 989e12, 4.8e12, 450e9, 0, 50e9),
+    'h100': Chip(80 * 10 ** 9, 989e12, 3.35e12, 450e9, 0, 50e9),
+    'a100': Chip(80 * 10 ** 9, 312e12, 2.039e12, 300e9, 0, 25e9),
+}
+# The TPU compiler asks the machine what it is. It need not be one with a TPU.
+NO_TPU_HERE = {'TPU_SKIP_MDS_QUERY': '1', 'ALLOW_MULTIPLE_LIBTPU_LOAD': '1',
+               'TPU_WORKER_HOSTNAMES': 'localhost', 'TPU_ACCELERATOR_TYPE': 'v5litepod-4'}
+
+
+class Topology(NamedTuple):
+    """A number of chips of one kind: chips along each dimension, or GPUs."""
+    name: str
+    chip: Chip
+    shape: tuple[int, ...]
+
+    @property
+    def is_tpu(self) -> bool:
+        return self.chip.dimensions > 0
+
+
+def parse(text: str) -> Topology:
+    """The topology called 'v5e:16x16' (chips along each dimension) or 'h200:8' (GPUs).
+
+    Raises:
+      ValueError: there is no such chip, or the shape is not one of its.
+    """
+    kind, _, sizes = text.partition(':')
+    if kind not in CHIPS:
+        raise ValueError(f'--topology={text}: {kind!r} is none of {", ".join(CHIPS)}.')
+    chip = CHIPS[kind]
+    dimensions = chip.dimensions or 1
+    shape = tuple(map(int, sizes.split('x'))) if re.fullmatch(r'\d+(x\d+)*', sizes) else ()
+    if len(shape) != dimensions or min(shape) < 1:
+        example = f'{kind}:' + {1: '8', 2: '4x4', 3: '4x4x4'}[dimensions]
+        raise ValueError(f'--topology={text}: give the chips along each of {dimensions} '
+                         f'dimension{"s" * (dimensions > 1)}, such as {example}.')
+    if dimensions == 2 and max(shape) > 16:
+        raise ValueError(f'--topology={text}: a slice of {kind} has 16x16 chips at most.')
+    return Topology(text, chip, shape)
+
+
+def devices(topology: Topology) -> Sequence[jax.Device]:
+    """Devices to compile for: those of the TPU topology, or as many virtual CPU devices as GPUs.
+
+    Raises:
+      ModuleNotFoundError: the TPU compiler is not installed.
+      ValueError: the compiler refuses the topology, or JAX already runs with fewer CPU devices.
+    """
+    if not topology.is_tpu:
+        return _cpu_devices(math.prod(topology.shape))
+    os.environ.update(NO_TPU_HERE)
+    options = {}
+    if any(size % 2 for size in topology.shape[:2]):    # hosts have 2 × 2 chips, or one
+        options['chips_per_host_bounds'] = (1, 1, 1)
+    if topology.name.startswith('v4:'):     # the two cores of a chip as one device
+        options['chip_config_name'] = 'megacore'
+    try:
+        return topologies.get_topology_desc(platform='tpu', topology_name=topology.name,
+                                            **options).devices
+    except jax.errors.JaxRuntimeError as error:
+        raise ValueError(f'--topology={topology.name}: {error}') from error
+    except RuntimeError as error:
+        raise ModuleNotFoundError(
+            f"--topology={topology.name} needs the TPU compiler, but no TPU: pip install "
+            f"'jax[tpu]' ({error}).") from error
+
+
+def link_rate(topology: Topology, group: Sequence[jax.Device]) -> float:
+    """Bytes per second that each device of a group can send to the others, at best.
+
+    Of a torus, the links along the dimensions that the group spans count, both ways around.
+    """
+    chip = topology.chip
+    if not topology.is_tpu:
+        return chip.links if len(group) <= GPUS_PER_HOST else chip.network
+    spanned = sum(len(set(places)) > 1 for places in zip(*(device.coords for device in group)))
+    return chip.links * max(spanned, 1) / chip.dimensions
+
+
+def _cpu_devices(count):
+    try:
+        jax.config.update('jax_num_cpu_devices', count)
+    except RuntimeError:
+        pass    # JAX runs already: what there is may be enough
+    found = jax.devices('cpu')
+    if len(found) < count:
+        raise ValueError(f'{count} GPUs are planned with as many CPU devices, of which this '
+                         f'process has {len(found)}: set JAX_NUM_CPU_DEVICES={count}.')
+    return found[:count]

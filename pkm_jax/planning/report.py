@@ -1,0 +1,117 @@
+"""A `Check` in words and tables."""
+
+import math
+
+import jax
+
+from pkm_jax.planning import memory
+from pkm_jax.planning.check import Check
+
+SMALL = 0.01    # shares of the links' time below this are summed up
+
+
+def report(check: Check, name: str) -> str:
+    """Everything that a check found, with the verdict at the end."""
+    parts = [[_title(check, name), *check.plan.reasons], _memory(check)]
+    if not check.refusal:
+        parts += [_collectives(check), _step(check)]
+    return '\n\n'.join('\n'.join(part) for part in [*parts, verdict(check)])
+
+
+def _title(check, name):
+    shards = ', '.join(f'{axis} {size}' for axis, size in check.plan.shards._asdict().items())
+    how = 'compiled' if check.topology.is_tpu else 'compiled for as many CPU devices'
+    return (f'{name} on {check.topology.name}: {math.prod(check.topology.shape)} devices as {shards}'
+            f'; {how} in {check.compile_seconds:.0f} s, jax {jax.__version__}')
+
+
+def _memory(check):
+    needed = check.memory
+    lines = [f'{"memory of a device":44}{"GB":>10}' + ('' if check.topology.is_tpu else
+                                                       '   estimated: nothing here is compiled')]
+    lines += [f'  {kind:42}{_gb(size):>10}' for kind, size in needed.bytes.items()]
+    return [*lines, f'  {"in all":42}{_gb(needed.total):>10}   of {_gb(needed.available)}']
+
+
+def _collectives(check):
+    lines = [f'{"collectives of a step":15} {"of":24} {"along":24} {"MB sent":>9} {"ms":>8} '
+             f'{"share of the step":>18}']
+    small = [0, 0, 0.]
+    for one, axes, seconds in sorted(check.exchanges, key=lambda exchange: -exchange.seconds):
+        if seconds < SMALL * check.seconds['links']:
+            small = [small[0] + one.times, small[1] + one.bytes_sent, small[2] + seconds]
+            continue
+        largest = max(one.shapes, key=lambda shape: shape.bytes)
+        shapes = str(largest) + (f' +{len(one.shapes) - 1}' if len(one.shapes) > 1 else '')
+        kind = one.kind + (f' × {one.times}' if one.times > 1 else '')
+        lines.append(_row(kind, shapes, axes, one.bytes_sent, seconds, check))
+    if small[0]:
+        lines.append(_row(f'{small[0]} smaller', '', '', *small[1:], check))
+    if not check.exchanges:
+        return ['no collectives']
+    return [*lines, _row('in all', '', '', sum(e.collective.bytes_sent for e in check.exchanges),
+                         check.seconds['links'], check)]
+
+
+def _row(kind, shapes, axes, sent, seconds, check):
+    return (f'  {kind:19} {shapes:24} {axes:24} {sent / 1e6:>9,.1f} {seconds * 1e3:>8.2f} '
+            f'{seconds / check.step_seconds:>12.1%}')
+
+
+def _step(check):
+    chip, seconds = check.topology.chip, check.seconds
+    tokens = check.config.train.batch * check.config.data.length
+    loops = (f'; {check.unknown_loops} loops of unknown length as one iteration'
+             if check.unknown_loops else '')
+    return [
+        'a step of a device, at peak rates',
+        f'  arithmetic  {seconds["arithmetic"] * 1e3:9.2f} ms   {check.flops / 1e12:.3f} TFLOP of the '
+        f'model at {chip.flops / 1e12:,.0f} TFLOP/s (XLA counts {check.counted_flops / 1e12:.3f}: loop '
+        f'bodies once)',
+        f'  HBM         {seconds["HBM"] * 1e3:9.2f} ms   {_gb(check.counted_bytes)} GB as XLA counts, '
+        f'loop bodies once, and {_gb(check.loop_bytes)} GB in their other iterations{loops}, at '
+        f'{chip.bandwidth / 1e9:,.0f} GB/s',
+        f'  links       {seconds["links"] * 1e3:9.2f} ms   ring algorithms, at '
+        f'{chip.links / 1e9:,.0f} GB/s over all links',
+        f'  estimate    {check.step_seconds * 1e3:9.2f} ms   the longer of arithmetic and HBM, and '
+        f'then the links: {tokens / check.step_seconds:,.0f} tokens/s of all devices']
+
+
+def verdict(check: Check) -> list[str]:
+    """Whether it fits, by how much, what to change where not, and what is worth a warning."""
+    lines = [f'WARNING: {what}: as large as a table, or a shard of one with whole rows'
+             for what in check.table_sized]
+    needed = check.memory
+    if check.fits:
+        return [*lines, f'FITS: {_gb(needed.total)} of {_gb(needed.available)} GB, '
+                        f'{needed.total / needed.available:.0%}']
+    said = f' The compiler: {check.refusal.splitlines()[0]}' if check.refusal else ''
+    over = max(needed.total - needed.available, 0)
+    return [*lines, f'DOES NOT FIT: {_gb(needed.total)} GB or more of {_gb(needed.available)} GB, '
+                    f'{_gb(over)} GB too much. {advice(check)}{said}']
+
+
+def advice(check: Check) -> str:
+    """What to change, by the kind of memory that takes most."""
+    sizes, config = check.memory.bytes, check.config
+    tables = sizes['value tables'] + sizes['optimizer state of value tables']
+    backbone = sizes['backbone parameters'] + sizes['optimizer state of the backbone']
+    changes = []
+    if sizes.get(memory.TEMPORARY, 0) > max(tables, backbone):
+        changes += ['a larger train.accumulate or smaller train.batch']
+        if not config.model.remat:
+            changes += ['model.remat = True']
+        if config.model.attention_dropout:
+            changes += ['model.attention_dropout = 0']
+        if check.plan.sparse:
+            changes += ['more memory.shards, which split the rows of an update too']
+    elif tables > backbone:
+        changes += ["memory.values_dtype = 'bfloat16'", "train.values_optimizer = 'rowwise_adam' "
+                    "(both with memory.updates = 'sparse')", 'more memory.shards or devices']
+    else:
+        changes += ['train.split_backbone = True']
+    return f'Try {", ".join(changes)}.'
+
+
+def _gb(size):
+    return f'{size / 1e9:.2f}'
