@@ -3,6 +3,8 @@
 import collections
 import dataclasses
 import json
+import zipfile
+import zlib
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -112,9 +114,15 @@ def read_run(folder: Path) -> Run:
     records, notes = _read_metrics(folder / 'metrics.jsonl')
     access = {}
     for file in sorted(folder.glob('slot_counts_*.npz')):
-        with np.load(file) as arrays:
-            access[file.stem.removeprefix('slot_counts_')] = SlotAccess(
-                arrays['count'], arrays['top1'], arrays['mass'])
+        try:
+            with file.open('rb') as opened, np.load(opened) as arrays:
+                access[file.stem.removeprefix('slot_counts_')] = SlotAccess(
+                    arrays['count'], arrays['top1'], arrays['mass'])
+        except (zipfile.BadZipFile, zlib.error, EOFError, KeyError, ValueError) as error:
+            notes.append(f'{file.name} is damaged and was left out ({error}): the next evaluation '
+                         f'of the run writes it anew; a finished run evaluates again when it is '
+                         f'started without its last checkpoint')
+            logging.warning('%s: %s', folder, notes[-1])
     started = records['start'][-1] if records['start'] else {}
     run = Run(folder.resolve().name, folder, config, records['train'], records['eval'], access,
               notes, parameters=started.get('parameters'))
