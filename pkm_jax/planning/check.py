@@ -1,5 +1,6 @@
 """Compiles the training step of a configuration for devices that are not here, and measures it."""
 
+import contextlib
 import math
 import re
 import time
@@ -7,6 +8,7 @@ from typing import NamedTuple
 
 import jax
 import ml_collections
+from jax.experimental.compilation_cache import compilation_cache
 
 from pkm_jax.memory.sharding import make_mesh
 from pkm_jax.models.bert import BertConfig
@@ -89,7 +91,8 @@ def check(config: ml_collections.ConfigDict, topology: Topology) -> Check:
         lowered = program.take_step.lower(program.abstract, batch)
     start = time.perf_counter()
     try:
-        compiled, refusal = lowered.compile(), ''
+        with _uncached():
+            compiled, refusal = lowered.compile(), ''
     except jax.errors.JaxRuntimeError as error:
         if 'RESOURCE_EXHAUSTED' not in str(error):
             raise
@@ -104,10 +107,10 @@ def check(config: ml_collections.ConfigDict, topology: Topology) -> Check:
     needed = (memory.of_compiled(given, compiled) if topology.is_tpu else
               memory.estimated(given, config, model, plan))
     text = hlo.Program(compiled.as_text())
-    flat = mesh.devices.reshape(-1)
+    places = [getattr(device, 'coords', ()) for device in mesh.devices.reshape(-1)]
     exchanges = []
     for one in text.collectives(count):
-        rate = chips.link_rate(topology, [flat[i] for i in one.groups[0]])
+        rate = chips.link_rate(topology, [places[i] for i in one.groups[0]])
         exchanges.append(Exchange(one, one.axes(dict(mesh.shape)), one.bytes_sent / rate))
     costs = compiled.cost_analysis()
     return Check(topology, config, plan, Memory(needed, available), '', flops,
@@ -137,6 +140,19 @@ def table_sized(
 
     return tuple(f'{one.kind} of {shape}' for one in collectives for shape in one.shapes
                  if is_table(shape.dims) and (plan.sparse or one.kind != 'all-reduce'))
+
+
+@contextlib.contextmanager
+def _uncached():
+    """Without JAX's cache of compiled programs: those for other machines cannot be read back."""
+    before = jax.config.jax_compilation_cache_dir
+    jax.config.update('jax_compilation_cache_dir', None)
+    compilation_cache.reset_cache()
+    try:
+        yield
+    finally:
+        jax.config.update('jax_compilation_cache_dir', before)
+        compilation_cache.reset_cache()
 
 
 def _refused_bytes(refusal):

@@ -99,16 +99,17 @@ def devices(topology: Topology) -> Sequence[jax.Device]:
             f"'jax[tpu]' ({error}).") from error
 
 
-def link_rate(topology: Topology, group: Sequence[jax.Device]) -> float:
+def link_rate(topology: Topology, places: Sequence[Sequence[int]]) -> float:
     """Bytes per second that each device of a group can send to the others, at best.
 
-    Of a torus, the links along the dimensions that the group spans count, both ways around.
+    `places` are the devices' coordinates. Of a torus, the links along the dimensions in which they
+    differ count, both ways around; a slice that is no torus has less.
     """
     chip = topology.chip
     if not topology.is_tpu:
-        return chip.links if len(group) <= GPUS_PER_HOST else chip.network
-    spanned = sum(len(set(places)) > 1 for places in zip(*(device.coords for device in group)))
-    return chip.links * max(spanned, 1) / chip.dimensions
+        return chip.links if len(places) <= GPUS_PER_HOST else chip.network
+    spanned = sum(len(set(along)) > 1 for along in zip(*places))
+    return chip.links * spanned / chip.dimensions
 
 
 def _cpu_devices(count):

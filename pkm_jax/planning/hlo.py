@@ -13,6 +13,8 @@ ITEM_BITS = {'pred': 8, 's4': 4, 'u4': 4, 's8': 8, 'u8': 8, 's16': 16, 'u16': 16
 KINDS = ('all-gather', 'all-reduce', 'reduce-scatter', 'all-to-all', 'collective-permute')
 _ARRAY = re.compile(r'\b(' + '|'.join(ITEM_BITS) + r')\[([\d,]*)\](?:\{([^}]*)\})?')
 _COLLECTIVE = re.compile(rf' = (.*?) ({"|".join([*KINDS, "all-reduce-scatter"])})(-start)?\(')
+_RESULT = re.compile(r' = (.*?) ([\w\-]+)\(')
+_MOVES_NOTHING = ('parameter', 'get-tuple-element', 'tuple', 'bitcast', 'while', 'constant')
 _CALLED = re.compile(r'(?:calls|\w+_computations?)=(%[\w.\-]+|\{.*?\})')
 _APPLIED = re.compile(r'to_apply=(%[\w.\-]+)')
 # Asynchronous collectives of a TPU are spread over three fusions, each of which names it: the one
@@ -55,7 +57,7 @@ class Collective(NamedTuple):
         """By one device in all executions, on a ring: what no algorithm can do with less."""
         whole = sum(shape.bytes for shape in self.shapes)
         if self.kind == 'collective-permute':
-            return whole * self.times
+            return float(whole * self.times)
         others = 1 - 1 / len(self.groups[0])
         return whole * others * (2 if self.kind == 'all-reduce' else 1) * self.times
 
@@ -102,11 +104,10 @@ class Program:
         """
         total = 0
         for text, times in self._instructions(self._entry, 1):
-            if times > 1 and not _IN_PLACE.search(text) and not re.search(
-                    r' (parameter|get-tuple-element|tuple|bitcast|while|constant)\(', text):
-                result = text.split(' = ', 1)[1].split('(', 1)[0] if ' = (' not in text else (
-                    text.split(' = ', 1)[1].split(') ', 1)[0])
-                total += 2 * (times - 1) * sum(s.bytes for s in _shapes(result) if s.in_hbm)
+            result, operation = _RESULT.search(text).groups()
+            if operation not in _MOVES_NOTHING and not _IN_PLACE.search(text):
+                written = sum(shape.bytes for shape in _shapes(result) if shape.in_hbm)
+                total += 2 * (times - 1) * written
         return total
 
     def _instructions(self, name: str, times: int, fused: bool = False) -> Iterator[Instruction]:

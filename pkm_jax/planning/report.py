@@ -1,8 +1,10 @@
 """A `Check` in words and tables."""
 
+import collections
 import math
 
 import jax
+import numpy as np
 
 from pkm_jax.planning import memory
 from pkm_jax.planning.check import Check
@@ -34,28 +36,35 @@ def _memory(check):
 
 
 def _collectives(check):
-    lines = [f'{"collectives of a step":15} {"of":24} {"along":24} {"MB sent":>9} {"ms":>8} '
-             f'{"share of the step":>18}']
-    small = [0, 0, 0.]
-    for one, axes, seconds in sorted(check.exchanges, key=lambda exchange: -exchange.seconds):
-        if seconds < SMALL * check.seconds['links']:
-            small = [small[0] + one.times, small[1] + one.bytes_sent, small[2] + seconds]
-            continue
-        largest = max(one.shapes, key=lambda shape: shape.bytes)
-        shapes = str(largest) + (f' +{len(one.shapes) - 1}' if len(one.shapes) > 1 else '')
-        kind = one.kind + (f' × {one.times}' if one.times > 1 else '')
-        lines.append(_row(kind, shapes, axes, one.bytes_sent, seconds, check))
-    if small[0]:
-        lines.append(_row(f'{small[0]} smaller', '', '', *small[1:], check))
     if not check.exchanges:
         return ['no collectives']
-    return [*lines, _row('in all', '', '', sum(e.collective.bytes_sent for e in check.exchanges),
-                         check.seconds['links'], check)]
+    sums = collections.defaultdict(lambda: np.zeros(3))     # of times, bytes and seconds, by line
+    for one, axes, seconds in check.exchanges:
+        sums[one.kind, _largest(one.shapes), axes] += one.times, one.bytes_sent, seconds
+    total = sum(sums.values())
+    lines = [f'{"collectives of a step":23} {"of":24} {"along":24} {"MB sent":>9} {"ms":>8} '
+             f'{"of the step":>12}']
+    smaller = np.zeros(3)
+    for key, of_line in sorted(sums.items(), key=lambda item: -item[1][2]):
+        if of_line[2] < SMALL * total[2]:
+            smaller += of_line
+        else:
+            lines.append(_row(*key, of_line, check))
+    if smaller[0]:
+        lines.append(_row('smaller', '', '', smaller, check))
+    return [*lines, _row('in all', '', '', total, check)]
 
 
-def _row(kind, shapes, axes, sent, seconds, check):
-    return (f'  {kind:19} {shapes:24} {axes:24} {sent / 1e6:>9,.1f} {seconds * 1e3:>8.2f} '
-            f'{seconds / check.step_seconds:>12.1%}')
+def _row(kind, shapes, axes, sums, check):
+    times, sent, seconds = sums
+    return (f'  {times:4.0f} {kind:18} {shapes:24} {axes:24} {sent / 1e6:>9,.1f} '
+            f'{seconds * 1e3:>8.2f} {seconds / check.step_seconds:>12.1%}')
+
+
+def _largest(shapes):
+    """The largest of several arrays, and the number of others."""
+    largest = str(max(shapes, key=lambda shape: shape.bytes))
+    return largest + (f' +{len(shapes) - 1}' if len(shapes) > 1 else '')
 
 
 def _step(check):

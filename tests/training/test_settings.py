@@ -7,7 +7,7 @@ import pytest
 from absl import flags
 from ml_collections import config_flags
 
-from configs import ablation, bert_base_pkm, bert_large, quickstart
+from configs import ablation, bert_base_pkm, bert_base_pkm_pod, bert_large, quickstart
 from pkm_jax.training import settings
 
 ABLATIONS = [f'init={init},placement={placement},scale={scale}' for scale in ('base', 'small')
@@ -15,7 +15,8 @@ ABLATIONS = [f'init={init},placement={placement},scale={scale}' for scale in ('b
 
 
 @pytest.mark.parametrize('config', [
-    bert_base_pkm.get_config(), bert_large.get_config(), quickstart.get_config(),
+    bert_base_pkm.get_config(), bert_base_pkm_pod.get_config(), bert_large.get_config(),
+    quickstart.get_config(),
     *map(ablation.get_config, ABLATIONS)])
 def test_shipped_configurations_pass(config):
     config.data.corpus = config.data.corpus or 'corpus/*.txt'
@@ -25,7 +26,7 @@ def test_shipped_configurations_pass(config):
 
 def test_every_file_in_configs_is_tested_here():
     assert {path.stem for path in Path('configs').glob('*.py')} == {
-        'ablation', 'bert_base_pkm', 'bert_large', 'quickstart'}
+        'ablation', 'bert_base_pkm', 'bert_base_pkm_pod', 'bert_large', 'quickstart'}
 
 
 def test_the_paper_in_numbers():

@@ -1,0 +1,51 @@
+"""Topologies by name, and what their links carry."""
+
+import jax
+import pytest
+
+from pkm_jax.planning import chips
+
+
+def test_topologies_by_name():
+    pod = chips.parse('v5e:16x16')
+    assert (pod.shape, pod.chip, pod.is_tpu) == ((16, 16), chips.CHIPS['v5e'], True)
+    assert chips.parse('v5p:4x4x4').shape == (4, 4, 4)
+    assert chips.parse('h200:8').shape == (8,) and not chips.parse('h200:8').is_tpu
+
+
+@pytest.mark.parametrize('text, message', [
+    ('v3:4x4', "'v3' is none of v5e, v6e"), ('v5e', 'along each of 2 dimensions, such as v5e:4x4'),
+    ('v5p:4x4', 'such as v5p:4x4x4'), ('v5e:4xfour', '2 dimensions'), ('v5e:0x4', '2 dimensions'),
+    ('v6e:32x16', '16x16 chips at most'), ('h200:2x4', 'each of 1 dimension, such as h200:8')])
+def test_other_topologies_are_refused(text, message):
+    with pytest.raises(ValueError, match=message):
+        chips.parse(text)
+
+
+def test_links_along_the_dimensions_that_a_group_spans():
+    v5e, v5p = chips.parse('v5e:4x4'), chips.parse('v5p:4x4x4')
+    row = [(0, 0, 0), (1, 0, 0)]
+    assert chips.link_rate(v5e, row) == 100e9
+    assert chips.link_rate(v5e, [*row, (0, 1, 0)]) == 200e9
+    assert chips.link_rate(v5p, row) == 200e9
+
+
+def test_gpus_of_several_hosts_share_a_network():
+    gpus = chips.parse('h100:16')
+    assert chips.link_rate(gpus, [()] * 8) == 450e9
+    assert chips.link_rate(gpus, [()] * 16) == 50e9
+
+
+def test_gpus_are_planned_with_cpu_devices():
+    assert chips.devices(chips.parse('h200:4')) == jax.devices('cpu')[:4]
+    with pytest.raises(ValueError, match='16 GPUs .* has 8: set JAX_NUM_CPU_DEVICES=16'):
+        chips.devices(chips.parse('h200:16'))
+
+
+def test_a_missing_compiler_is_named(monkeypatch):
+    def missing(**_):
+        raise RuntimeError('JAX TPU support not installed')
+
+    monkeypatch.setattr(chips.topologies, 'get_topology_desc', missing)
+    with pytest.raises(ModuleNotFoundError, match=r"v5e:2x2 needs the TPU compiler.*'jax\[tpu\]'"):
+        chips.devices(chips.parse('v5e:2x2'))
