@@ -11,6 +11,7 @@ from flax import nnx
 from jaxtyping import Array, Bool, Float, Int32, Key
 
 from pkm_jax.memory import sharding
+from pkm_jax.memory.dropout import dropout
 
 QUERY_NORMS = ('none', 'layer', 'batch')
 
@@ -171,6 +172,8 @@ class ProductKeyMemory(nnx.Module):
     def _read(self, slots, weights, delta):
         values, weights = self.values[...], weights.astype(self.config.weights_dtype)
         if delta is None:
+            if slots.size >= len(values):   # to cast every row is less than to read them wider
+                values = values.astype(self.dtype)
             return sharding.value_bag(values, slots, weights), ()
         return (sharding.sparse_value_bag(values, delta, slots, weights),
                 sharding.touched_rows(slots, weights, len(values)))
@@ -183,8 +186,3 @@ class ProductKeyMemory(nnx.Module):
 
 def _normal_values(key, shape, dtype):
     return (jax.random.normal(key, shape) / math.sqrt(shape[1])).astype(dtype)
-
-
-def dropout(x: Array, rate: float, key: Key[Array, ''] | None) -> Array:
-    """Inverted dropout; the identity without a key or with rate 0."""
-    return nnx.Dropout(rate)(x, deterministic=key is None, rngs=key)

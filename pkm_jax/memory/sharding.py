@@ -8,7 +8,7 @@ replicated. Never gathered: a table, its gradient, its optimiser state.
 """
 
 import functools
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 import jax
@@ -47,10 +47,25 @@ def shards_in_use() -> Shards:
     return Shards() if mesh.empty else Shards(*(mesh.shape[axis] for axis in AXES))
 
 
+def over_tokens(function: Callable, split: int) -> Callable:
+    """`function` of each device's tokens: the first `split` arguments and all results are split,
+    other arguments are whole on every device."""
+    def run(*arrays):
+        specs = tuple(TOKENS if n < split else P() for n in range(len(arrays)))
+        return _on_shards(function, specs, TOKENS)(*arrays)
+
+    return run
+
+
+def device_index() -> Int32[Array, ''] | int:
+    """Within a shard, the number of this device in the order of its tokens."""
+    return 0 if shards_in_use() == Shards() else jax.lax.axis_index(AXES)
+
+
 def top_k_product_keys(query, codebooks, k):
     """`product_keys.top_k_product_keys`, each device searching for its own tokens."""
     search = functools.partial(product_keys.top_k_product_keys, k=k)
-    return _on_shards(search, (TOKENS, P()), (TOKENS, TOKENS))(query, codebooks)
+    return over_tokens(search, split=1)(query, codebooks)
 
 
 def value_bag(
@@ -67,10 +82,10 @@ def value_bag(
 
 def lookup(table: Float[Array, 'rows V'], ids: Int32[Array, 'T']) -> Float[Array, 'T V']:
     """Rows of a table that every device has, such as an embedding, as a `value_bag` of one read."""
-    def read(table, ids):
+    def read(ids, table):
         return bag.value_bag(table, ids[:, None], jnp.ones((len(ids), 1)))
 
-    return _on_shards(read, (P(), TOKENS), TOKENS)(table, ids)
+    return over_tokens(read, split=1)(ids, table)
 
 
 @jax.custom_vjp

@@ -7,7 +7,7 @@ import jax.numpy as jnp
 from absl import logging
 from jaxtyping import Array, Float, Int, Key
 
-from pkm_jax.memory.layer import dropout
+from pkm_jax.memory.dropout import dropout
 
 
 def attend(

@@ -17,8 +17,11 @@ from flax import nnx
 from jaxtyping import Array, Float, Int, Key
 
 from pkm_jax.memory import sharding
-from pkm_jax.memory.layer import MemoryConfig, MemoryReads, ProductKeyMemory, dropout
+from pkm_jax.memory.dropout import dropout
+from pkm_jax.memory.layer import MemoryConfig, MemoryReads, ProductKeyMemory
+from pkm_jax.models.add_norm import add_norm
 from pkm_jax.models.attention import attend
+from pkm_jax.models.operations import gelu, logits
 
 PLACEMENTS = ('none', 'replace', 'add')
 HEADS = ('mlm', 'pooler', 'nsp', 'classifier', 'span')
@@ -202,19 +205,20 @@ class Block(nnx.Module):
         self.output_norm = _layer_norm(config, rngs)
 
     def __call__(self, states, lengths, key, delta=None):
-        rate = self.config.dropout
-        keys = _split(key, 4)
+        rate, keys = self.config.dropout, _split(key, 4)
         attended = self.attention(states, lengths, keys[0])
-        states = self.attention_norm(states + dropout(attended, rate, keys[1]))
-
-        # Summed in float32, so that a memory scaled by zero changes no bit in any compute dtype.
-        total, reads = states.astype(jnp.float32), None
-        if self.feed_forward is not None:
-            total += dropout(self.feed_forward(states), rate, keys[2]).astype(jnp.float32)
+        states = add_norm(self.attention_norm, states, self.attention.output, attended, rate,
+                          keys[1])
+        residual, reads = states, None
         if self.memory is not None:
+            # Summed in float32, so that a memory scaled by zero changes no bit in any dtype.
             read, reads = self._read_memory(states, lengths, keys[3], delta)
-            total += read
-        return self.output_norm(total), reads
+            residual = states.astype(jnp.float32) + read
+        if self.feed_forward is None:
+            return self.output_norm(residual), reads
+        states = add_norm(self.output_norm, residual, self.feed_forward.down,
+                          self.feed_forward(states), rate, keys[2])
+        return states, reads
 
     def _read_memory(self, states, lengths, key, delta):
         batch, length, _ = states.shape
@@ -228,7 +232,7 @@ class Block(nnx.Module):
 
 
 class Attention(nnx.Module):
-    """Multi-head self-attention over the real tokens of each row."""
+    """Multi-head self-attention over the real tokens of each row, up to its output projection."""
 
     def __init__(self, config: BertConfig, rngs: nnx.Rngs):
         self.config = config
@@ -240,18 +244,18 @@ class Attention(nnx.Module):
             rearrange(project(states), 'b l (h d) -> b l h d', h=self.config.attention_heads)
             for project in (self.query, self.key, self.value))
         attended = attend(query, keys, value, lengths, self.config.attention_dropout, key)
-        return self.output(rearrange(attended, 'b l h d -> b l (h d)'))
+        return rearrange(attended, 'b l h d -> b l (h d)')
 
 
 class FeedForward(nnx.Module):
-    """Two projections with the exact (erf) GELU between them."""
+    """Two projections with a GELU between them; a call returns what the second, `down`, takes."""
 
     def __init__(self, config: BertConfig, rngs: nnx.Rngs):
         self.up = _linear(config, rngs, config.width, config.feed_forward_width)
         self.down = _linear(config, rngs, config.feed_forward_width, config.width)
 
     def __call__(self, states):
-        return self.down(nnx.gelu(self.up(states), approximate=False))
+        return gelu(self.up(states))
 
 
 class MaskedLMHead(nnx.Module):
@@ -266,11 +270,9 @@ class MaskedLMHead(nnx.Module):
         self.dtype = config.dtype
 
     def __call__(self, states, word_embedding):
-        states = self.norm(nnx.gelu(self.transform(states), approximate=False))
+        states = self.norm(gelu(self.transform(states)))
         decoder = word_embedding.embedding if self.decoder is None else self.decoder
-        logits = jnp.einsum('bpd,vd->bpv', states, decoder[...].astype(self.dtype),
-                            preferred_element_type=jnp.float32)
-        return logits + self.bias[None, None]
+        return logits(states, decoder[...].astype(self.dtype)) + self.bias[None, None]
 
 
 _normal = nnx.initializers.truncated_normal(0.02)

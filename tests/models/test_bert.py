@@ -80,11 +80,12 @@ def test_block_is_the_sum_it_claims(placement):
     block = model.layers[0]
     states = jnp.asarray(np.random.default_rng(0).normal(size=(2, 12, 16)), jnp.float32)
     lengths = jnp.asarray([12, 7])
-    h = block.attention_norm(states + block.attention(states, lengths, None))
+    h = block.attention_norm(states + block.attention.output(
+        block.attention(states, lengths, None)))
     real = (jnp.arange(12)[None] < lengths[:, None]).reshape(-1)
     total = h + block.memory(h.reshape(24, 16), real, None)[0].reshape(2, 12, 16)
     if placement == 'add':
-        total += block.feed_forward(h)
+        total += block.feed_forward.down(block.feed_forward(h))
     np.testing.assert_allclose(block(states, lengths, None, None)[0], block.output_norm(total), atol=1e-6)
 
 

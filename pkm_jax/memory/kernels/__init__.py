@@ -1,7 +1,11 @@
 """Kernels, each in the place of a reference in `pkm_jax.memory` and with its signature."""
 
+from collections.abc import Sequence
+
 import jax
 from absl import logging
+from jax.experimental import pallas as pl
+from jax.experimental.pallas import triton as plt
 
 
 def chosen(operation: str, reason_against: str | None) -> bool:
@@ -19,3 +23,20 @@ def chosen(operation: str, reason_against: str | None) -> bool:
 
 
 _logged: set[tuple[str, str]] = set()
+
+
+def column_blocks(width: int) -> list:
+    """Column ranges of a power-of-two size, as the Triton backend wants them, that cover a row."""
+    size = min(width & -width, 256)
+    return [pl.ds(first, size) for first in range(0, width, size)]
+
+
+def call(kernel, name: str, grid: tuple[int, ...], out: Sequence, *inputs,
+         aliases: dict = {}, warps: int = 1) -> Sequence[jax.Array]:
+    """A kernel on whole arrays, with results like `out`; interpreted where there is no GPU."""
+    return pl.pallas_call(
+        kernel, grid=grid, out_shape=[jax.ShapeDtypeStruct(o.shape, o.dtype) for o in out],
+        input_output_aliases=aliases, name=name,
+        compiler_params=plt.CompilerParams(num_warps=warps, num_stages=1),
+        interpret=jax.default_backend() != 'gpu',
+    )(*inputs)

@@ -22,6 +22,8 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import triton as plt
 from jaxtyping import Array, Float, Int32
 
+from pkm_jax.memory.kernels import call, column_blocks
+
 CHUNK = 256             # sorted reads of one program, and the longest segment that is not cut
 TILE = 32               # chunks, rows or partial sums that the small kernels handle at a time
 
@@ -73,18 +75,18 @@ def _gradients(values, reads, weights, gradient, n_rows, rows_before):
     compact = [] if rows_before is None else [rows_before]
     no_slot = jnp.full((n_rows,), n_slots, jnp.int32)
     like = jax.ShapeDtypeStruct
-    row_slots, rows, by_read, pieces = _call(
-        functools.partial(_stream, blocks=_blocks(width), compact=bool(compact)),
+    row_slots, rows, by_read, pieces = call(
+        functools.partial(_stream, blocks=column_blocks(width), compact=bool(compact)),
         'read_backward', (chunks,),
         [no_slot, like((n_rows, width), values.dtype), like((slot.size,), jnp.float32),
          like((chunks, 2, 2, width), values.dtype)],
         no_slot, values, gradient, weights.reshape(-1), order, slot, cut, *compact, aliases={0: 0})
-    blocks = _blocks(width)
-    rows, = _call(
+    blocks = column_blocks(width)
+    rows, = call(
         functools.partial(_add_pieces, columns=blocks[0].size, compact=bool(compact)),
         'read_backward_add', (chunks, len(blocks)), [rows],
         rows, pieces, slot, cut, segment_end, *compact, aliases={0: 0}, warps=4)
-    rows, = _call(functools.partial(_clear, blocks=blocks, n_slots=n_slots), 'read_backward_clear',
+    rows, = call(functools.partial(_clear, blocks=blocks, n_slots=n_slots), 'read_backward_clear',
                   (pl.cdiv(n_rows, TILE),), [rows], rows, row_slots, aliases={0: 0})
     return row_slots, rows, by_read.reshape(weights.shape).astype(weights.dtype)
 
@@ -118,7 +120,7 @@ def _cuts(slot):
         segment_end[at] = end
 
     padded = jax.ShapeDtypeStruct((pl.cdiv(chunks + 1, TILE) * TILE,), jnp.int32)
-    cut, segment_end = _call(kernel, 'read_backward_cuts', (padded.shape[0] // TILE,),
+    cut, segment_end = call(kernel, 'read_backward_cuts', (padded.shape[0] // TILE,),
                              [padded, padded], slot)
     return cut[:chunks + 1], segment_end
 
@@ -237,19 +239,3 @@ def _is_cut(slot, position):
     size = slot.shape[0]
     inside = (position > 0) & (position < size)
     return inside & (slot[jnp.maximum(position - 1, 0)] == slot[jnp.minimum(position, size - 1)])
-
-
-def _blocks(width):
-    """Column ranges of a power-of-two size, as the backend wants them, that cover a row."""
-    size = min(width & -width, 256)
-    return [pl.ds(first, size) for first in range(0, width, size)]
-
-
-def _call(kernel, name, grid, out, *inputs, aliases={}, warps=1):
-    """A kernel on whole arrays; interpreted where there is no GPU."""
-    return pl.pallas_call(
-        kernel, grid=grid, out_shape=[jax.ShapeDtypeStruct(o.shape, o.dtype) for o in out],
-        input_output_aliases=aliases, name=name,
-        compiler_params=plt.CompilerParams(num_warps=warps, num_stages=1),
-        interpret=jax.default_backend() != 'gpu',
-    )(*inputs)

@@ -1,0 +1,49 @@
+"""Dropout whose mask depends on the key and on where an element is, not on device or layout."""
+
+import math
+from collections.abc import Sequence
+
+import jax
+import jax.numpy as jnp
+from jax.extend.random import threefry2x32_p
+from jaxtyping import Array, Bool, Int32, Key, UInt32
+
+LEVELS = 2 ** 16        # of the rate: 16 random bits decide on an element
+DRAWS = 4               # rows, one below the other, that share the 64 bits of a Threefry block
+
+
+def dropout(x: Array, rate: float, key: Key[Array, ''] | None) -> Array:
+    """Inverted dropout; the identity without a key or with rate 0."""
+    if key is None or not rate:
+        return x
+    keep = keep_mask(words_of(key), 0, math.prod(x.shape[:-1]), x.shape[-1], rate)
+    scaled = x.astype(jnp.float32) / (1 - rate)
+    return jnp.where(keep.reshape(x.shape), scaled, 0).astype(x.dtype)
+
+
+def words_of(key: Key[Array, '']) -> UInt32[Array, '2']:
+    """What a mask takes of a key."""
+    return jax.random.key_data(key)[:2]
+
+
+def keep_mask(
+    words: UInt32[Array, '2'], first: Int32[Array, ''] | int, rows: int, columns: int, rate: float,
+) -> Bool[Array, '{rows} {columns}']:
+    """Which elements of a matrix stay, whose first row is number `first` of a longer one.
+
+    Row i, column j stays if the 16 bits number i % DRAWS of Threefry-2x32 (Salmon et al. 2011) of
+    (i // DRAWS, j) are not below the rate. `jax.random` would spend a block on each element.
+    """
+    aligned = rows % DRAWS == 0     # and so is `first`, that of an equal part of the longer one
+    shape = (rows // DRAWS + (0 if aligned else 2), columns)
+    group, column = (jax.lax.broadcasted_iota(jnp.uint32, shape, axis) for axis in range(2))
+    group += jnp.uint32(first // DRAWS)
+    keep = jnp.stack(stays(threefry2x32_p.bind(words[0], words[1], group, column), rate), axis=1)
+    keep = keep.reshape(-1, columns)
+    return keep if aligned else jax.lax.dynamic_slice_in_dim(keep, first % DRAWS, rows)
+
+
+def stays(block: Sequence[Array], rate: float) -> list[Array]:
+    """For each of DRAWS rows, whether its bits in the two words of a block say that it stays."""
+    least = jnp.uint32(round(rate * LEVELS))
+    return [part >= least for word in block for part in (word & 0xffff, word >> 16)]
