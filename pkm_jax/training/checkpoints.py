@@ -75,9 +75,13 @@ class Checkpoints:
         multihost_utils.sync_global_devices('the damaged checkpoints are set aside')
         self._manager = ocp.CheckpointManager(self.folder, options=self._options)
 
-    def close(self) -> None:
+    def wait(self) -> None:
         """Waits until everything is written."""
         self._manager.wait_until_finished()
+
+    def close(self) -> None:
+        """Waits until everything is written, and ends the threads that do so."""
+        self.wait()
         self._manager.close()
 
 

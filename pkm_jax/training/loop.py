@@ -88,7 +88,7 @@ def train(config: ml_collections.ConfigDict, name: str = '') -> Path:
         if not resumed:
             log.write('start', 0, 0, parameters=sum(map(math.prod, shapes.values())))
         evaluate_now = _evaluation(config, model_config, program.graph, mesh, prepared, folder, log)
-        requests = closing.enter_context(StopRequests())
+        requests = closing.enter_context(StopRequests(mesh))
         _loop(config, model_config, state, program.take_step, evaluate_now, stream, mesh,
               checkpoints, log, requests)
     return folder
@@ -133,6 +133,7 @@ def _loop(config, model_config: BertConfig, state: TrainState, take_step: Callab
                     evaluate_now(state, step)
                 if saves:
                     checkpoints.save(state, {'data': stream.get_state()})
+    checkpoints.wait()
     if asked or requests.heard:     # the latter: too late for the others, but before another run
         raise Stopped(asked or requests.heard, step)
 

@@ -30,15 +30,13 @@ class Stopped(Exception):
 class StopRequests:
     """Hears the first SIGTERM or Ctrl-C, while it is entered; a second one ends the process.
 
-    JAX's own preemption service is not used: a notice that comes before the first step of a run is
-    lost to it, it takes no Ctrl-C, and a second signal does nothing.
+    docs/design.md says why JAX's own preemption service is not used.
     """
 
-    def __init__(self):
+    def __init__(self, mesh: Mesh):
         self.heard, self._heard_at = 0, 0.
-        everybody = Mesh(np.array(jax.devices()), 'devices')
-        self._sharding = NamedSharding(everybody, P('devices'))
-        self._greatest = jax.jit(jnp.max, out_shardings=NamedSharding(everybody, P()))
+        self._one_a_device = NamedSharding(mesh, P(mesh.axis_names))
+        self._greatest = jax.jit(jnp.max, out_shardings=NamedSharding(mesh, P()))
         self._asked: jax.Array | None = None
 
     def __enter__(self) -> 'StopRequests':
@@ -66,6 +64,7 @@ class StopRequests:
         same for all, and known by now, so that the devices are not left waiting.
         """
         before = self._asked
-        self._asked = self._greatest(jax.make_array_from_process_local_data(
-            self._sharding, np.full(jax.local_device_count(), self.heard, np.int32)))
+        heard = np.full(len(self._one_a_device.addressable_devices), self.heard, np.int32)
+        self._asked = self._greatest(
+            jax.make_array_from_process_local_data(self._one_a_device, heard))
         return 0 if before is None else int(before)

@@ -8,6 +8,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from pkm_jax.memory.sharding import Shards, make_mesh
 from pkm_jax.training import checkpoints, loop, preemption
 from pkm_jax.training.loop import train
 from pkm_jax.training.preemption import Stopped, StopRequests
@@ -35,7 +36,7 @@ def assert_same_run(folder, other, *kinds):
 
 @pytest.mark.parametrize('number', preemption.SIGNALS)
 def test_the_first_signal_is_heard_and_the_next_acts_as_before(reached, monkeypatch, number):
-    with StopRequests() as requests:
+    with StopRequests(make_mesh(Shards(2, 2, 2))) as requests:
         assert [requests.agreed() for _ in range(3)] == [0, 0, 0]
         signal.raise_signal(number)
         assert [requests.agreed(), requests.agreed()] == [0, number]    # said, then read
