@@ -8,6 +8,10 @@ from pkm_jax.memory import kernels
 from pkm_jax.memory.kernels import read
 from pkm_jax.memory.sparse_rows import SparseRows, distinct, take_rows
 
+# Tokens that plain jnp reads for at a time: their sums stay in the on-chip memory of a TPU, and a
+# CPU's caches, through all R reads.
+BLOCK = 16_384
+
 
 def value_bag(
     values: Float[Array, 'S V'],
@@ -34,12 +38,17 @@ def reference(
 
     The gradient of `values` is deterministic where the device's scatter-add is (CPU and TPU).
     """
-    def add_read(total, read):
-        slot, weight = read
-        return total + weight[:, None].astype(jnp.float32) * values[slot].astype(jnp.float32), None
+    def read_block(block):
+        def add_read(total, read):
+            slot, weight = read
+            rows = values[slot].astype(jnp.float32)
+            return total + weight[:, None].astype(jnp.float32) * rows, None
 
-    start = jnp.zeros((slots.shape[0], values.shape[1]), jnp.float32)
-    return jax.lax.scan(add_read, start, (slots.T, weights.T))[0].astype(values.dtype)
+        slots, weights = block
+        start = jnp.zeros((len(slots), values.shape[1]), jnp.float32)
+        return jax.lax.scan(add_read, start, (slots.T, weights.T))[0].astype(values.dtype)
+
+    return _joined(jax.lax.map(read_block, _blocks(slots, weights)), len(slots))
 
 
 def _forward(values, slots, weights):
@@ -48,16 +57,21 @@ def _forward(values, slots, weights):
 
 def _backward(residuals, gradient):
     values, slots, weights = residuals
-    gradient = gradient.astype(jnp.float32)
 
-    def add_read(table, read):
-        slot, weight = read
-        table = table.at[slot].add(weight[:, None].astype(jnp.float32) * gradient)
-        return table, jnp.sum(values[slot].astype(jnp.float32) * gradient, axis=-1)
+    def add_block(table, block):
+        def add_read(table, read):
+            slot, weight = read
+            table = table.at[slot].add(weight[:, None].astype(jnp.float32) * gradient)
+            return table, jnp.sum(values[slot].astype(jnp.float32) * gradient, axis=-1)
+
+        slots, weights, gradient = block
+        gradient = gradient.astype(jnp.float32)
+        table, by_read = jax.lax.scan(add_read, table, (slots.T, weights.T))
+        return table, by_read.T.astype(weights.dtype)
 
     start = jnp.zeros(values.shape, jnp.float32)
-    table, by_read = jax.lax.scan(add_read, start, (slots.T, weights.T))
-    return table.astype(values.dtype), None, by_read.T.astype(weights.dtype)
+    table, by_read = jax.lax.scan(add_block, start, _blocks(slots, weights, gradient))
+    return table.astype(values.dtype), None, _joined(by_read, len(slots))
 
 
 reference.defvjp(_forward, _backward)
@@ -95,15 +109,33 @@ def compact_reference(
     """`compact_gradients` in plain jnp, for any device: one read of every token at a time."""
     capacity = min(len(values), slots.size)
     ids, count = distinct(slots, len(values), capacity)
-    gradient = gradient.astype(jnp.float32)
 
-    def add_read(rows, read):
-        slot, weight = read
-        place = jnp.where(slot < len(values), jnp.searchsorted(ids, slot), capacity)
-        change = weight[:, None].astype(jnp.float32) * gradient
-        read_rows = take_rows(values, slot).astype(jnp.float32)
-        return rows.at[place].add(change, mode='drop'), jnp.sum(read_rows * gradient, axis=-1)
+    def add_block(rows, block):
+        def add_read(rows, read):
+            slot, weight = read
+            place = jnp.where(slot < len(values), jnp.searchsorted(ids, slot), capacity)
+            change = weight[:, None].astype(jnp.float32) * gradient
+            read_rows = take_rows(values, slot).astype(jnp.float32)
+            return rows.at[place].add(change, mode='drop'), jnp.sum(read_rows * gradient, axis=-1)
+
+        slots, weights, gradient = block
+        gradient = gradient.astype(jnp.float32)
+        rows, by_read = jax.lax.scan(add_read, rows, (slots.T, weights.T))
+        return rows, by_read.T.astype(weights.dtype)
 
     start = jnp.zeros((capacity, values.shape[1]), jnp.float32)
-    rows, by_read = jax.lax.scan(add_read, start, (slots.T, weights.T))
-    return SparseRows(ids, rows, count), by_read.T.astype(weights.dtype)
+    rows, by_read = jax.lax.scan(add_block, start, _blocks(slots, weights, gradient))
+    return SparseRows(ids, rows, count), _joined(by_read, len(slots))
+
+
+def _blocks(*arrays):
+    """Arrays of T tokens in blocks of BLOCK or a little less; what fills the last one weighs 0."""
+    tokens = len(arrays[0])
+    number = -(-tokens // BLOCK)
+    size = -(-tokens // number)
+    return tuple(jnp.pad(array, ((0, number * size - tokens), (0, 0))).reshape(number, size, -1)
+                 for array in arrays)
+
+
+def _joined(blocks, tokens):
+    return blocks.reshape(-1, blocks.shape[-1])[:tokens]

@@ -22,8 +22,9 @@ _APPLIED = re.compile(r'to_apply=(%[\w.\-]+)')
 _CONTINUED = re.compile(r'^async_collective_fusion|custom_call_target="AsyncCollectiveDone"')
 # A reduce-scatter of a TPU is a fusion of this name around an all-reduce.
 _SCATTERED = 'all-reduce-scatter'
-# Programs change such results in place: they do not pass through memory whole.
-_IN_PLACE = re.compile(r'scatter|dynamic_update_slice|dynamic-update-slice')
+# Instructions that change their first operand in place, and that take parts of it.
+_IN_PLACE = re.compile(r'%\S*(scatter|dynamic-update-slice|dynamic_update_slice)\S* = ')
+_GATHERS = re.compile(r'%\S*gather\S* = ')
 
 
 class Shape(NamedTuple):
@@ -77,7 +78,7 @@ class Program:
     """The computations of a module's text, as `compiled.as_text()` gives it."""
 
     def __init__(self, text: str):
-        self._computations, self._entry, lines = {}, '', []
+        self._computations, self._results, self._entry, lines = {}, {}, '', []
         for line in text.splitlines():
             heading = re.match(r'(ENTRY )?%?([\w.\-]+) \(.*\{$', line)
             if heading:
@@ -85,6 +86,8 @@ class Program:
                 self._entry = heading[2] if heading[1] else self._entry
             elif line.startswith('  '):
                 lines.append(line.strip())
+                name = re.search(r'%([\w.\-]+) = ', line)
+                self._results[name[1]] = _shapes(_RESULT.search(line)[1])
 
     def collectives(self, devices: int) -> list[Collective]:
         """Every collective operation between more than one of that many devices."""
@@ -100,15 +103,25 @@ class Program:
     def uncounted_bytes(self) -> int:
         """HBM traffic of the iterations that XLA's cost analysis leaves out: all but the first.
 
-        Each result counts as written and read once, but for those that are changed in place.
+        Each result in HBM counts as written and read once, what a gather takes as read, and what a
+        scatter puts in place as read and written.
         """
-        total = 0
-        for text, times in self._instructions(self._entry, 1):
-            result, operation = _RESULT.search(text).groups()
-            if operation not in _MOVES_NOTHING and not _IN_PLACE.search(text):
-                written = sum(shape.bytes for shape in _shapes(result) if shape.in_hbm)
-                total += 2 * (times - 1) * written
-        return total
+        return sum(self._traffic(text) * (times - 1)
+                   for text, times in self._instructions(self._entry, 1) if times > 1)
+
+    def _traffic(self, text):
+        """Bytes that an instruction moves to and from HBM."""
+        result, operation = _RESULT.search(text).groups()
+        shapes = _shapes(result)
+        if operation in _MOVES_NOTHING:
+            return 0
+        if _IN_PLACE.search(text):
+            operands = re.search(rf' {operation}\((.*?)\)', text)[1]
+            put = [shape.bytes for name in re.findall(r'%([\w.\-]+)', operands)
+                   for shape in self._results.get(name, []) if shape.dims != shapes[0].dims]
+            return 2 * max(put, default=0)
+        taken = sum(shape.bytes for shape in shapes) if _GATHERS.search(text) else 0
+        return taken + 2 * sum(shape.bytes for shape in shapes if shape.in_hbm)
 
     def _instructions(self, name: str, times: int, fused: bool = False) -> Iterator[Instruction]:
         """Those of a computation and of what it calls; of fusions the inside only if asked for."""

@@ -5,6 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from pkm_jax.memory import value_bag as bag
 from pkm_jax.memory.value_bag import value_bag
 
 
@@ -61,3 +62,18 @@ def test_temporaries_stay_under_an_eighth_of_the_gathered_rows(dtype):
     compiled = jax.jit(jax.value_and_grad(loss, (0, 2))).lower(*arguments).compile()
     gathered = tokens * reads * width * jnp.dtype(dtype).itemsize
     assert compiled.memory_analysis().temp_size_in_bytes < gathered / 8
+
+
+def test_tokens_in_blocks_give_what_they_give_together(monkeypatch):
+    """Seven tokens in blocks of three, two and two: result and gradients, dense and compact."""
+    values, slots, weights, gradient = draw(5)
+
+    def results():
+        result, pull = jax.vjp(lambda v, w: bag.reference(v, slots, w), values, weights)
+        rows, by_read = bag.compact_reference(values, slots, weights, gradient)
+        return result, *pull(gradient), *rows, by_read
+
+    together = results()
+    monkeypatch.setattr(bag, 'BLOCK', 3)
+    for ours, theirs in zip(results(), together, strict=True):
+        np.testing.assert_allclose(ours, theirs, rtol=1e-6, atol=1e-6)

@@ -1,0 +1,55 @@
+"""The table of docs/scaling.md: configurations on topologies, planned without their hardware.
+
+    python -m benchmarks.scaling [--topologies=v5e:4x4,…] [--configs=bert_large,…] [--reports=FOLDER]
+
+Needs the TPU compiler (pip install 'jax[tpu]'), minutes for each combination. With --reports the
+whole of what `pkm_jax.compile_check` prints is kept as a file for each.
+"""
+
+import importlib
+from pathlib import Path
+
+import jax
+from absl import app, flags
+
+from pkm_jax.planning import chips
+from pkm_jax.planning.check import check
+from pkm_jax.planning.report import report
+
+CONFIGS = flags.DEFINE_list('configs', ['bert_base_pkm_pod', 'bert_base_pkm', 'bert_large'],
+                            'Names in configs/.')
+TOPOLOGIES = flags.DEFINE_list('topologies', ['v5e:4x4', 'v5e:16x16', 'v6e:16x16', 'v5p:4x4x4'],
+                               'See pkm_jax.compile_check.')
+REPORTS = flags.DEFINE_string('reports', None, 'Folder for the reports.')
+
+
+def row(name: str, found) -> str:
+    """A line of the table; of a step that the compiler refused, what it would have needed."""
+    plan, needed = found.plan, found.memory
+    fits = 'fits' if found.fits else '**does not fit**'
+    cells = [name, found.topology.name, ' × '.join(map(str, plan.shards)),
+             f'{needed.total / 1e9:.1f} of {needed.available / 1e9:.1f}, {fits}']
+    if found.refusal:
+        return f'| {" | ".join(cells)} | | | | |'
+    seconds = found.seconds
+    cells += [f'{seconds[part] * 1e3:.1f}' for part in ('arithmetic', 'HBM', 'links')]
+    tokens = found.config.train.batch * found.config.data.length / found.step_seconds
+    return f'| {" | ".join([*cells, f"{tokens / 1e6:.2f}"])} |'
+
+
+def main(_):
+    jax.config.update('jax_platforms', 'cpu')
+    print(f'jax {jax.__version__}\n\n| configuration | topology | data × rows × columns | GB of a chip | '
+          'arithmetic, ms | HBM, ms | links, ms | million tokens/s |\n' + '| --- ' * 8 + '|')
+    for topology in TOPOLOGIES.value:
+        for name in CONFIGS.value:
+            config = importlib.import_module(f'configs.{name}').get_config()
+            found = check(config, chips.parse(topology))
+            print(row(f'`{name}`', found), flush=True)
+            if REPORTS.value:
+                path = Path(REPORTS.value) / f'{name}_{topology.replace(":", "_")}.txt'
+                path.write_text(report(found, name) + '\n')
+
+
+if __name__ == '__main__':
+    app.run(main)
