@@ -10,10 +10,10 @@ import importlib
 from pathlib import Path
 
 import jax
-from absl import app, flags
+from absl import app, flags, logging
 
 from pkm_jax.planning import chips
-from pkm_jax.planning.check import check
+from pkm_jax.planning.check import Check, check
 from pkm_jax.planning.report import report
 
 CONFIGS = flags.DEFINE_list('configs', ['bert_base_pkm_pod', 'bert_base_pkm', 'bert_large'],
@@ -23,7 +23,7 @@ TOPOLOGIES = flags.DEFINE_list('topologies', ['v5e:4x4', 'v5e:16x16', 'v6e:16x16
 REPORTS = flags.DEFINE_string('reports', None, 'Folder for the reports.')
 
 
-def row(name: str, found) -> str:
+def row(name: str, found: Check) -> str:
     """A line of the table; of a step that the compiler refused, what it would have needed."""
     plan, needed = found.plan, found.memory
     fits = 'fits' if found.fits else '**does not fit**'
@@ -38,6 +38,7 @@ def row(name: str, found) -> str:
 
 
 def main(_):
+    logging.set_verbosity(logging.WARNING)
     jax.config.update('jax_platforms', 'cpu')
     print(f'jax {jax.__version__}\n\n| configuration | topology | data × rows × columns | GB of a chip | '
           'arithmetic, ms | HBM, ms | links, ms | million tokens/s |\n' + '| --- ' * 8 + '|')

@@ -90,7 +90,11 @@ def activations(config: ml_collections.ConfigDict, model: BertConfig, plan: Plan
 def gradients(
     given: dict[str, int], config: ml_collections.ConfigDict, model: BertConfig, plan: Plan,
 ) -> int:
-    """Bytes of all gradients on one device, float32: of a table dense, or compact."""
+    """Bytes of all gradients on one device, float32: of a table dense, or compact.
+
+    For compact rows every device sorts the reads of the whole part: slots and weights as gathered
+    and as sorted, 16 bytes a read.
+    """
     dense = given['backbone parameters']
     if not model.memory_layers:
         return dense
@@ -98,4 +102,5 @@ def gradients(
         return dense + given['value tables']
     reads = config.data.length * model.memory.heads * model.memory.top_k * (
         config.train.batch // config.train.accumulate)
-    return dense + compact_bytes(plan.shards, tables_of(model), reads, config.train.accumulate)
+    return dense + 16 * reads + compact_bytes(plan.shards, tables_of(model), reads,
+                                              config.train.accumulate)
