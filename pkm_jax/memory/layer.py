@@ -12,6 +12,7 @@ from jaxtyping import Array, Bool, Float, Int32, Key
 
 from pkm_jax.memory import sharding
 from pkm_jax.memory.dropout import dropout
+from pkm_jax.memory.query_norm import QueryNorm
 
 QUERY_NORMS = ('none', 'layer', 'batch')
 
@@ -68,56 +69,6 @@ class MemoryReads(NamedTuple):
     touched: tuple = ()             # ids and count of the rows that `delta` stands for, if given
 
 
-class QueryNorm(nnx.Module):
-    """Layer norm over each half of a query, or batch norm over the real tokens of the batch.
-
-    Batch norm follows Lample et al. 2019 (momentum 0.1, unbiased running variance); it hands its
-    new running statistics back instead of writing them, so that it can be rematerialised.
-    """
-    epsilon = 1e-5
-    momentum = 0.1
-
-    def __init__(self, kind: str, shape: tuple[int, ...]):
-        self.kind = kind
-        self.scale = nnx.Param(jnp.ones(shape))
-        self.bias = nnx.Param(jnp.zeros(shape))
-        if kind == 'batch':
-            self.mean = nnx.BatchStat(jnp.zeros(shape))
-            self.var = nnx.BatchStat(jnp.ones(shape))
-
-    def __call__(
-        self, query: Float[Array, 'T H 2 half'], real: Bool[Array, 'T'], training: bool,
-    ) -> tuple[Float[Array, 'T H 2 half'], dict]:
-        query = query.astype(jnp.float32)
-        statistics = {}
-        if self.kind == 'layer':
-            mean, var = query.mean(-1, keepdims=True), query.var(-1, keepdims=True)
-        elif training:
-            mean, var, statistics = self._of_batch(query, real)
-        else:
-            mean, var = self.mean[None], self.var[None]
-        normed = (query - mean) * jax.lax.rsqrt(var + self.epsilon)
-        return normed * self.scale[None] + self.bias[None], statistics
-
-    def _of_batch(self, query, real):
-        """Mean and variance over the real tokens, and the running statistics after this batch."""
-        real = real[:, None, None, None]
-        count = jnp.maximum(jnp.sum(real, dtype=jnp.float32), 1)
-        mean = jnp.sum(jnp.where(real, query, 0), axis=0, keepdims=True) / count
-        deviation = jnp.where(real, query - mean, 0)
-        var = jnp.sum(jnp.square(deviation), axis=0, keepdims=True) / count
-        unbiased = var * count / jnp.maximum(count - 1, 1)
-        statistics = {
-            'mean': _towards(self.mean[...], mean[0], self.momentum),
-            'var': _towards(self.var[...], unbiased[0], self.momentum),
-        }
-        return mean, var, statistics
-
-
-def _towards(running, new, momentum):
-    return running + momentum * (jax.lax.stop_gradient(new) - running)
-
-
 class ProductKeyMemory(nnx.Module):
     """A memory of N² value rows that every token reads H·K of (Lample et al. 2019, section 3).
 
@@ -158,7 +109,7 @@ class ProductKeyMemory(nnx.Module):
         statistics = {}
         if config.query_norm != 'none':
             query, statistics = self.query_norm(query, real, training)
-        query = dropout(query, config.query_dropout, keys[1]).astype(self.dtype)
+        query = dropout(query, config.query_dropout, keys[1])
 
         scores, slots = sharding.top_k_product_keys(
             query, self.codebooks[...].astype(self.dtype), config.top_k)

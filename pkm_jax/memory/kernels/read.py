@@ -29,11 +29,13 @@ def value_bag(
 
     The gradient of `values` is dense and in their dtype, each row summed in float32.
     """
+    if slots.shape[1] == 1:     # a gather
+        return (values[slots[:, 0]] * weights.astype(jnp.float32)).astype(values.dtype)
     return read_rows(values, slots, weights)
 
 
 def _forward(values, slots, weights):
-    return read_rows(values, slots, weights), (values, slots, weights)
+    return value_bag(values, slots, weights), (values, slots, weights)
 
 
 def _backward(residuals, gradient):
