@@ -1,6 +1,5 @@
 """Compiles the training step of a configuration for devices that are not here, and measures it."""
 
-import contextlib
 import math
 import re
 import time
@@ -90,33 +89,50 @@ def check(config: ml_collections.ConfigDict, topology: Topology) -> Check:
         given = memory.arguments(program.abstract, batch)
         lowered = program.take_step.lower(program.abstract, batch)
     start = time.perf_counter()
-    try:
-        with _uncached():
-            compiled, refusal = lowered.compile(), ''
-    except jax.errors.JaxRuntimeError as error:
-        if 'RESOURCE_EXHAUSTED' not in str(error):
-            raise
-        compiled, refusal = None, str(error)
+    compiled, refusal = _compile(lowered)
     seconds = time.perf_counter() - start
     flops = training_flops(model, config.data.length, config.data.max_predictions)
     flops *= config.train.batch * config.data.length / count
     if refusal:
         given = given | {memory.TEMPORARY: _refused_bytes(refusal)}
-        return Check(topology, config, plan, Memory(given, available), refusal, flops,
-                     *[math.nan] * 3, 0, (), (), seconds)
+        return Check(topology, config, plan, Memory(given, available), refusal, flops, 0., 0., 0., 0,
+                     (), (), seconds)
     needed = (memory.of_compiled(given, compiled) if topology.is_tpu else
               memory.estimated(given, config, model, plan))
-    text = hlo.Program(compiled.as_text())
-    places = [getattr(device, 'coords', ()) for device in mesh.devices.reshape(-1)]
-    exchanges = []
-    for one in text.collectives(count):
-        rate = chips.link_rate(topology, [places[i] for i in one.groups[0]])
-        exchanges.append(Exchange(one, one.axes(dict(mesh.shape)), one.bytes_sent / rate))
-    costs = compiled.cost_analysis()
+    text, costs = hlo.Program(compiled.as_text()), compiled.cost_analysis()
+    exchanges = _exchanges(text, topology, mesh)
     return Check(topology, config, plan, Memory(needed, available), '', flops,
                  costs['flops'], costs['bytes accessed'], text.uncounted_bytes(),
-                 text.unknown_loops(), tuple(exchanges),
+                 text.unknown_loops(), exchanges,
                  table_sized([exchange.collective for exchange in exchanges], plan, model), seconds)
+
+
+def _compile(lowered):
+    """The compiled step, or what its compiler said for want of memory.
+
+    Without JAX's cache: programs for other machines cannot be read back from it.
+    """
+    cache = jax.config.jax_compilation_cache_dir
+    jax.config.update('jax_compilation_cache_dir', None)
+    compilation_cache.reset_cache()
+    try:
+        return lowered.compile(), ''
+    except jax.errors.JaxRuntimeError as error:
+        if 'RESOURCE_EXHAUSTED' not in str(error):
+            raise
+        return None, str(error)
+    finally:
+        jax.config.update('jax_compilation_cache_dir', cache)
+        compilation_cache.reset_cache()
+
+
+def _exchanges(text, topology, mesh):
+    places = [getattr(device, 'coords', ()) for device in mesh.devices.reshape(-1)]
+    exchanges = []
+    for one in text.collectives(mesh.size):
+        rate = chips.link_rate(topology, [places[i] for i in one.groups[0]])
+        exchanges.append(Exchange(one, one.axes(dict(mesh.shape)), one.bytes_sent / rate))
+    return tuple(exchanges)
 
 
 def table_sized(
@@ -140,19 +156,6 @@ def table_sized(
 
     return tuple(f'{one.kind} of {shape}' for one in collectives for shape in one.shapes
                  if is_table(shape.dims) and (plan.sparse or one.kind != 'all-reduce'))
-
-
-@contextlib.contextmanager
-def _uncached():
-    """Without JAX's cache of compiled programs: those for other machines cannot be read back."""
-    before = jax.config.jax_compilation_cache_dir
-    jax.config.update('jax_compilation_cache_dir', None)
-    compilation_cache.reset_cache()
-    try:
-        yield
-    finally:
-        jax.config.update('jax_compilation_cache_dir', before)
-        compilation_cache.reset_cache()
 
 
 def _refused_bytes(refusal):
