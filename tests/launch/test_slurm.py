@@ -38,7 +38,7 @@ def test_a_dry_run_prints_what_a_job_runs(batch, read):
     dry = batch('--dry-run', *ARGUMENTS, SLURM_JOB_ID='')
     assert (dry.status, dry.called) == (0, [])
     first, second = dry.printed.splitlines()
-    assert read(first) == [SRUN] and second == 'scontrol requeue     # after status 143'
+    assert read(first) == [SRUN] and second == 'scontrol requeue JOB    # after status 143'
     wet = batch(*ARGUMENTS)
     assert (wet.status, wet.called) == (0, [SRUN])
 
