@@ -77,9 +77,9 @@ def _step(check):
         f'  arithmetic  {seconds["arithmetic"] * 1e3:9.2f} ms   {check.flops / 1e12:.3f} TFLOP of the '
         f'model at {chip.flops / 1e12:,.0f} TFLOP/s (XLA counts {check.counted_flops / 1e12:.3f}: loop '
         f'bodies once)',
-        f'  HBM         {seconds["HBM"] * 1e3:9.2f} ms   {_gb(check.counted_bytes)} GB as XLA counts, '
-        f'loop bodies once, and {_gb(check.loop_bytes)} GB in their other iterations{loops}, at '
-        f'{chip.bandwidth / 1e9:,.0f} GB/s',
+        f'  HBM         {seconds["HBM"] * 1e3:9.2f} ms   {_gb(check.counted_bytes)} GB as XLA counts '
+        f'(also what stays on the chip; loop bodies once), {_gb(check.loop_bytes)} GB in their other '
+        f'iterations{loops}, at {chip.bandwidth / 1e9:,.0f} GB/s',
         f'  links       {seconds["links"] * 1e3:9.2f} ms   ring algorithms, at '
         f'{chip.links / 1e9:,.0f} GB/s over all links',
         f'  estimate    {check.step_seconds * 1e3:9.2f} ms   the longer of arithmetic and HBM, and '
