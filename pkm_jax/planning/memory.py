@@ -70,15 +70,15 @@ def activations(config: ml_collections.ConfigDict, model: BertConfig, plan: Plan
 
     Per token and block, in numbers of the compute dtype: input, query, key, value, context and
     attention's output of D, two of the feed-forward width F; the float32 sums before both norms;
-    a byte for each dropped number. Attention that drops weights keeps them, with their mask and a
-    float32 copy, [heads, L, L]. With rematerialisation a block's input and the inside of one block.
+    a byte for each dropped number. Attention that drops weights keeps them before and after, [heads,
+    L, L]. With rematerialisation a block's input and the inside of one block.
     """
     rows = config.train.batch // config.train.accumulate // math.prod(plan.shards)
     tokens, item = rows * config.data.length, jnp.dtype(model.dtype).itemsize
     block = 6 * item * model.width + 8 * model.width + 2 * item * model.feed_forward_width
     block += 2 * model.width * bool(model.dropout)
     if model.attention_dropout:
-        block += model.attention_heads * config.data.length * (2 * item + 1 + 4)
+        block += model.attention_heads * config.data.length * 2 * item
     blocks = (model.layers * item * model.width + block) if model.remat else model.layers * block
     memory = model.memory
     reads = memory.heads * (memory.top_k * 8 + memory.query_width * (4 + item)

@@ -112,7 +112,7 @@ def advice(check: Check) -> str:
             changes += ['model.remat = True']
         if config.model.attention_dropout:
             changes += ['model.attention_dropout = 0']
-        if check.plan.sparse:
+        if check.plan.sparse and check.plan.shards.data > 1:
             changes += ['more memory.shards, which split the rows of an update too']
     elif tables > backbone:
         changes += ["memory.values_dtype = 'bfloat16'", "train.values_optimizer = 'rowwise_adam' "
