@@ -113,10 +113,11 @@ def link_rate(topology: Topology, places: Sequence[Sequence[int]]) -> float:
 
 
 def _cpu_devices(count):
-    try:
-        jax.config.update('jax_num_cpu_devices', count)
-    except RuntimeError:
-        pass    # JAX runs already: what there is may be enough
+    if jax.config.jax_num_cpu_devices < count:
+        try:
+            jax.config.update('jax_num_cpu_devices', count)
+        except RuntimeError:
+            pass    # JAX runs already: what there is may be enough
     found = jax.devices('cpu')
     if len(found) < count:
         raise ValueError(f'{count} GPUs are planned with as many CPU devices, of which this '

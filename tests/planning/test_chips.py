@@ -37,6 +37,7 @@ def test_gpus_of_several_hosts_share_a_network():
 
 
 def test_gpus_are_planned_with_cpu_devices():
+    assert len(jax.devices('cpu')) == 8
     assert chips.devices(chips.parse('h200:4')) == jax.devices('cpu')[:4]
     with pytest.raises(ValueError, match='16 GPUs .* has 8: set JAX_NUM_CPU_DEVICES=16'):
         chips.devices(chips.parse('h200:16'))
