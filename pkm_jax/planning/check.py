@@ -48,10 +48,11 @@ class Check(NamedTuple):
 
     @property
     def seconds(self) -> dict[str, float]:
-        """Of a step at the chip's peak rates, by what takes them."""
+        """Of a step at the chip's peak rates, by what takes them; for GPUs without HBM, of which a
+        program for CPUs says nothing."""
         chip = self.topology.chip
-        return {'arithmetic': self.flops / chip.flops,
-                'HBM': (self.counted_bytes + self.loop_bytes) / chip.bandwidth,
+        moved = self.counted_bytes + self.loop_bytes if self.topology.is_tpu else 0.
+        return {'arithmetic': self.flops / chip.flops, 'HBM': moved / chip.bandwidth,
                 'links': sum(exchange.seconds for exchange in self.exchanges)}
 
     @property

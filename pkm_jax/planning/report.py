@@ -70,20 +70,26 @@ def _largest(shapes):
 def _step(check):
     chip, seconds = check.topology.chip, check.seconds
     tokens = check.config.train.batch * check.config.data.length
-    loops = (f'; {check.unknown_loops} loops of unknown length as one iteration'
+    loops = (f', {check.unknown_loops} loops of unknown length as one iteration'
              if check.unknown_loops else '')
+    moved = (f'{_gb(check.counted_bytes)} GB as XLA counts (also what stays on the chip; loop bodies '
+             f'once), {_gb(check.loop_bytes)} GB in their other iterations{loops}, at '
+             f'{chip.bandwidth / 1e9:,.0f} GB/s' if check.topology.is_tpu else
+             'not known: the program for CPUs moves other bytes than that for GPUs')
     return [
         'a step of a device, at peak rates',
-        f'  arithmetic  {seconds["arithmetic"] * 1e3:9.2f} ms   {check.flops / 1e12:.3f} TFLOP of the '
-        f'model at {chip.flops / 1e12:,.0f} TFLOP/s (XLA counts {check.counted_flops / 1e12:.3f}: loop '
-        f'bodies once)',
-        f'  HBM         {seconds["HBM"] * 1e3:9.2f} ms   {_gb(check.counted_bytes)} GB as XLA counts '
-        f'(also what stays on the chip; loop bodies once), {_gb(check.loop_bytes)} GB in their other '
-        f'iterations{loops}, at {chip.bandwidth / 1e9:,.0f} GB/s',
-        f'  links       {seconds["links"] * 1e3:9.2f} ms   ring algorithms, at '
-        f'{chip.links / 1e9:,.0f} GB/s over all links',
-        f'  estimate    {check.step_seconds * 1e3:9.2f} ms   the longer of arithmetic and HBM, and '
-        f'then the links: {tokens / check.step_seconds:,.0f} tokens/s of all devices']
+        f'  arithmetic  {_ms(seconds["arithmetic"])}   {check.flops / 1e12:.3f} TFLOP of the model at '
+        f'{chip.flops / 1e12:,.0f} TFLOP/s (XLA counts {check.counted_flops / 1e12:.3f}: loop bodies '
+        f'once)',
+        f'  HBM         {_ms(seconds["HBM"])}   {moved}',
+        f'  links       {_ms(seconds["links"])}   ring algorithms, at {chip.links / 1e9:,.0f} GB/s '
+        f'over all links',
+        f'  estimate    {_ms(check.step_seconds)}   the longer of arithmetic and HBM, then the links: '
+        f'{tokens / check.step_seconds:,.0f} tokens/s of all devices']
+
+
+def _ms(seconds):
+    return f'{seconds * 1e3:9.2f} ms'
 
 
 def verdict(check: Check) -> list[str]:
