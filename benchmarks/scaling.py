@@ -1,6 +1,6 @@
 """The table of docs/scaling.md: configurations on topologies, planned without their hardware.
 
-    python -m benchmarks.scaling [--topologies=v5e:4x4,…] [--configs=bert_large,…] [--reports=FOLDER]
+    python -m benchmarks.scaling [--topologies=v5e:4x4,…] [--configs=bert_large,…] [--reports=DIR]
 
 Needs the TPU compiler (pip install 'jax[tpu]'), minutes for each combination. With --reports the
 whole of what `pkm_jax.compile_check` prints is kept as a file for each.
@@ -40,8 +40,8 @@ def row(name: str, found: Check) -> str:
 def main(_):
     logging.set_verbosity(logging.WARNING)
     jax.config.update('jax_platforms', 'cpu')
-    print(f'jax {jax.__version__}\n\n| configuration | topology | data × rows × columns | GB of a chip | '
-          'arithmetic, ms | HBM, ms | links, ms | million tokens/s |\n' + '| --- ' * 8 + '|')
+    print(f'jax {jax.__version__}\n\n| configuration | topology | data × rows × columns | '
+          'GB of a chip | arithmetic, ms | HBM, ms | links, ms | million tokens/s |\n' + '| --- ' * 8 + '|')
     for topology in TOPOLOGIES.value:
         for name in CONFIGS.value:
             config = importlib.import_module(f'configs.{name}').get_config()

@@ -20,8 +20,9 @@ from pkm_jax.planning.report import report
 from pkm_jax.training import settings
 
 CONFIG = config_flags.DEFINE_config_file('config', help_string='configs/NAME.py')
-TOPOLOGY = flags.DEFINE_string('topology', None, f'chips along each dimension, or number of GPUs, of '
-                               f'{", ".join(chips.CHIPS)}: v5e:16x16, v5p:4x4x4, h200:8')
+TOPOLOGY = flags.DEFINE_string(
+    'topology', None, f'chips along each dimension, or number of GPUs, of {", ".join(chips.CHIPS)}: '
+    f'v5e:16x16, v5p:4x4x4, h200:8')
 
 
 def run(config: ml_collections.ConfigDict, topology: str) -> bool:

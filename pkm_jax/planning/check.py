@@ -24,7 +24,7 @@ RESERVED = GIB // 4     # of a device's memory: what the v5e compiler leaves to 
 
 
 class Exchange(NamedTuple):
-    """A collective of a step, the axes of the mesh that it crosses, and seconds at the links' rate."""
+    """A collective of a step, the mesh axes that it crosses, and its seconds at the links' rate."""
     collective: Collective
     axes: str
     seconds: float
@@ -96,8 +96,8 @@ def check(config: ml_collections.ConfigDict, topology: Topology) -> Check:
     flops *= config.train.batch * config.data.length / count
     if refusal:
         given = given | {memory.TEMPORARY: _refused_bytes(refusal)}
-        return Check(topology, config, plan, Memory(given, available), refusal, flops, 0., 0., 0., 0,
-                     (), (), seconds)
+        return Check(topology, config, plan, Memory(given, available), refusal, flops, 0., 0., 0.,
+                     0, (), (), seconds)
     needed = (memory.of_compiled(given, compiled) if topology.is_tpu else
               memory.estimated(given, config, model, plan))
     text, costs = hlo.Program(compiled.as_text()), compiled.cost_analysis()

@@ -1,4 +1,4 @@
-"""The devices that a plan can be made for: what their makers publish, and how they are connected."""
+"""The devices that a plan can be made for: what their makers publish, and their links."""
 
 import math
 import os
@@ -23,7 +23,7 @@ class Chip(NamedTuple):
     network: float = 0.     # of GPUs: bytes sent to another host
 
 
-# TPUs: cloud.google.com/tpu/docs/{v5e,v6e,v5p,v4}, where links are given in both directions together;
+# TPUs: cloud.google.com/tpu/docs/{v5e,v6e,v5p,v4}, which give links in both directions together;
 # those of v4 from Jouppi et al. 2023 (arXiv 2304.01433): 6 links of 50 GB/s. GPUs: NVIDIA's data
 # sheets of the SXM modules, half of what they give for both directions of NVLink, and one port a
 # GPU of the DGX's network (400 Gb/s, A100: 200 Gb/s).

@@ -161,7 +161,8 @@ def _collective(text, times, devices):
     elif kind == 'reduce-scatter':
         shapes = [shape._replace(dims=(shape.dims[0] * len(groups[0]), *shape.dims[1:]))
                   for shape in shapes]
-    return Collective('reduce-scatter' if kind == _SCATTERED else kind, tuple(shapes), groups, times)
+    kind = 'reduce-scatter' if kind == _SCATTERED else kind
+    return Collective(kind, tuple(shapes), groups, times)
 
 
 def _shapes(text: str) -> list[Shape]:
@@ -198,7 +199,9 @@ def _lists(text):
     return tuple(tuple(map(int, ids.split(','))) for ids in re.findall(r'\{([\d,]+)\}', text))
 
 
-def _along(ids: np.ndarray, names: Sequence[str], axes: Sequence[str]) -> tuple[tuple[int, ...], ...]:
+def _along(
+    ids: np.ndarray, names: Sequence[str], axes: Sequence[str],
+) -> tuple[tuple[int, ...], ...]:
     """The groups of positions that differ along some of the named axes only."""
     chosen = [names.index(axis) for axis in axes]
     rest = [axis for axis in range(ids.ndim) if axis not in chosen]

@@ -39,7 +39,7 @@ class Memory(NamedTuple):
 
 
 def arguments(state, batch) -> dict[str, int]:
-    """Bytes per device of the arrays that a step is given, by kind; what it returns replaces them."""
+    """Bytes per device of the arrays that a step is given, by kind; it returns as much."""
     by_kind = dict.fromkeys(sorted({kind for _, kind in KINDS}, key=[k for _, k in KINDS].index), 0)
     for path, leaf in jax.tree_util.tree_leaves_with_path((state, batch)):
         name = jax.tree_util.keystr(path, simple=True, separator='/')
@@ -70,8 +70,8 @@ def activations(config: ml_collections.ConfigDict, model: BertConfig, plan: Plan
 
     Per token and block, in numbers of the compute dtype: input, query, key, value, context and
     attention's output of D, two of the feed-forward width F; the float32 sums before both norms;
-    a byte for each dropped number. Attention that drops weights keeps them before and after, [heads,
-    L, L]. With rematerialisation a block's input and the inside of one block.
+    a byte for each dropped number. Attention that drops weights keeps them before and after,
+    [heads, L, L]. With rematerialisation a block's input and the inside of one block.
     """
     rows = config.train.batch // config.train.accumulate // math.prod(plan.shards)
     tokens, item = rows * config.data.length, jnp.dtype(model.dtype).itemsize

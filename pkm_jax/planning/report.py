@@ -23,8 +23,8 @@ def report(check: Check, name: str) -> str:
 def _title(check, name):
     shards = ', '.join(f'{axis} {size}' for axis, size in check.plan.shards._asdict().items())
     how = 'compiled' if check.topology.is_tpu else 'compiled for as many CPU devices'
-    return (f'{name} on {check.topology.name}: {math.prod(check.topology.shape)} devices as {shards}'
-            f'; {how} in {check.compile_seconds:.0f} s, jax {jax.__version__}')
+    return (f'{name} on {check.topology.name}: {math.prod(check.topology.shape)} devices as '
+            f'{shards}; {how} in {check.compile_seconds:.0f} s, jax {jax.__version__}')
 
 
 def _memory(check):
@@ -72,20 +72,20 @@ def _step(check):
     tokens = check.config.train.batch * check.config.data.length
     loops = (f', {check.unknown_loops} loops of unknown length as one iteration'
              if check.unknown_loops else '')
-    moved = (f'{_gb(check.counted_bytes)} GB as XLA counts (also what stays on the chip; loop bodies '
-             f'once), {_gb(check.loop_bytes)} GB in their other iterations{loops}, at '
+    moved = (f'{_gb(check.counted_bytes)} GB as XLA counts (also what stays on the chip; loop '
+             f'bodies once), {_gb(check.loop_bytes)} GB in their other iterations{loops}, at '
              f'{chip.bandwidth / 1e9:,.0f} GB/s' if check.topology.is_tpu else
              'not known: the program for CPUs moves other bytes than that for GPUs')
     return [
         'a step of a device, at peak rates',
-        f'  arithmetic  {_ms(seconds["arithmetic"])}   {check.flops / 1e12:.3f} TFLOP of the model at '
-        f'{chip.flops / 1e12:,.0f} TFLOP/s (XLA counts {check.counted_flops / 1e12:.3f}: loop bodies '
-        f'once)',
+        f'  arithmetic  {_ms(seconds["arithmetic"])}   {check.flops / 1e12:.3f} TFLOP of the model '
+        f'at {chip.flops / 1e12:,.0f} TFLOP/s (XLA counts {check.counted_flops / 1e12:.3f}: loop '
+        f'bodies once)',
         f'  HBM         {_ms(seconds["HBM"])}   {moved}',
         f'  links       {_ms(seconds["links"])}   ring algorithms, at {chip.links / 1e9:,.0f} GB/s '
         f'over all links',
-        f'  estimate    {_ms(check.step_seconds)}   the longer of arithmetic and HBM, then the links: '
-        f'{tokens / check.step_seconds:,.0f} tokens/s of all devices']
+        f'  estimate    {_ms(check.step_seconds)}   the longer of arithmetic and HBM, then the links'
+        f': {tokens / check.step_seconds:,.0f} tokens/s of all devices']
 
 
 def _ms(seconds):

@@ -62,8 +62,8 @@ def make_plan(
         return numbers * per_number / (shards.rows * shards.columns) + (compact if sparse else 0)
 
     shards, why_shards = _choose_shards(config.memory.shards, tables, devices, size, device_bytes)
-    reasons = [f'value tables: {tables.number} of {tables.slots:,} × {tables.width:,}, {why_sparse}; '
-               f'{why_shards}']
+    reasons = [f'value tables: {tables.number} of {tables.slots:,} × {tables.width:,}, '
+               f'{why_sparse}; {why_shards}']
     if sparse and shards.data > 1:
         what, received = exchange(shards, tokens, reads, tables.slots, tables.width, itemsize)
         choices = ', '.join(f'{count:,} bytes as {name}' for name, count in received.items())

@@ -1,4 +1,4 @@
-"""Collectives and loops, read from the text of programs: compiled here, and as TPUs' are written."""
+"""Collectives and loops, read from the text of programs: compiled here, and as TPUs' are."""
 
 import functools
 
@@ -155,6 +155,6 @@ def test_collectives_as_tpus_fuse_them():
 
 
 def test_loops_as_tpus_have_them():
-    """Two more iterations: a result that leaves the chip, three rows taken, two changed in place."""
+    """Two more iterations: a result leaves the chip, three rows are taken, two put in place."""
     assert hlo.Program(TPU).uncounted_bytes() == 2 * (2 * 4 * 8 + 3 * 8 + 2 * 2 * 8) * 4
     assert hlo.Program(TPU).unknown_loops() == 0
