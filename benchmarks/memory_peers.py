@@ -22,7 +22,7 @@ def retrieval(k):
         slots = (key[:, :, 0, :, None] * n_keys + key[:, :, 1, None, :]).flatten(2)
         scores, at = pairs.topk(k)
         return scores, slots.gather(2, at)
-    return _eager_and_compiled(search)
+    return eager_and_compiled(search)
 
 
 def read(backward):
@@ -35,10 +35,11 @@ def read(backward):
         values, weights = values.requires_grad_(), weights.requires_grad_()
         out = forward_only(values, slots, weights, None)
         return out, *torch.autograd.grad(out, (values, weights), gradient)
-    return _eager_and_compiled(with_backward if backward else forward_only)
+    return eager_and_compiled(with_backward if backward else forward_only)
 
 
-def _eager_and_compiled(function):
+def eager_and_compiled(function):
+    """{name: function of jax arrays} of a function of PyTorch tensors; {} without PyTorch."""
     if torch is None:
         return {}
     return {'PyTorch': _on_torch(function), 'compiled': _on_torch(torch.compile(function))}
