@@ -134,6 +134,17 @@ def test_what_cannot_be_planned_is_refused():
 
 
 @needs_tpu_compiler
+@pytest.mark.parametrize('topology', ['v5e:4x4', 'v6e:4x8', 'v5p:4x4x4', 'v4:2x2x1'])
+def test_every_layout_finds_its_place_on_a_torus(topology):
+    devices = chips.devices(chips.parse(topology))
+    for rows, columns in [(1, 1), (2, 1), (1, 2), (2, 2), (4, 1), (1, 4)]:
+        shards = Shards(len(devices) // (rows * columns), rows, columns)
+        mesh = make_mesh(shards, devices)
+        assert mesh.devices.shape == shards
+        assert {device.id for device in mesh.devices.flat} == {device.id for device in devices}
+
+
+@needs_tpu_compiler
 @pytest.mark.slow
 def test_the_pod_configuration_fits():
     found = checks.check(bert_base_pkm_pod.get_config(), chips.parse('v5e:16x16'))

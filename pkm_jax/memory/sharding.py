@@ -13,6 +13,7 @@ from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
+from jax.experimental import mesh_utils
 from jax.sharding import AxisType, Mesh, PartitionSpec as P
 from jaxtyping import Array, Float, Int32
 
@@ -36,9 +37,11 @@ class Shards(NamedTuple):
 def make_mesh(shards: Shards, devices: Sequence[jax.Device] | None = None) -> Mesh:
     """A mesh with the axes 'data', 'rows' and 'columns'; a memory group's devices are adjacent.
 
-    Of all devices, or of those given, which need not be there (planning/).
+    Of all devices, or of those given, which need not be there (planning/). Unlike `jax.make_mesh`
+    it also splits the axes of a TPU's torus, where a layout is not a product of whole ones.
     """
-    return jax.make_mesh(shards, AXES, axis_types=(AxisType.Auto,) * len(AXES), devices=devices)
+    placed = mesh_utils.create_device_mesh(shards, devices, allow_split_physical_axes=True)
+    return Mesh(placed, AXES, axis_types=(AxisType.Auto,) * len(AXES))
 
 
 def shards_in_use() -> Shards:
