@@ -19,12 +19,6 @@ from pkm_jax.planning.check import check
 from pkm_jax.planning.report import report
 from pkm_jax.training import settings
 
-CONFIG = config_flags.DEFINE_config_file('config', help_string='configs/NAME.py')
-TOPOLOGY = flags.DEFINE_string(
-    'topology', None, f'chips along each dimension, or number of GPUs, of {", ".join(chips.CHIPS)}: '
-    f'v5e:16x16, v5p:4x4x4, h200:8')
-
-
 def run(config: ml_collections.ConfigDict, topology: str) -> bool:
     """Prints the plan of every run of a configuration; whether all of them fit.
 
@@ -43,7 +37,7 @@ def main(_) -> None:
     logging.set_verbosity(logging.WARNING)
     jax.config.update('jax_platforms', 'cpu')     # what is here takes no part
     try:
-        fits = run(CONFIG.value, TOPOLOGY.value)
+        fits = run(flags.FLAGS.config, flags.FLAGS.topology)
     except (ValueError, ModuleNotFoundError) as error:
         place = traceback.extract_tb(error.__traceback__)[-1].filename
         if Path(__file__).parent not in Path(place).parents:
@@ -53,6 +47,10 @@ def main(_) -> None:
     sys.exit(0 if fits else 1)
 
 
-if __name__ == '__main__':
+if __name__ == '__main__':      # defined here: pretrain.py has a flag of the same name
+    config_flags.DEFINE_config_file('config', help_string='configs/NAME.py')
+    flags.DEFINE_string(
+        'topology', None, 'chips along each dimension, or number of GPUs, of '
+        f'{", ".join(chips.CHIPS)}: v5e:16x16, v5p:4x4x4, h200:8')
     flags.mark_flags_as_required(['config', 'topology'])
     app.run(main)
