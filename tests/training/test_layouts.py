@@ -21,8 +21,9 @@ from pkm_jax.training.step import train_step
 LENGTH, PREDICTIONS, ROWS = 8, 3, 16
 MODEL = BertConfig(
     vocab_size=40, layers=1, width=16, attention_heads=2, feed_forward_width=16, max_length=8,
-    dropout=0., attention_dropout=0., memory_layers=(0,), placement='add',
-    memory=MemoryConfig(sub_keys=8, heads=2, top_k=2, query_width=6, query_norm='batch'))
+    dropout=0.1, attention_dropout=0.1, memory_layers=(0,), placement='add',
+    memory=MemoryConfig(sub_keys=8, heads=2, top_k=2, query_width=6, query_norm='batch',
+                        input_dropout=0.1, query_dropout=0.1, value_dropout=0.1))
 SHARED = dataclasses.replace(MODEL, layers=2, memory_layers=(0, 1), shared_values=True, remat=True)
 ONE = Shards()
 LAYOUTS = [Shards(1, 8, 1), Shards(1, 1, 8), Shards(1, 2, 4), Shards(2, 4, 1), Shards(2, 1, 4),
