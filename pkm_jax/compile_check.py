@@ -19,6 +19,7 @@ from pkm_jax.planning.check import check
 from pkm_jax.planning.report import report
 from pkm_jax.training import settings
 
+
 def run(config: ml_collections.ConfigDict, topology: str) -> bool:
     """Prints the plan of every run of a configuration; whether all of them fit.
 
