@@ -2,7 +2,7 @@ r"""BERT-base with one memory of 4096² slots: 12.9 billion value parameters on 
 
     python -m pkm_jax.compile_check --config=configs/bert_base_pkm_pod.py --topology=v5e:16x16
     launch/tpu_pod.sh --name=pod --zone=ZONE --workdir=gs://BUCKET/runs/pod run \
-        --config=configs/bert_base_pkm_pod.py --config.data.corpus=/mnt/corpora/wikipedia
+        --config=configs/bert_base_pkm_pod.py --config.data.corpus=/mnt/gcs/BUCKET/corpora/wikipedia
 
 For 256 chips of v5e (16 GB), which the first command plans without any: the table is split into 16
 parts by rows and 4 by columns, four times over, and a chip is filled to about two thirds. What it

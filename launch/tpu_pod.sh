@@ -94,7 +94,9 @@ create() {
     case $state in
         '') ;;
         READY) echo "$name is there: used as it is."; return ;;
-        *) die "$name is $state: delete it, then create it again; its run goes on." ;;
+        PREEMPTED | TERMINATED | STOPPED)
+            die "$name is $state: delete it, then create it again; its run goes on." ;;
+        *) die "$name is $state: wait until it is READY." ;;
     esac
     if [[ $queued ]]; then
         do_it gcloud compute tpus queued-resources create "$name" "--node-id=$name" "${where[@]}" \
@@ -138,8 +140,9 @@ run() {
             folder=/mnt/gcs/${workdir#gs://}
             # Checkpoints are finished by renaming their folder.
             # shellcheck disable=SC2016  # the worker's $USER
-            printf -v mount 'mountpoint -q %q || { sudo install -d -o "$USER" %q &&
-    gcsfuse --implicit-dirs --rename-dir-limit=1000000 %q %q; }' "$here" "$here" "$bucket" "$here"
+            printf -v mount 'mountpoint -q %q || sudo install -d -o "$USER" %q
+mountpoint -q %q || gcsfuse --implicit-dirs --rename-dir-limit=1000000 %q %q' \
+                "$here" "$here" "$here" "$bucket" "$here"
             ;;
         /*) ;;
         *) die "--workdir='$workdir' must be gs://BUCKET/FOLDER, or the path of a folder that all" \

@@ -2,7 +2,8 @@
 
 Compiles the real training step for a TPU topology, on any machine (pip install 'jax[tpu]'), and
 prints what a device would hold, compute and send. For GPUs ('h200:8') it estimates. The exit
-status is 1 where the step does not fit, 2 where it cannot be planned. Minutes for BERT-base.
+status is 1 where the step does not fit, 2 where it cannot be planned. Minutes for BERT-base. The
+first state and evaluations are programs of their own, which are not compiled.
 """
 
 import sys

@@ -79,7 +79,7 @@ def test_gpus_are_estimated(tiny, capsys):
     text = capsys.readouterr().out
     assert 'run on h200:8: 8 devices as data 1, rows 1, columns 8; compiled for as many CPU' in text
     assert 'estimated: nothing here is compiled' in text
-    assert re.search(r'\d all-reduce +\S+ \+\d+ +columns +\d', text) and 'of 140.73 GB' in text
+    assert re.search(r'\d all-reduce +\S+ \+\d+ +columns +\d', text) and 'of 105.75 GB' in text
 
     tiny.train.batch = 2 ** 26
     found = checks.check(tiny, chips.parse('h200:8'))

@@ -115,17 +115,18 @@ class ProductKeyMemory(nnx.Module):
             query, self.codebooks[...].astype(self.dtype), config.top_k)
         weights = jnp.where(real[:, None, None], jax.nn.softmax(scores, axis=-1), 0)
         read, touched = self._read(slots.reshape(len(slots), -1),
-                                   weights.reshape(len(weights), -1), delta)
+                                   weights.reshape(len(weights), -1), delta, training)
         read = dropout(read, config.value_dropout, keys[2]).astype(self.dtype)
         return (self.output(read) if self.output else read,
                 MemoryReads(slots, weights, statistics, touched))
 
-    def _read(self, slots, weights, delta):
+    def _read(self, slots, weights, delta, training):
         values, weights = self.values[...], weights.astype(self.config.weights_dtype)
         if delta is None:
-            if slots.size >= len(values):   # to cast every row is less than to read them wider
-                values = values.astype(self.dtype)
-            return sharding.value_bag(values, slots, weights), ()
+            # A step with dense updates reads about every row: to round all of them once takes less
+            # than to read them wider twice. An evaluation has no second read, nor memory to spare.
+            dtype = self.dtype if training else values.dtype
+            return sharding.value_bag(values, slots, weights, dtype), ()
         return (sharding.sparse_value_bag(values, delta, slots, weights),
                 sharding.touched_rows(slots, weights, len(values)))
 

@@ -1,4 +1,5 @@
-"""Retrieval, read and value rows over the mesh in use (`jax.set_mesh`), as on one device.
+"""Retrieval, read, value rows and whatever else goes token by token, over the mesh in use
+(`jax.set_mesh`), as on one device.
 
 Tokens are split over all devices. A value table [S, V] is split by 'rows' and 'columns', which
 together are the memory axis, and replicated over 'data'. Devices that differ in 'rows' and
@@ -15,6 +16,7 @@ import jax
 import jax.numpy as jnp
 from jax.experimental import mesh_utils
 from jax.sharding import AxisType, Mesh, PartitionSpec as P
+from jax.typing import DTypeLike
 from jaxtyping import Array, Float, Int32
 
 from pkm_jax.memory import product_keys, sparse_rows, value_bag as bag
@@ -73,9 +75,12 @@ def top_k_product_keys(query, codebooks, k):
 
 def value_bag(
     values: Float[Array, 'S V'], slots: Int32[Array, 'T R'], weights: Float[Array, 'T R'],
+    dtype: DTypeLike | None = None,
 ) -> Float[Array, 'T V']:
-    """`value_bag.value_bag`; its gradient of `values` is dense, and split as they are."""
+    """`value_bag.value_bag` of the values rounded to `dtype`; their gradient is dense, and split as
+    they are. Each device's is rounded to `dtype`; the sum over replicas is in the values' own."""
     def read(values, slots, weights):
+        values = values.astype(dtype or values.dtype)
         slots, mine = _in_shard(_gather(slots, MEMORY), len(values))
         weights = jnp.where(mine, _gather(weights, MEMORY), 0)
         return _to_owners(bag.value_bag(values, jnp.where(mine, slots, 0), weights))
@@ -146,7 +151,8 @@ def compact_gradients(
     """
     shards, n_slots = shards_in_use(), len(values)
     capacity = _capacity(n_slots, slots.size)
-    exchanged = exchange(shards, *slots.shape, *values.shape, gradient.dtype.itemsize).what
+    exchanged = exchange(shards, *slots.shape, *values.shape, gradient.dtype.itemsize,
+                         weights.dtype.itemsize).what
     axes = AXES if exchanged == 'tokens' else MEMORY
 
     def differentiate(values, slots, weights, gradient):
@@ -202,8 +208,10 @@ class Exchange(NamedTuple):
 
 def exchange(
     shards: Shards, tokens: int, reads: int, n_slots: int, width: int, itemsize: int,
+    weight_itemsize: int,
 ) -> Exchange:
-    """The exchange of fewer bytes, for `tokens` of `reads` each and gradients of `itemsize` bytes.
+    """The exchange of fewer bytes, for `tokens` of `reads` each, whose gradients have `itemsize`
+    bytes a number and whose weights `weight_itemsize`. All replicas get all slots either way.
 
     Tokens: every replica computes the rows of all of them, in the order that one device would.
     Rows: it computes those of its own tokens, which are then merged.
@@ -211,8 +219,9 @@ def exchange(
     others, own_reads = shards.data - 1, tokens // shards.data * reads
     columns = width // shards.columns
     rows = min(n_slots // shards.rows, own_reads)
-    received = {'tokens': others * (tokens // shards.data * columns * itemsize + own_reads * 8),
-                'rows': others * rows * (columns + 1) * 4}
+    received = {'tokens': others * (tokens // shards.data * columns * itemsize
+                                    + own_reads * (4 + weight_itemsize)),
+                'rows': others * (rows * (columns + 1) * 4 + own_reads * 4)}
     return Exchange(min(received, key=received.get) if others else 'nothing', received)
 
 

@@ -56,7 +56,7 @@ def logits(
     """Float32 products of every state with every row of the decoder, plus the bias.
 
     The vocabulary is padded for the matrix unit. In the derivative the logits' gradient is rounded
-    to the dtype of the states before it is multiplied, as the gradient of any other product is.
+    to the dtype of the states before it is multiplied and summed, as that of any other layer is.
     """
     products = jnp.einsum('bpd,vd->bpv', states, _padded(decoder, 0),
                           preferred_element_type=jnp.float32)

@@ -20,7 +20,8 @@ from pkm_jax.training.metrics import training_flops
 from pkm_jax.training.plan import Plan, make_plan, tables_of
 from pkm_jax.training.program import abstract_batch, make_program
 
-RESERVED = GIB // 4     # of a device's memory: what the v5e compiler leaves to its runtime
+RESERVED = GIB // 4     # of a TPU's memory: what the v5e compiler leaves to its runtime
+GPU_SHARE = 0.75        # of a GPU's memory: what JAX takes, unless XLA_PYTHON_CLIENT_MEM_FRACTION says
 
 
 class Exchange(NamedTuple):
@@ -80,7 +81,7 @@ def check(config: ml_collections.ConfigDict, topology: Topology) -> Check:
     config.data.corpus = config.data.corpus or 'none'     # planning needs no text
     settings.check(config, count)
     model = settings.model_config(config, config.model.vocab_size or config.data.vocab_size)
-    available = chip.memory - RESERVED
+    available = chip.memory - RESERVED if topology.is_tpu else int(chip.memory * GPU_SHARE)
     plan = make_plan(config, model, count, available)
     devices = chips.devices(topology)
     mesh = make_mesh(plan.shards, devices)
@@ -128,7 +129,8 @@ def _compile(lowered):
 
 
 def _exchanges(text, topology, mesh):
-    places = [getattr(device, 'coords', ()) for device in mesh.devices.reshape(-1)]
+    places = [device.coords if topology.is_tpu else (number,)
+              for number, device in enumerate(mesh.devices.reshape(-1))]
     exchanges = []
     for one in text.collectives(mesh.size):
         rate = chips.link_rate(topology, [places[i] for i in one.groups[0]])

@@ -102,12 +102,13 @@ def devices(topology: Topology) -> Sequence[jax.Device]:
 def link_rate(topology: Topology, places: Sequence[Sequence[int]]) -> float:
     """Bytes per second that each device of a group can send to the others, at best.
 
-    `places` are the devices' coordinates. Of a torus, the links along the dimensions in which they
+    `places` are the devices' coordinates, of GPUs their numbers. Of a torus, the links along the dimensions in which they
     differ count, both ways around; a slice that is no torus has less.
     """
     chip = topology.chip
     if not topology.is_tpu:
-        return chip.links if len(places) <= GPUS_PER_HOST else chip.network
+        hosts = {place // GPUS_PER_HOST for place, in places}
+        return chip.links if len(hosts) == 1 else chip.network
     spanned = sum(len(set(along)) > 1 for along in zip(*places))
     return chip.links * spanned / chip.dimensions
 

@@ -134,8 +134,11 @@ def _loop(config, model_config: BertConfig, state: TrainState, take_step: Callab
                 if saves:
                     checkpoints.save(state, {'data': stream.get_state()})
     checkpoints.wait()
-    if asked or requests.heard:     # the latter: too late for the others, but before another run
-        raise Stopped(asked or requests.heard, step)
+    if not asked:       # one heard in the last step stops all processes too, before another run
+        requests.agreed()
+        asked = requests.agreed()
+    if asked:
+        raise Stopped(asked, step)
 
 
 def _reporter(config, model_config, log):

@@ -65,7 +65,8 @@ def make_plan(
     reasons = [f'value tables: {tables.number} of {tables.slots:,} × {tables.width:,}, '
                f'{why_sparse}; {why_shards}']
     if sparse and shards.data > 1:
-        what, received = exchange(shards, tokens, reads, tables.slots, tables.width, itemsize)
+        what, received = exchange(shards, tokens, reads, tables.slots, tables.width, itemsize,
+                                  jnp.dtype(model.memory.weights_dtype).itemsize)
         choices = ', '.join(f'{count:,} bytes as {name}' for name, count in received.items())
         reasons.append(f'{shards.data} replicas of a table exchange {what}: each receives {choices}'
                        f' a part of a step and memory')

@@ -92,22 +92,22 @@ def test_compact_gradients_equal_the_dense_ones_of_one_device(shards):
     used = weights != 0
     np.testing.assert_allclose(by_weight[used], theirs[2][used], atol=1e-5)
     assert set(np.asarray(rows.ids)) - {SLOTS} == set(slots[used])
-    exchanged = sharding.exchange(shards, TOKENS, READS, SLOTS, WIDTH, 4).what
+    exchanged = sharding.exchange(shards, TOKENS, READS, SLOTS, WIDTH, 4, 4).what
     if exchanged != 'rows':
         np.testing.assert_array_equal(spread(rows), theirs[1])
 
 
 def test_both_exchanges_occur_in_these_tests():
-    assert {sharding.exchange(shards, TOKENS, READS, SLOTS, WIDTH, 4).what for shards in LAYOUTS
+    assert {sharding.exchange(shards, TOKENS, READS, SLOTS, WIDTH, 4, 4).what for shards in LAYOUTS
             } == {'nothing', 'tokens', 'rows'}
 
 
 def test_the_cheaper_exchange_by_hand():
     """2 replicas of 4 × 8: each receives 5 tokens of 3 reads, or the rows they can touch."""
-    few = sharding.exchange(Shards(data=2), 10, 3, 4, 8, 4)
-    assert few.bytes == {'tokens': 5 * 8 * 4 + 15 * 8, 'rows': 4 * 9 * 4} and few.what == 'rows'
-    many = sharding.exchange(Shards(data=2), 10, 3, 64, 8, 4)
-    assert many.bytes['rows'] == 15 * 9 * 4 and many.what == 'tokens'
+    few = sharding.exchange(Shards(data=2), 10, 3, 4, 8, 4, 2)
+    assert few.bytes == {'tokens': 5 * 8 * 4 + 15 * 6, 'rows': 4 * 9 * 4 + 15 * 4} and few.what == 'rows'
+    many = sharding.exchange(Shards(data=2), 10, 3, 64, 8, 4, 2)
+    assert many.bytes['rows'] == 15 * 9 * 4 + 15 * 4 and many.what == 'tokens'
 
 
 @pytest.mark.parametrize('shards', [Shards(2, 2, 2), Shards(4, 1, 2)])

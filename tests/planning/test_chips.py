@@ -32,8 +32,9 @@ def test_links_along_the_dimensions_that_a_group_spans():
 
 def test_gpus_of_several_hosts_share_a_network():
     gpus = chips.parse('h100:16')
-    assert chips.link_rate(gpus, [()] * 8) == 450e9
-    assert chips.link_rate(gpus, [()] * 16) == 50e9
+    assert chips.link_rate(gpus, [(8,), (15,)]) == 450e9
+    assert chips.link_rate(gpus, [(number,) for number in range(16)]) == 50e9
+    assert chips.link_rate(gpus, [(0,), (8,)]) == 50e9
 
 
 def test_gpus_are_planned_with_cpu_devices():

@@ -22,8 +22,8 @@ def results(folder):
 @pytest.mark.slow
 @pytest.mark.parametrize('processes, rows, columns', [(2, 2, 2), (4, 1, 4)])
 def test_several_processes_train_the_model_of_one(config, tmp_path, processes, rows, columns):
-    """Sparse updates; resumed in the middle; tables in parts on several hosts."""
-    config.model.update(dropout=0., attention_dropout=0.)
+    """Sparse updates, with dropout; tables in parts on several hosts."""
+    config.model.update(dropout=0.1, attention_dropout=0.1)
     config.memory.updates = 'sparse'
     config.memory.shards.update(rows=rows, columns=columns)
     config.train.steps = 6

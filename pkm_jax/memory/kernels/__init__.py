@@ -1,4 +1,4 @@
-"""Kernels, each in the place of a reference in `pkm_jax.memory` and with its signature."""
+"""Kernels, each in the place of a reference and with its signature, and how they are called."""
 
 from collections.abc import Sequence
 
