@@ -41,7 +41,8 @@ def main(_):
     logging.set_verbosity(logging.WARNING)
     jax.config.update('jax_platforms', 'cpu')
     print(f'jax {jax.__version__}\n\n| configuration | topology | data × rows × columns | '
-          'GB of a chip | arithmetic, ms | HBM, ms | links, ms | million tokens/s |\n' + '| --- ' * 8 + '|')
+          'GB of a chip | arithmetic, ms | HBM, ms | links, ms | million tokens/s |')
+    print('| --- ' * 8 + '|')
     for topology in TOPOLOGIES.value:
         for name in CONFIGS.value:
             config = importlib.import_module(f'configs.{name}').get_config()

@@ -183,7 +183,8 @@ class Embeddings(nnx.Module):
         # A gather's gradient is a scatter-add: slow where most tokens share a row, and on a GPU
         # different each time. The memory's read is neither, and one-hot products are none.
         words = sharding.lookup(self.word.embedding[...], tokens.reshape(-1))
-        segment = jax.nn.one_hot(segments, len(self.segment.embedding)) @ self.segment.embedding[...]
+        table = self.segment.embedding[...]
+        segment = jax.nn.one_hot(segments, len(table)) @ table
         total = words.reshape(segment.shape) + segment
         total += self.position.embedding[None, :tokens.shape[1]]
         return dropout(self.norm(total), self.rate, key)

@@ -21,7 +21,7 @@ from pkm_jax.training.plan import Plan, make_plan, tables_of
 from pkm_jax.training.program import abstract_batch, make_program
 
 RESERVED = GIB // 4     # of a TPU's memory: what the v5e compiler leaves to its runtime
-GPU_SHARE = 0.75        # of a GPU's memory: what JAX takes, unless XLA_PYTHON_CLIENT_MEM_FRACTION says
+GPU_SHARE = 0.75        # of a GPU's memory: JAX's, where XLA_PYTHON_CLIENT_MEM_FRACTION is not set
 
 
 class Exchange(NamedTuple):

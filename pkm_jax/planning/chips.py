@@ -102,8 +102,8 @@ def devices(topology: Topology) -> Sequence[jax.Device]:
 def link_rate(topology: Topology, places: Sequence[Sequence[int]]) -> float:
     """Bytes per second that each device of a group can send to the others, at best.
 
-    `places` are the devices' coordinates, of GPUs their numbers. Of a torus, the links along the dimensions in which they
-    differ count, both ways around; a slice that is no torus has less.
+    `places` are the devices' coordinates, of GPUs their numbers. Of a torus, the links along the
+    dimensions in which they differ count, both ways around; a slice that is no torus has less.
     """
     chip = topology.chip
     if not topology.is_tpu:

@@ -50,4 +50,5 @@ def test_identity_without_key_or_rate_and_gradient_of_what_stays():
     by_x = jax.grad(lambda x: jnp.sum(dropout(x, 0.5, key).astype(jnp.float32)))(x)
     keep = keep_mask(words_of(key), 0, 10, 8, 0.5).reshape(x.shape)
     np.testing.assert_array_equal(by_x.astype(jnp.float32), np.where(keep, 2., 0.))
-    assert not np.array_equal(keep, keep_mask(words_of(jax.random.key(4)), 0, 10, 8, .5).reshape(x.shape))
+    other = keep_mask(words_of(jax.random.key(4)), 0, 10, 8, 0.5)
+    assert not np.array_equal(keep, other.reshape(x.shape))

@@ -94,7 +94,8 @@ def test_same_over_a_mesh_as_on_one_device(shards, kernel, length, monkeypatch):
     """Values, masks and gradients of eight devices; those of the parameters are summed."""
     monkeypatch.setattr(kernels, 'chosen', lambda *_: kernel)
     rng = np.random.default_rng(0)
-    inputs, residual = (jnp.asarray(rng.normal(size=(8, length, n)), jnp.float32) for n in (16, 128))
+    inputs, residual = (jnp.asarray(rng.normal(size=(8, length, n)), jnp.float32)
+                        for n in (16, 128))
     norm, projection = nnx.LayerNorm(128, rngs=nnx.Rngs(0)), nnx.Linear(16, 128, rngs=nnx.Rngs(1))
     graph, params = nnx.split((norm, projection), nnx.Param)
     params = jax.tree.map(lambda x: x + .1, params)

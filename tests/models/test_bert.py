@@ -86,7 +86,8 @@ def test_block_is_the_sum_it_claims(placement):
     total = h + block.memory(h.reshape(24, 16), real, None)[0].reshape(2, 12, 16)
     if placement == 'add':
         total += block.feed_forward.down(block.feed_forward(h))
-    np.testing.assert_allclose(block(states, lengths, None, None)[0], block.output_norm(total), atol=1e-6)
+    np.testing.assert_allclose(block(states, lengths, None, None)[0], block.output_norm(total),
+                               atol=1e-6)
 
 
 @pytest.mark.parametrize('training', [False, True])

@@ -87,7 +87,7 @@ def _gradients(values, reads, weights, gradient, n_rows, rows_before):
         'read_backward_add', (chunks, len(blocks)), [rows],
         rows, pieces, slot, cut, segment_end, *compact, aliases={0: 0}, warps=4)
     rows, = call(functools.partial(_clear, blocks=blocks, n_slots=n_slots), 'read_backward_clear',
-                  (pl.cdiv(n_rows, TILE),), [rows], rows, row_slots, aliases={0: 0})
+                 (pl.cdiv(n_rows, TILE),), [rows], rows, row_slots, aliases={0: 0})
     return row_slots, rows, by_read.reshape(weights.shape).astype(weights.dtype)
 
 
@@ -121,7 +121,7 @@ def _cuts(slot):
 
     padded = jax.ShapeDtypeStruct((pl.cdiv(chunks + 1, TILE) * TILE,), jnp.int32)
     cut, segment_end = call(kernel, 'read_backward_cuts', (padded.shape[0] // TILE,),
-                             [padded, padded], slot)
+                            [padded, padded], slot)
     return cut[:chunks + 1], segment_end
 
 
