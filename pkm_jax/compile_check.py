@@ -7,7 +7,6 @@ first state and evaluations are programs of their own, which are not compiled.
 """
 
 import sys
-import traceback
 from pathlib import Path
 
 import jax
@@ -41,9 +40,8 @@ def main(_) -> None:
     try:
         fits = run(flags.FLAGS.config, flags.FLAGS.topology)
     except (ValueError, ModuleNotFoundError) as error:
-        place = traceback.extract_tb(error.__traceback__)[-1].filename
-        if Path(__file__).parent not in Path(place).parents:
-            raise       # no refusal of ours
+        if not settings.is_refusal(error):
+            raise
         print(f'Not planned: {error}', file=sys.stderr)
         sys.exit(2)
     sys.exit(0 if fits else 1)

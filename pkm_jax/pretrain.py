@@ -1,7 +1,6 @@
 """Masked-LM pretraining: python -m pkm_jax.pretrain --config=configs/NAME.py"""
 
 import sys
-import traceback
 from pathlib import Path
 
 import jax
@@ -43,9 +42,8 @@ def main(_) -> None:
     try:
         page = run(CONFIG.value)
     except (ValueError, FileNotFoundError, ImportError) as error:
-        place = traceback.extract_tb(error.__traceback__)[-1].filename
-        if Path(__file__).parent not in Path(place).parents:
-            raise       # no refusal of ours
+        if not settings.is_refusal(error):
+            raise
         sys.exit(f'Not trained: {error}')
     except Stopped as stopped:
         print(stopped)

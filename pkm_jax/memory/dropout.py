@@ -6,7 +6,7 @@ from collections.abc import Sequence
 import jax
 import jax.numpy as jnp
 from jax.extend.random import threefry2x32_p
-from jaxtyping import Array, Bool, Int32, Key, UInt32
+from jaxtyping import Array, Bool, Float, Int32, Key, UInt32
 
 LEVELS = 2 ** 16        # of the rate: 16 random bits decide on an element
 DRAWS = 4               # rows, one below the other, that share the 64 bits of a Threefry block
@@ -16,9 +16,16 @@ def dropout(x: Array, rate: float, key: Key[Array, ''] | None) -> Array:
     """Inverted dropout; the identity without a key or with rate 0."""
     if key is None or not rate:
         return x
-    keep = keep_mask(words_of(key), 0, math.prod(x.shape[:-1]), x.shape[-1], rate)
-    scaled = x.astype(jnp.float32) / (1 - rate)
-    return jnp.where(keep.reshape(x.shape), scaled, 0).astype(x.dtype)
+    wide = x.astype(jnp.float32).reshape(math.prod(x.shape[:-1]), x.shape[-1])
+    return drop(wide, words_of(key), 0, rate).reshape(x.shape).astype(x.dtype)
+
+
+def drop(
+    x: Float[Array, 'rows columns'], words: UInt32[Array, '2'], first: Int32[Array, ''] | int,
+    rate: float,
+) -> Float[Array, 'rows columns']:
+    """What `keep_mask` keeps of a matrix, scaled to keep its mean."""
+    return jnp.where(keep_mask(words, first, *x.shape, rate), x / (1 - rate), 0)
 
 
 def words_of(key: Key[Array, '']) -> UInt32[Array, '2']:

@@ -58,20 +58,11 @@ def _forward(values, slots, weights):
 def _backward(residuals, gradient):
     values, slots, weights = residuals
 
-    def add_block(table, block):
-        def add_read(table, read):
-            slot, weight = read
-            table = table.at[slot].add(weight[:, None].astype(jnp.float32) * gradient)
-            return table, jnp.sum(values[slot].astype(jnp.float32) * gradient, axis=-1)
+    def add(table, slot, changes):
+        return table.at[slot].add(changes), values[slot]
 
-        slots, weights, gradient = block
-        gradient = gradient.astype(jnp.float32)
-        table, by_read = jax.lax.scan(add_read, table, (slots.T, weights.T))
-        return table, by_read.T.astype(weights.dtype)
-
-    start = jnp.zeros(values.shape, jnp.float32)
-    table, by_read = jax.lax.scan(add_block, start, _blocks(slots, weights, gradient))
-    return table.astype(values.dtype), None, _joined(by_read, len(slots))
+    table, by_read = _add_reads(add, jnp.zeros(values.shape, jnp.float32), slots, weights, gradient)
+    return table.astype(values.dtype), None, by_read
 
 
 reference.defvjp(_forward, _backward)
@@ -110,22 +101,34 @@ def compact_reference(
     capacity = min(len(values), slots.size)
     ids, count = distinct(slots, len(values), capacity)
 
-    def add_block(rows, block):
-        def add_read(rows, read):
+    def add(rows, slot, changes):
+        place = jnp.where(slot < len(values), jnp.searchsorted(ids, slot), capacity)
+        return rows.at[place].add(changes, mode='drop'), take_rows(values, slot)
+
+    start = jnp.zeros((capacity, values.shape[1]), jnp.float32)
+    rows, by_read = _add_reads(add, start, slots, weights, gradient)
+    return SparseRows(ids, rows, count), by_read
+
+
+def _add_reads(add, start, slots, weights, gradient):
+    """`start` after `add(total, slot, changes)` for every read, and the gradient of the weights.
+
+    `add` takes the slots of one read of each token of a block and what to add there, and returns
+    the new total and the values of these slots.
+    """
+    def add_block(total, block):
+        def add_read(total, read):
             slot, weight = read
-            place = jnp.where(slot < len(values), jnp.searchsorted(ids, slot), capacity)
-            change = weight[:, None].astype(jnp.float32) * gradient
-            read_rows = take_rows(values, slot).astype(jnp.float32)
-            return rows.at[place].add(change, mode='drop'), jnp.sum(read_rows * gradient, axis=-1)
+            total, rows = add(total, slot, weight[:, None].astype(jnp.float32) * gradient)
+            return total, jnp.sum(rows.astype(jnp.float32) * gradient, axis=-1)
 
         slots, weights, gradient = block
         gradient = gradient.astype(jnp.float32)
-        rows, by_read = jax.lax.scan(add_read, rows, (slots.T, weights.T))
-        return rows, by_read.T.astype(weights.dtype)
+        total, by_read = jax.lax.scan(add_read, total, (slots.T, weights.T))
+        return total, by_read.T.astype(weights.dtype)
 
-    start = jnp.zeros((capacity, values.shape[1]), jnp.float32)
-    rows, by_read = jax.lax.scan(add_block, start, _blocks(slots, weights, gradient))
-    return SparseRows(ids, rows, count), _joined(by_read, len(slots))
+    total, by_read = jax.lax.scan(add_block, start, _blocks(slots, weights, gradient))
+    return total, _joined(by_read, len(slots))
 
 
 def _blocks(*arrays):

@@ -9,7 +9,7 @@ from flax import nnx
 from jaxtyping import Array, Float, Int32, Key, UInt32
 
 from pkm_jax.memory import kernels, sharding
-from pkm_jax.memory.dropout import keep_mask, words_of
+from pkm_jax.memory.dropout import drop, words_of
 from pkm_jax.models import add_norm_kernel
 
 
@@ -46,7 +46,7 @@ def reference(
     """`add_norm` in plain jnp, of tokens that begin with number `first`."""
     total = branch.astype(jnp.float32) + branch_bias[None]
     if rate:
-        total = jnp.where(keep_mask(words, first, *branch.shape, rate), total / (1 - rate), 0)
+        total = drop(total, words, first, rate)
     total += residual.astype(jnp.float32)
     centred = total - total.mean(axis=-1, keepdims=True)
     variance = jnp.mean(jnp.square(centred), axis=-1, keepdims=True)

@@ -3,6 +3,7 @@
 import dataclasses
 import json
 import math
+import traceback
 from pathlib import Path
 
 import ml_collections
@@ -15,6 +16,12 @@ from pkm_jax.training.plan import make_plan
 # What may differ between the runs that share a folder: where things are, not what they are.
 FREE = ('log', 'workdir', 'distributed', 'memory.shards', 'train.split_backbone', 'model.remat',
         'data.corpus', 'data.cache', 'data.workers')    # the data's content is compared on its own
+
+
+def is_refusal(error: Exception) -> bool:
+    """Whether this package raised an error, to be shown without its traceback."""
+    place = traceback.extract_tb(error.__traceback__)[-1].filename
+    return Path(__file__).parents[1] in Path(place).parents
 
 
 def model_config(config: ml_collections.ConfigDict, vocab_size: int) -> BertConfig:

@@ -16,8 +16,9 @@ import math
 import jax
 import jax.numpy as jnp
 from jax.experimental import pallas as pl
-from jax.experimental.pallas import triton as plt
 from jaxtyping import Array, Float, Int32
+
+from pkm_jax.memory.kernels import call
 
 STRIPE_BYTES = 256      # of one row in one stripe
 ROWS_IN_FLIGHT = 8
@@ -34,14 +35,10 @@ def read_rows(
     width = values.shape[1]
     columns = STRIPE_BYTES // values.dtype.itemsize
     rows = math.gcd(reads, ROWS_IN_FLIGHT)
-    return pl.pallas_call(
-        functools.partial(_kernel, rows=rows, columns=columns),
-        out_shape=jax.ShapeDtypeStruct((tokens, width), values.dtype),
-        grid=(tokens, width // columns),
-        compiler_params=plt.CompilerParams(num_warps=1, num_stages=1),
-        interpret=jax.default_backend() != 'gpu',
-        name='read_rows',
-    )(values, slots, weights)
+    out, = call(functools.partial(_kernel, rows=rows, columns=columns), 'read_rows',
+                (tokens, width // columns), [jax.ShapeDtypeStruct((tokens, width), values.dtype)],
+                values, slots, weights)
+    return out
 
 
 def _kernel(values, slots, weights, out, *, rows, columns):

@@ -16,8 +16,9 @@ import functools
 import jax
 import jax.numpy as jnp
 from jax.experimental import pallas as pl
-from jax.experimental.pallas import triton as plt
 from jaxtyping import Array, Float, Int32
+
+from pkm_jax.memory.kernels import call
 
 TOKENS = 64     # of one program
 
@@ -62,8 +63,6 @@ def _spread(slots, gradient, n_keys, dtype):
         by_key[jnp.full(shape, head), jnp.full(shape, part), token, keys] = total.astype(dtype)
 
     zeros = jnp.zeros((heads, 2, tokens, n_keys), dtype)
-    return pl.pallas_call(
-        kernel, grid=(pl.cdiv(tokens, tile), heads, 2), name='spread_score_gradients',
-        out_shape=jax.ShapeDtypeStruct(zeros.shape, dtype), input_output_aliases={2: 0},
-        compiler_params=plt.CompilerParams(num_warps=4, num_stages=1),
-        interpret=jax.default_backend() != 'gpu')(slots, gradient, zeros)
+    by_key, = call(kernel, 'spread_score_gradients', (pl.cdiv(tokens, tile), heads, 2), [zeros],
+                   slots, gradient, zeros, aliases={2: 0}, warps=4)
+    return by_key

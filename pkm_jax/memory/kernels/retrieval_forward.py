@@ -22,7 +22,7 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import triton as plt
 from jaxtyping import Array, Float, Int32
 
-from pkm_jax.memory.kernels import networks
+from pkm_jax.memory.kernels import call, networks
 
 TOKENS = 128        # of one program: one a thread
 MATRIX_COLUMNS = 16     # the fewest that the matrix unit takes
@@ -67,9 +67,9 @@ def _best_sub_keys(query, codebooks, k):
         best[at, head, part, :], sub_keys[at, head, part, :] = map(_tile, zip(*lists))
 
     shape = (tokens, heads, 2, size)
-    return _call(kernel, 'best_sub_keys', (pl.cdiv(tokens, _tile_size(tokens)), heads, 2),
-                 [jax.ShapeDtypeStruct(shape, jnp.float32), jax.ShapeDtypeStruct(shape, jnp.int32)],
-                 query, codebooks)
+    return call(kernel, 'best_sub_keys', (pl.cdiv(tokens, _tile_size(tokens)), heads, 2),
+                [jax.ShapeDtypeStruct(shape, jnp.float32), jax.ShapeDtypeStruct(shape, jnp.int32)],
+                query, codebooks, warps=TOKENS // 32)
 
 
 def _best_pairs(best, sub_keys, n_keys, k):
@@ -85,10 +85,10 @@ def _best_pairs(best, sub_keys, n_keys, k):
         scores[at, head, :], slots[at, head, :] = map(_tile, zip(*sums, *filler))
 
     shape = (tokens, heads, size)
-    scores, slots = _call(
+    scores, slots = call(
         kernel, 'best_pairs', (pl.cdiv(tokens, _tile_size(tokens)), heads),
         [jax.ShapeDtypeStruct(shape, jnp.float32), jax.ShapeDtypeStruct(shape, jnp.int32)],
-        best, sub_keys)
+        best, sub_keys, warps=TOKENS // 32)
     return scores[..., :k], slots[..., :k]
 
 
@@ -137,11 +137,3 @@ def _best_sums(first, second, n_keys, k):
         lists.sort(key=len)
         lists = [networks.merge(lists[0], lists[1])[:k], *lists[2:]]
     return lists[0]
-
-
-def _call(kernel, name, grid, out, *inputs):
-    """A kernel on whole arrays; interpreted where there is no GPU."""
-    return pl.pallas_call(
-        kernel, grid=grid, out_shape=out, name=name,
-        compiler_params=plt.CompilerParams(num_warps=TOKENS // 32, num_stages=1),
-        interpret=jax.default_backend() != 'gpu')(*inputs)
