@@ -5,7 +5,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, Int32
 
 from pkm_jax.memory import kernels
-from pkm_jax.memory.kernels import read
+from pkm_jax.memory.kernels import read, read_backward
 from pkm_jax.memory.sparse_rows import SparseRows, distinct, take_rows
 
 # Tokens that plain jnp reads for at a time: their sums stay in the on-chip memory of a TPU, and a
@@ -84,8 +84,8 @@ def compact_gradients(
     # The kernel reads everywhere. Its last row is that of slot S - 1: beyond the count, and zero,
     # where that stands for nothing.
     size = len(values)
-    _, rows, _, by_read = read.compact_gradients(values, jnp.minimum(slots, size - 1), weights,
-                                                 gradient)
+    _, rows, _, by_read = read_backward.compact_gradients(
+        values, jnp.minimum(slots, size - 1), weights, gradient)
     ids, count = distinct(slots, size, len(rows))
     return (SparseRows(ids, rows.astype(jnp.float32), count),
             jnp.where(slots < size, by_read, 0))

@@ -4,7 +4,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int32
 
-from pkm_jax.memory.kernels.read_backward import compact_gradients, dense_gradients
+from pkm_jax.memory.kernels.read_backward import dense_gradients
 from pkm_jax.memory.kernels.read_forward import read_rows
 
 DTYPES = (jnp.float32, jnp.bfloat16)
@@ -45,30 +45,3 @@ def _backward(residuals, gradient):
 
 
 value_bag.defvjp(_forward, _backward)
-
-
-@jax.custom_vjp
-def value_bag_of_rows(
-    values: Float[Array, 'S V'], delta: Float[Array, 'rows V'], slots: Int32[Array, 'T R'],
-    weights: Float[Array, 'T R'],
-) -> Float[Array, 'T V']:
-    """`value_bag` of a constant table whose touched rows are perturbed by `delta`.
-
-    `delta` is zero and of min(S, T·R) rows, one for each distinct slot in ascending order. It is
-    never read: its gradient is the compact gradient of the table (see `compact_gradients`, which
-    also says which slots the rows belong to), and `values` gets none.
-    """
-    return read_rows(values, slots, weights)
-
-
-def _forward_of_rows(values, delta, slots, weights):
-    return read_rows(values, slots, weights), (values, slots, weights)
-
-
-def _backward_of_rows(residuals, gradient):
-    values, slots, weights = residuals
-    _, rows, _, by_read = compact_gradients(values, slots, weights, gradient)
-    return None, rows, None, by_read
-
-
-value_bag_of_rows.defvjp(_forward_of_rows, _backward_of_rows)

@@ -1,10 +1,10 @@
 """Gradients of the weighted sum of value rows on an NVIDIA GPU (Pallas, Triton backend).
 
 One stable sort of the T·R slot ids brings the reads of a slot together, as a *segment* of the
-sorted reads. Each program streams over about CHUNK sorted reads: it fetches the value row and the
+sorted reads. Each program streams over one *chunk* of them: it fetches the value row and the
 output gradient of the next read, takes the inner product of those it has (the gradient of that
 read's weight), adds weight · gradient to a float32 sum, and writes the sum where a segment ends.
-Chunks end where segments do, except that segments longer than CHUNK ("hot" slots) are cut, and
+Chunks end where segments do, except that segments longer than a chunk ("hot" slots) are cut, and
 their partial sums added in order afterwards. Every sum has one fixed order and there is no atomic
 operation: results are equal bit for bit from run to run.
 
@@ -23,9 +23,14 @@ from jax.experimental.pallas import triton as plt
 from jaxtyping import Array, Float, Int32
 
 from pkm_jax.memory.kernels import call, column_blocks
+from pkm_jax.memory.kernels.pairs import join, multiply_add, pack, parts_of, unpack
 
-CHUNK = 256             # sorted reads of one program, and the longest segment that is not cut
-TILE = 32               # chunks, rows or partial sums that the small kernels handle at a time
+PROGRAMS = 8192         # over which the sorted reads are spread in chunks,
+SHORTEST_CHUNK = 32     # which are no shorter than this
+LONGEST_CHUNK = 256     # and no longer than this
+TILE = 32               # chunks or rows that the small kernels handle at a time
+PIECES = 64             # partial sums added at a time,
+PIECE_COLUMNS = 64      # in so many columns
 
 
 def dense_gradients(
@@ -48,7 +53,7 @@ def compact_gradients(
     reads = _sort(slots)
     slot = reads[1]
     first = jnp.concatenate([jnp.ones(1, bool), slot[1:] != slot[:-1]])
-    first = jnp.pad(first, (0, -len(first) % CHUNK)).reshape(-1, CHUNK)
+    first = jnp.pad(first, (0, -len(first) % _chunk_size(slot))).reshape(-1, _chunk_size(slot))
     until = jnp.cumsum(jnp.sum(first, axis=1, dtype=jnp.int32))
     before = jnp.concatenate([jnp.zeros(1, jnp.int32), until])
     capacity = min(len(values), slots.size)
@@ -61,6 +66,11 @@ def _sort(slots):
     slot, order = jax.lax.sort(
         (slots.reshape(-1), jnp.arange(slots.size, dtype=jnp.int32)), num_keys=1, is_stable=True)
     return order, slot
+
+
+def _chunk_size(slot):
+    """Sorted reads of one program, and the longest segment that is not cut."""
+    return min(max(SHORTEST_CHUNK, slot.size // PROGRAMS), LONGEST_CHUNK)
 
 
 def _gradients(values, reads, weights, gradient, n_rows, rows_before):
@@ -79,30 +89,31 @@ def _gradients(values, reads, weights, gradient, n_rows, rows_before):
         functools.partial(_stream, blocks=column_blocks(width), compact=bool(compact)),
         'read_backward', (chunks,),
         [no_slot, like((n_rows, width), values.dtype), like((slot.size,), jnp.float32),
-         like((chunks, 2, 2, width), values.dtype)],
+         like((chunks, 2, parts_of(values.dtype), width // parts_of(values.dtype)), jnp.float32)],
         no_slot, values, gradient, weights.reshape(-1), order, slot, cut, *compact, aliases={0: 0})
-    blocks = column_blocks(width)
     rows, = call(
-        functools.partial(_add_pieces, columns=blocks[0].size, compact=bool(compact)),
-        'read_backward_add', (chunks, len(blocks)), [rows],
+        functools.partial(_add_pieces, chunks=chunks, compact=bool(compact)), 'read_backward_add',
+        (pl.cdiv(chunks, PIECES), width // PIECE_COLUMNS), [rows],
         rows, pieces, slot, cut, segment_end, *compact, aliases={0: 0}, warps=4)
-    rows, = call(functools.partial(_clear, blocks=blocks, n_slots=n_slots), 'read_backward_clear',
-                 (pl.cdiv(n_rows, TILE),), [rows], rows, row_slots, aliases={0: 0})
+    rows, = call(functools.partial(_clear, blocks=column_blocks(width), n_slots=n_slots),
+                 'read_backward_clear', (pl.cdiv(n_rows, TILE),), [rows], rows, row_slots,
+                 aliases={0: 0})
     return row_slots, rows, by_read.reshape(weights.shape).astype(weights.dtype)
 
 
 def _cuts(slot):
-    """First sorted read of each chunk (and the end), and where the segment at n·CHUNK ends.
+    """First sorted read of each chunk (and the end), and where the segment at n·chunk size ends.
 
-    A chunk starts at n·CHUNK if a segment starts there or a hot one is to be cut, and otherwise
-    where the segment that spans n·CHUNK ends. Two binary searches a chunk.
+    A chunk starts at n·chunk size if a segment starts there or a hot one is to be cut, and
+    otherwise where the segment that spans it ends. Two binary searches a chunk.
     """
     size = slot.size
-    chunks = pl.cdiv(size, CHUNK)
+    chunk_size = _chunk_size(slot)
+    chunks = pl.cdiv(size, chunk_size)
 
     def kernel(slot, cut, segment_end):
         at = pl.program_id(0) * TILE + jnp.arange(TILE, dtype=jnp.int32)
-        position = jnp.minimum(at * CHUNK, size)
+        position = jnp.minimum(at * chunk_size, size)
         here = slot[jnp.minimum(position, size - 1)]
 
         def search(is_before, low, high):
@@ -115,7 +126,7 @@ def _cuts(slot):
 
         start = search(lambda s: s < here, jnp.zeros_like(position), position)
         end = search(lambda s: s <= here, position, jnp.full_like(position, size))
-        keep = (start == position) | (end - start > CHUNK) | (position == size)
+        keep = (start == position) | (end - start > chunk_size) | (position == size)
         cut[at] = jnp.where(keep, position, end)
         segment_end[at] = end
 
@@ -139,9 +150,10 @@ def _stream(_no_slot, values, gradient, weights, order, slot, cut, *rest, blocks
 
     def fetch(read, slot_here):
         """What a read needs, on its way while the read before is summed."""
-        token = jax.lax.div(read, reads_per_token)
-        return (weights[read].astype(jnp.float32), [gradient[token, block] for block in blocks],
-                [values[slot_here, block] for block in blocks])
+        token = read.astype(jnp.uint32) // jnp.uint32(reads_per_token)
+        return (weights[read].astype(jnp.float32),
+                [pack(gradient[token.astype(jnp.int32), block]) for block in blocks],
+                [pack(values[slot_here, block]) for block in blocks])
 
     def step(n, carry):
         (read, here), following, (weight, g, value), held, sums, row, in_head = carry
@@ -150,36 +162,34 @@ def _stream(_no_slot, values, gradient, weights, order, slot, cut, *rest, blocks
         held, sums, row, in_head = jax.lax.cond(
             here != held, functools.partial(start_segment, here), lambda *carry: carry,
             held, sums, row, in_head)
-        g = [part.astype(jnp.float32) for part in g]
-        by_read[read] = jnp.sum(sum(a * b.astype(jnp.float32) for a, b in zip(g, value)))
-        sums = [total + weight * part for total, part in zip(sums, g)]
+        g, value = ([unpack(block) for block in row] for row in (g, value))
+        inner = jnp.zeros_like(g[0][0])
+        for part, other in zip(sum(g, []), sum(value, [])):
+            inner = multiply_add(part, other, inner)
+        by_read[read] = jnp.sum(inner)
+        sums = jax.tree.map(functools.partial(multiply_add, weight), g, sums)
         return following, after_next, upcoming, held, sums, row, in_head
 
     def start_segment(here, held, sums, row, in_head):
         """Writes the sum of the segment before, and starts anew."""
         write(held, sums, row, in_head, in_head == 1)
-        return here, [jnp.zeros_like(total) for total in sums], row + 1, in_head * 0
+        return here, jax.tree.map(jnp.zeros_like, sums), row + 1, in_head * 0
 
     def write(held, sums, row, in_head, is_piece):
-        """A whole segment into its row, or the part of a hot one into this chunk's pieces.
-
-        A piece is written as a number of the rows' dtype and the rest: float32 would want another
-        register layout, and the compiler would keep the sums in both.
-        """
+        """A whole segment into its row, or the part of a hot one into this chunk's pieces."""
         row = row if compact else held
 
         @pl.when(is_piece)
         def _():
-            for block, total in zip(blocks, sums):
-                for part in range(2):
-                    rounded = total.astype(rows.dtype)
-                    pieces[chunk, 1 - in_head, part, block] = rounded
-                    total = total - rounded.astype(jnp.float32)
+            for block, totals in zip(blocks, sums):
+                for part, total in enumerate(totals):
+                    pieces[chunk, 1 - in_head, part,
+                           pl.ds(block.start // len(totals), total.size)] = total
 
         @pl.when(~is_piece)
         def _():
-            for block, total in zip(blocks, sums):
-                rows[row, block] = total.astype(rows.dtype)
+            for block, totals in zip(blocks, sums):
+                rows[row, block] = join([total.astype(rows.dtype) for total in totals])
 
         row_slots[row] = held
 
@@ -187,7 +197,8 @@ def _stream(_no_slot, values, gradient, weights, order, slot, cut, *rest, blocks
     def _():
         head_row = rows_before[chunk] - head_cut.astype(jnp.int32) if compact else jnp.int32(0)
         now = index(first)
-        zeros = [jnp.zeros(block.size, jnp.float32) for block in blocks]
+        parts = parts_of(rows.dtype)
+        zeros = [[jnp.zeros(block.size // parts, jnp.float32)] * parts for block in blocks]
         *_, held, sums, row, in_head = jax.lax.fori_loop(
             0, last - first, step,
             (now, index(first + 1), fetch(*now), now[1], zeros, head_row,
@@ -195,29 +206,43 @@ def _stream(_no_slot, values, gradient, weights, order, slot, cut, *rest, blocks
         write(held, sums, row, in_head, (in_head == 1) | tail_cut)
 
 
-def _add_pieces(_rows, pieces, slot, cut, segment_end, *rest, columns, compact):
-    """Adds the partial sums of the hot segment that starts in this chunk, if one does."""
+def _add_pieces(_rows, pieces, slot, cut, segment_end, *rest, chunks, compact):
+    """Adds the partial sums of each hot segment that starts in one of PIECES chunks."""
     rows_before, rows = rest[0], rest[-1]
-    chunk, columns = pl.program_id(0), pl.ds(pl.program_id(1) * columns, columns)
-    first, last = cut[chunk], cut[chunk + 1]
+    columns = pl.ds(pl.program_id(1) * PIECE_COLUMNS, PIECE_COLUMNS)
+    parts = range(pieces.shape[2])
+    in_part = pl.ds(columns.start // len(parts), columns.size // len(parts))
+    tile = jnp.arange(PIECES, dtype=jnp.int32)
+    base = pl.program_id(0) * PIECES
+    at = jnp.minimum(base + tile, chunks - 1)
+    first, last = cut[at], cut[at + 1]
     here = slot[jnp.maximum(last - 1, 0)]
-    starts_here = ~(_is_cut(slot, first) & (slot[jnp.minimum(first, slot.shape[0] - 1)] == here))
+    goes_on = _is_cut(slot, first) & (slot[jnp.minimum(first, slot.shape[0] - 1)] == here)
+    starts = _is_cut(slot, last) & (first < last) & ~goes_on & (base + tile < chunks)
 
-    @pl.when(_is_cut(slot, last) & (first < last) & starts_here)
-    def _():
-        row = rows_before[chunk + 1] - 1 if compact else here
-        stop = (segment_end[chunk + 1] - 1) // CHUNK + 1
+    def next_start(after):
+        return jnp.min(jnp.where(starts & (tile > after), tile, PIECES))
 
-        def add_tile(i, total):
-            at = chunk + 1 + i * TILE + jnp.arange(TILE, dtype=jnp.int32)
-            tile = sum(pieces[jnp.minimum(at, stop - 1), 0, part, columns].astype(jnp.float32)
-                       for part in range(2))
-            return total + jnp.where((at < stop)[:, None], tile, 0)
 
-        total = jax.lax.fori_loop(0, pl.cdiv(stop - chunk - 1, TILE), add_tile,
-                                  jnp.zeros((TILE, columns.size), jnp.float32))
-        piece = sum(pieces[chunk, 1, part, columns].astype(jnp.float32) for part in range(2))
-        rows[row, columns] = (piece + jnp.sum(total, axis=0)).astype(rows.dtype)
+    def add_segment(n):
+        chunk = base + n
+        row = rows_before[chunk + 1] - 1 if compact else slot[cut[chunk + 1] - 1]
+        stop = (segment_end[chunk + 1] - 1) // _chunk_size(slot) + 1
+
+        def add_tile(i, totals):
+            at = chunk + 1 + i * PIECES + tile
+            return [total + jnp.where((at < stop)[:, None],
+                                      pieces[jnp.minimum(at, stop - 1), 0, part, in_part], 0)
+                    for part, total in zip(parts, totals)]
+
+        totals = jax.lax.fori_loop(0, pl.cdiv(stop - chunk - 1, PIECES), add_tile,
+                                   [jnp.zeros((PIECES, in_part.size), jnp.float32)] * len(parts))
+        totals = [pieces[chunk, 1, part, in_part] + jnp.sum(total, axis=0)
+                  for part, total in zip(parts, totals)]
+        rows[row, columns] = join([total.astype(rows.dtype) for total in totals])
+        return next_start(n)
+
+    jax.lax.while_loop(lambda n: n < PIECES, add_segment, next_start(-1))
 
 
 def _clear(_rows, row_slots, rows, *, blocks, n_slots):

@@ -19,9 +19,10 @@ from jax.experimental import pallas as pl
 from jaxtyping import Array, Float, Int32
 
 from pkm_jax.memory.kernels import call
+from pkm_jax.memory.kernels.pairs import join, multiply_add, pack, parts_of, unpack
 
 STRIPE_BYTES = 256      # of one row in one stripe
-ROWS_IN_FLIGHT = 8
+ROWS_IN_FLIGHT = 4
 
 
 def read_rows(
@@ -48,13 +49,18 @@ def _kernel(values, slots, weights, out, *, rows, columns):
     def slots_of(step):
         return slots[token, pl.ds(jnp.minimum(step, steps - 1) * rows, rows)]
 
-    def add_rows(step, carry):
-        total, following, tile = carry
-        weight = weights[token, pl.ds(step * rows, rows)].astype(jnp.float32)
-        upcoming, after_next = values[following, stripe], slots_of(step + 2)
-        return total + weight[:, None] * tile.astype(jnp.float32), after_next, upcoming
+    def fetch(slots):
+        return pack(values[slots, stripe])
 
-    total = jax.lax.fori_loop(
-        0, steps, add_rows,
-        (jnp.zeros((rows, columns), jnp.float32), slots_of(1), values[slots_of(0), stripe]))[0]
-    out[token, stripe] = jnp.sum(total, axis=0).astype(out.dtype)
+    def add_rows(step, carry):
+        totals, following, tile = carry
+        weight = weights[token, pl.ds(step * rows, rows)].astype(jnp.float32)
+        upcoming, after_next = fetch(following), slots_of(step + 2)
+        totals = [multiply_add(weight[:, None], part, total)
+                  for part, total in zip(unpack(tile), totals)]
+        return totals, after_next, upcoming
+
+    parts = parts_of(values.dtype)
+    zeros = [jnp.zeros((rows, columns // parts), jnp.float32)] * parts
+    totals = jax.lax.fori_loop(0, steps, add_rows, (zeros, slots_of(1), fetch(slots_of(0))))[0]
+    out[token, stripe] = join([jnp.sum(total, axis=0).astype(out.dtype) for total in totals])

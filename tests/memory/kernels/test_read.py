@@ -14,8 +14,9 @@ LIMIT = {'float32': 1e-6, 'bfloat16': 5e-3}
 @pytest.fixture(autouse=True)
 def short_chunks(monkeypatch):
     """Tiny cases with slots that are hot, chunks without a segment's start, and uneven ends."""
-    monkeypatch.setattr(read_backward, 'CHUNK', 8)
-    monkeypatch.setattr(read_backward, 'TILE', 4)
+    monkeypatch.setattr(read_backward, 'SHORTEST_CHUNK', 8)
+    for sizes in 'TILE', 'PIECES':
+        monkeypatch.setattr(read_backward, sizes, 4)
     jax.clear_caches()
 
 
@@ -98,16 +99,6 @@ def test_padding_reads_nothing_but_has_a_weight_gradient():
     assert not np.asarray(out[4:]).any()
     assert error(by_value, table) < LIMIT['float32']
     assert error(by_weight, wanted) < LIMIT['float32']
-
-
-def test_delta_gets_the_compact_rows_and_the_table_nothing():
-    values, slots, weights, gradient = make(random_slots(6, 4, 40), 40, 128)
-    delta = jnp.zeros((24, 128))
-    out, pull = jax.vjp(lambda d, w: read.value_bag_of_rows(values, d, slots, w), delta, weights)
-    _, rows, _, by_read = compact_gradients(values, slots, weights, gradient)
-    np.testing.assert_array_equal(pull(gradient)[0], rows)
-    np.testing.assert_array_equal(pull(gradient)[1], by_read)
-    np.testing.assert_array_equal(out, read.value_bag(values, slots, weights))
 
 
 def test_same_result_as_the_reference_it_replaces():
