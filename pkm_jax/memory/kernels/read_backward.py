@@ -8,10 +8,11 @@ Chunks end where segments do, except that segments longer than a chunk ("hot" sl
 their partial sums added in order afterwards. Every sum has one fixed order and there is no atomic
 operation: results are equal bit for bit from run to run.
 
-Bytes: each read fetches its output gradient, T·R·V·itemsize, mostly from L2 (the T·V gradients
-fit); value rows touched are read once, and gradient rows written once: dense S of them, compact
-min(S, T·R) whatever S is. Operations: 4·T·R·V, and as many to widen bfloat16. Floor: touched and
-written rows over the memory bandwidth, or the reads over the L2 bandwidth, whichever takes longer.
+Bytes: each read fetches its output gradient, T·R·V·itemsize, from L2 as far as the T·V gradients
+fit (an H200 keeps about 25 MB of them); value rows touched are read once, and gradient rows written
+once: dense S of them, compact min(S, T·R) whatever S is. Operations: 2·T·R·V multiply-adds, and
+2·T·R·V to widen bfloat16. Floor: touched and written rows over the memory bandwidth, or the reads
+over the L2 bandwidth, whichever takes longer.
 """
 
 import functools
@@ -25,12 +26,13 @@ from jaxtyping import Array, Float, Int32
 from pkm_jax.memory.kernels import call, column_blocks
 from pkm_jax.memory.kernels.pairs import join, multiply_add, pack, parts_of, unpack
 
-PROGRAMS = 8192         # over which the sorted reads are spread in chunks,
-SHORTEST_CHUNK = 32     # which are no shorter than this
-LONGEST_CHUNK = 256     # and no longer than this
-TILE = 32               # chunks or rows that the small kernels handle at a time
-PIECES = 64             # partial sums added at a time,
-PIECE_COLUMNS = 64      # in so many columns
+PROGRAMS = 8192             # over which the sorted reads are spread in chunks,
+SHORTEST_CHUNK = 32         # which are no shorter than this
+LONGEST_CHUNK = 256         # and no longer than this
+PAIRED_ROW_BYTES = 1536     # of the longest row of which a step takes two: registers
+TILE = 32                   # chunks or rows that the small kernels handle at a time
+PIECES = 64                 # partial sums added at a time,
+PIECE_COLUMNS = 64          # in so many columns
 
 
 def dense_gradients(
@@ -86,7 +88,8 @@ def _gradients(values, reads, weights, gradient, n_rows, rows_before):
     no_slot = jnp.full((n_rows,), n_slots, jnp.int32)
     like = jax.ShapeDtypeStruct
     row_slots, rows, by_read, pieces = call(
-        functools.partial(_stream, blocks=column_blocks(width), compact=bool(compact)),
+        functools.partial(_stream, blocks=column_blocks(width), compact=bool(compact),
+                          reads_a_step=1 + (values.nbytes // n_slots <= PAIRED_ROW_BYTES)),
         'read_backward', (chunks,),
         [no_slot, like((n_rows, width), values.dtype), like((slot.size,), jnp.float32),
          like((chunks, 2, parts_of(values.dtype), width // parts_of(values.dtype)), jnp.float32)],
@@ -136,7 +139,8 @@ def _cuts(slot):
     return cut[:chunks + 1], segment_end
 
 
-def _stream(_no_slot, values, gradient, weights, order, slot, cut, *rest, blocks, compact):
+def _stream(_no_slot, values, gradient, weights, order, slot, cut, *rest,
+            blocks, compact, reads_a_step):
     """One chunk: see the module. `blocks` are the column ranges that a row is held in."""
     rows_before, (row_slots, rows, by_read, pieces) = rest[0], rest[-4:]
     chunk, size = pl.program_id(0), slot.shape[0]
@@ -155,6 +159,12 @@ def _stream(_no_slot, values, gradient, weights, order, slot, cut, *rest, blocks
                 [pack(gradient[token.astype(jnp.int32), block]) for block in blocks],
                 [pack(values[slot_here, block]) for block in blocks])
 
+    def steps(i, carry):
+        """Several reads, so that what is on its way stays in the registers that it arrives in."""
+        for n in range(reads_a_step):
+            carry = step(i * reads_a_step + n, carry)
+        return carry
+
     def step(n, carry):
         (read, here), following, (weight, g, value), held, sums, row, in_head = carry
         upcoming, after_next = fetch(*following), index(first + n + 2)
@@ -167,6 +177,7 @@ def _stream(_no_slot, values, gradient, weights, order, slot, cut, *rest, blocks
         for part, other in zip(sum(g, []), sum(value, [])):
             inner = multiply_add(part, other, inner)
         by_read[read] = jnp.sum(inner)
+        weight = jnp.where(first + n < last, weight, 0)     # the last one may come twice
         sums = jax.tree.map(functools.partial(multiply_add, weight), g, sums)
         return following, after_next, upcoming, held, sums, row, in_head
 
@@ -200,7 +211,7 @@ def _stream(_no_slot, values, gradient, weights, order, slot, cut, *rest, blocks
         parts = parts_of(rows.dtype)
         zeros = [[jnp.zeros(block.size // parts, jnp.float32)] * parts for block in blocks]
         *_, held, sums, row, in_head = jax.lax.fori_loop(
-            0, last - first, step,
+            0, pl.cdiv(last - first, reads_a_step), steps,
             (now, index(first + 1), fetch(*now), now[1], zeros, head_row,
              head_cut.astype(jnp.int32)))
         write(held, sums, row, in_head, (in_head == 1) | tail_cut)
@@ -209,9 +220,9 @@ def _stream(_no_slot, values, gradient, weights, order, slot, cut, *rest, blocks
 def _add_pieces(_rows, pieces, slot, cut, segment_end, *rest, chunks, compact):
     """Adds the partial sums of each hot segment that starts in one of PIECES chunks."""
     rows_before, rows = rest[0], rest[-1]
-    columns = pl.ds(pl.program_id(1) * PIECE_COLUMNS, PIECE_COLUMNS)
     parts = range(pieces.shape[2])
-    in_part = pl.ds(columns.start // len(parts), columns.size // len(parts))
+    columns, in_part = (pl.ds(pl.program_id(1) * size, size)
+                        for size in (PIECE_COLUMNS, PIECE_COLUMNS // len(parts)))
     tile = jnp.arange(PIECES, dtype=jnp.int32)
     base = pl.program_id(0) * PIECES
     at = jnp.minimum(base + tile, chunks - 1)
