@@ -41,9 +41,9 @@ def join(parts: list[Array]) -> Array:
 
 def multiply_add(a: Array, b: Array, c: Float[Array, '...']) -> Float[Array, '...']:
     """a · b + c, a and b broadcast to c, float32; in one instruction (XLA would emit two)."""
+    a, b = jnp.broadcast_to(a, c.shape), jnp.broadcast_to(b, c.shape)
     if jax.default_backend() != 'gpu':
         return a * b + c
-    a, b = jnp.broadcast_to(a, c.shape), jnp.broadcast_to(b, c.shape)
     result, = plt.elementwise_inline_asm(
         'fma.rn.f32 $0, $1, $2, $3;', args=[a, b, c], constraints='=f,f,f,f', pack=1,
         result_shape_dtypes=[jax.ShapeDtypeStruct(c.shape, jnp.float32)])
