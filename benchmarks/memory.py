@@ -11,6 +11,7 @@ Exits 1 if an error exceeds 1e-2 (bfloat16) or 1e-5 (float32), or a repetition d
 """
 
 import functools
+import math
 import os
 import statistics
 import sys
@@ -31,22 +32,22 @@ READS = HEADS * TOP_K
 LIMITS = {'bfloat16': 1e-2, 'float32': 1e-5}
 
 
-def median_ms(function, *arguments, runs=7, calls=20) -> float:
-    """Milliseconds of one call: the median of `runs` timings of `calls` calls, after a warm-up.
+def median_ms(function, *arguments, runs=7) -> float:
+    """Milliseconds of one call: the median of `runs` timings, after a warm-up.
 
-    The calls are started one behind the other, so that starting them and waiting for the last
-    (about 0.2 ms together) is a small part of it.
+    A timing is of so many calls, started one behind the other, that it lasts 0.1 s: starting them
+    and waiting for the last took 0.15 to 0.5 ms.
     """
-    jax.block_until_ready([function(*arguments) for _ in range(2)])
-    times = []
-    for _ in range(runs):
+    def seconds(calls):
         start = time.perf_counter()
         for _ in range(calls):
             result = function(*arguments)
         jax.block_until_ready(result)
-        times.append((time.perf_counter() - start) / calls * 1e3)
-        del result
-    return statistics.median(times)
+        return time.perf_counter() - start
+
+    seconds(2)
+    calls = math.ceil(0.1 / (seconds(3) / 3))
+    return statistics.median(seconds(calls) for _ in range(runs)) / calls * 1e3
 
 
 def inputs(n_keys, width, dtype, tokens=TOKENS, zipf=False):
@@ -126,7 +127,7 @@ def report(name, target, run, arguments, floor_ms, peers):
     ratios = []
     for peer, function in peers.items():
         try:
-            ratios.append(f'{peer} {median_ms(function, *arguments, runs=3, calls=2) / took:.1f}x')
+            ratios.append(f'{peer} {median_ms(function, *arguments, runs=3) / took:.1f}x')
         except Exception as error:      # a peer that runs out of memory must not end the run
             ratios.append(f'{peer} failed ({type(error).__name__})')
     goal = f'{target:.2f}' if target else '-'

@@ -81,14 +81,15 @@ def compact_gradients(
     """
     if not kernels.chosen('read', read.unsupported(values, slots)):
         return compact_reference(values, slots, weights, gradient)
-    # The kernel reads everywhere. Its last row is that of slot S - 1: beyond the count, and zero,
-    # where that stands for nothing.
-    size = len(values)
-    _, rows, _, by_read = read_backward.compact_gradients(
-        values, jnp.minimum(slots, size - 1), weights, gradient)
-    ids, count = distinct(slots, size, len(rows))
-    return (SparseRows(ids, rows.astype(jnp.float32), count),
-            jnp.where(slots < size, by_read, 0))
+    # The kernel reads everywhere: slot S - 1 for S.
+    last = len(values) - 1
+    ids, rows, _, by_read = read_backward.compact_gradients(
+        values, jnp.minimum(slots, last), weights, gradient)
+    in_use = ids < jnp.where(jnp.any(slots == last), last + 1, last)
+    return (SparseRows(jnp.where(in_use, ids, last + 1),
+                       jnp.where(in_use[:, None], rows.astype(jnp.float32), 0),
+                       jnp.sum(in_use, dtype=jnp.int32)[None]),
+            jnp.where(slots <= last, by_read, 0))
 
 
 def compact_reference(

@@ -40,7 +40,10 @@ def dense_gradients(
     gradient: Float[Array, 'T V'],
 ) -> tuple[Float[Array, 'S V'], Float[Array, 'T R']]:
     """Gradients of `values` and `weights`; rows without a read are zero."""
-    _, rows, by_read = _gradients(values, _sort(slots), weights, gradient, len(values), None)
+    n_slots, width = values.shape
+    row_slots, rows, by_read = _gradients(values, _sort(slots), weights, gradient, n_slots, None)
+    rows, = call(functools.partial(_clear, blocks=column_blocks(width)), 'read_backward_clear',
+                 (pl.cdiv(n_slots, TILE),), [rows], rows, row_slots, aliases={0: 0})
     return rows, by_read
 
 
@@ -50,7 +53,7 @@ def compact_gradients(
 ) -> tuple[Int32[Array, 'rows'], Float[Array, 'rows V'], Int32[Array, ''], Float[Array, 'T R']]:
     """Slots read (ascending), their gradient rows, how many they are, and the weights' gradient.
 
-    rows = min(S, T·R); beyond the count, the slots are S and the rows zero.
+    rows = min(S, T·R); beyond the count, the slots are S and the rows are not set.
     """
     reads = _sort(slots)
     slot = reads[1]
@@ -76,7 +79,7 @@ def _chunk_size(slot):
 
 
 def _gradients(values, reads, weights, gradient, n_rows, rows_before):
-    """Slot of each gradient row (S: none), the rows, and the gradients of the weights.
+    """Slot of each gradient row (S: none, and the row not set), the rows, the weights' gradients.
 
     `rows_before` counts the distinct slots before each chunk; None: a slot is its own row.
     """
@@ -98,9 +101,6 @@ def _gradients(values, reads, weights, gradient, n_rows, rows_before):
         functools.partial(_add_pieces, chunks=chunks, compact=bool(compact)), 'read_backward_add',
         (pl.cdiv(chunks, PIECES), width // PIECE_COLUMNS), [rows],
         rows, pieces, slot, cut, segment_end, *compact, aliases={0: 0}, warps=4)
-    rows, = call(functools.partial(_clear, blocks=column_blocks(width), n_slots=n_slots),
-                 'read_backward_clear', (pl.cdiv(n_rows, TILE),), [rows], rows, row_slots,
-                 aliases={0: 0})
     return row_slots, rows, by_read.reshape(weights.shape).astype(weights.dtype)
 
 
@@ -234,7 +234,6 @@ def _add_pieces(_rows, pieces, slot, cut, segment_end, *rest, chunks, compact):
     def next_start(after):
         return jnp.min(jnp.where(starts & (tile > after), tile, PIECES))
 
-
     def add_segment(n):
         chunk = base + n
         row = rows_before[chunk + 1] - 1 if compact else slot[cut[chunk + 1] - 1]
@@ -256,10 +255,11 @@ def _add_pieces(_rows, pieces, slot, cut, segment_end, *rest, chunks, compact):
     jax.lax.while_loop(lambda n: n < PIECES, add_segment, next_start(-1))
 
 
-def _clear(_rows, row_slots, rows, *, blocks, n_slots):
-    """Zeroes the rows that belong to no slot that was read."""
+def _clear(_rows, row_slots, rows, *, blocks):
+    """Zeroes the rows of slots that were not read."""
+    n_slots = rows.shape[0]
     at = pl.program_id(0) * TILE + jnp.arange(TILE, dtype=jnp.int32)
-    unread = plt.load(row_slots.at[at], mask=at < row_slots.shape[0], other=0) == n_slots
+    unread = plt.load(row_slots.at[at], mask=at < n_slots, other=0) == n_slots
 
     @pl.when(jnp.max(unread.astype(jnp.int32)) == 1)
     def _():

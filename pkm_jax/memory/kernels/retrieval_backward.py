@@ -2,13 +2,14 @@
 
 The scores' gradient with respect to the T·H·2·N sub-key scores has at most K entries a row. A
 kernel sums the entries of one sub-key (one sub-key can appear in several pairs) in float32 and
-writes them into rows of zeros, in the dtype of the query; two batched matrix products with
-codebooks and queries follow. In bfloat16 this rounds each entry once, as the matrix unit would.
+writes them over zeros that it wrote before, while these are in L2, in the dtype of the query; two
+batched matrix products with codebooks and queries follow. In bfloat16 this rounds each entry once,
+as the matrix unit would.
 
-Bytes: the [H, 2, T, N] rows are written twice (zeros, entries) and read twice, 134 MB each in
-bfloat16 at T = 16,384, H = 4, N = 512. Operations: 3·K² vector instructions a row, and
-4·T·H·2·N·half on the matrix unit. Floor: three passes over the rows at the memory bandwidth,
-0.1 ms. A tensor of float32 rows would double it.
+Bytes: the [H, 2, T, N] rows are written once and read twice, 134 MB each in bfloat16 at T = 16,384,
+H = 4, N = 512. Operations: 3·K² vector instructions a row, and 4·T·H·2·N·half on the matrix unit.
+Floor: three passes over the rows at the memory bandwidth, 0.1 ms. A tensor of float32 rows would
+double it.
 """
 
 import functools
@@ -16,11 +17,12 @@ import functools
 import jax
 import jax.numpy as jnp
 from jax.experimental import pallas as pl
+from jax.experimental.pallas import triton as plt
 from jaxtyping import Array, Float, Int32
 
-from pkm_jax.memory.kernels import call
+from pkm_jax.memory.kernels import call, column_blocks
 
-TOKENS = 64     # of one program
+TOKENS = 2      # of one program: one a warp
 
 
 def query_and_codebook_gradients(
@@ -39,30 +41,30 @@ def query_and_codebook_gradients(
 def _spread(slots, gradient, n_keys, dtype):
     """Gradient of every sub-key score, [H, 2, T, N]: sums over the chosen slots of a sub-key."""
     tokens, heads, k = slots.shape
-    tile, width = min(TOKENS, 1 << tokens.bit_length() - 1), pl.next_power_of_2(k)
+    width = pl.next_power_of_2(k)
 
-    def kernel(slots, gradient, _zeros, by_key):
-        # The last tile overlaps the one before: both write the same there.
-        first = jnp.minimum(pl.program_id(0) * tile, tokens - tile)
+    def kernel(slots, gradient, by_key):
+        # The last tile overlaps the one before: both write zeros there, and the same over them.
+        first = jnp.minimum(pl.program_id(0) * TOKENS, tokens - TOKENS)
         head, part = pl.program_id(1), pl.program_id(2)
+        for block in column_blocks(n_keys):
+            zeros = jnp.zeros((TOKENS, block.size), dtype)
+            by_key[head, part, pl.ds(first, TOKENS), block] = zeros
 
-        def sub_key(slot):
-            return jnp.where(part == 0, slot // n_keys, slot % n_keys)
-
-        at = pl.ds(first, tile)
-        shape = (tile, width)
+        shape = (TOKENS, width)
         token = jax.lax.broadcasted_iota(jnp.int32, shape, 0) + first
-        rank = jnp.minimum(jax.lax.broadcasted_iota(jnp.int32, shape, 1), k - 1)
-        keys = sub_key(slots[token, jnp.full(shape, head), rank])
+        rank = jax.lax.broadcasted_iota(jnp.int32, shape, 1)
+        chosen = token, jnp.full(shape, head), jnp.minimum(rank, k - 1)
+        slot = slots[chosen].astype(jnp.uint32)
+        key = jnp.where(part == 0, slot // n_keys, slot % n_keys).astype(jnp.int32)
+        by_rank = jnp.where(rank < k, gradient[chosen].astype(jnp.float32), 0)
+        same = key[:, :, None] == key[:, None, :]
+        total = jnp.sum(jnp.where(same, by_rank[:, :, None], 0), axis=1)
+        if jax.default_backend() == 'gpu':      # interpreted, a program is one thread
+            plt.debug_barrier()     # the zeros come from other threads than the sums
+        by_key[jnp.full(shape, head), jnp.full(shape, part), token, key] = total.astype(dtype)
 
-        def add_rank(r, total):
-            same = keys == sub_key(slots[at, head, r])[:, None]
-            return total + jnp.where(same, gradient[at, head, r].astype(jnp.float32)[:, None], 0)
-
-        total = jax.lax.fori_loop(0, k, add_rank, jnp.zeros(shape, jnp.float32))
-        by_key[jnp.full(shape, head), jnp.full(shape, part), token, keys] = total.astype(dtype)
-
-    zeros = jnp.zeros((heads, 2, tokens, n_keys), dtype)
-    by_key, = call(kernel, 'spread_score_gradients', (pl.cdiv(tokens, tile), heads, 2), [zeros],
-                   slots, gradient, zeros, aliases={2: 0}, warps=4)
+    by_key, = call(kernel, 'spread_score_gradients', (pl.cdiv(tokens, TOKENS), heads, 2),
+                   [jax.ShapeDtypeStruct((heads, 2, tokens, n_keys), dtype)],
+                   slots, gradient, warps=TOKENS)
     return by_key

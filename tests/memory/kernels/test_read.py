@@ -86,8 +86,27 @@ def test_compact_rows_are_those_of_the_dense_gradient(case):
     assert (np.asarray(row_slots[len(distinct):]) == len(values)).all()
     np.testing.assert_array_equal(np.asarray(rows[:len(distinct)], np.float32),
                                   np.asarray(table, np.float32)[distinct])
-    assert not np.asarray(rows[len(distinct):], np.float32).any()
     np.testing.assert_array_equal(compact_by_read, by_read)
+
+
+@pytest.mark.parametrize('case', ['no padding', 'padding', 'padding, last slot read'])
+@pytest.mark.parametrize('n_slots', [10, 100])
+def test_rows_of_a_sparse_gradient_are_those_of_the_reference(monkeypatch, case, n_slots):
+    """Slots of S, which nobody reads, beside the last slot; more rows than reads, and fewer."""
+    slots = random_slots(7, 4, n_slots - 1)
+    if 'padding,' in case:
+        slots[:3, 0] = n_slots - 1
+    if case != 'no padding':
+        slots[4:, 1:] = n_slots
+    values, slots, weights, gradient = make(slots, n_slots, 128)
+    weights = jnp.where(slots < n_slots, weights, 0)
+    want, want_by_read = value_bag.compact_reference(values, slots, weights, gradient)
+    monkeypatch.setattr(kernels, 'chosen', lambda *_: True)
+    got, by_read = value_bag.compact_gradients(values, slots, weights, gradient)
+    np.testing.assert_array_equal(got.ids, want.ids)
+    np.testing.assert_array_equal(got.count, want.count)
+    np.testing.assert_allclose(got.rows, want.rows, rtol=1e-5, atol=1e-5)
+    np.testing.assert_allclose(by_read, want_by_read, rtol=1e-5, atol=1e-5)
 
 
 def test_padding_reads_nothing_but_has_a_weight_gradient():

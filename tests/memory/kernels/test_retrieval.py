@@ -5,13 +5,12 @@ import numpy as np
 import pytest
 
 from pkm_jax.memory import product_keys
-from pkm_jax.memory.kernels import networks, retrieval, retrieval_backward, retrieval_forward
+from pkm_jax.memory.kernels import networks, retrieval, retrieval_forward
 
 
 @pytest.fixture(autouse=True)
 def small_tiles(monkeypatch):
     monkeypatch.setattr(retrieval_forward, 'TOKENS', 16)
-    monkeypatch.setattr(retrieval_backward, 'TOKENS', 16)
     jax.clear_caches()
 
 
@@ -65,13 +64,15 @@ def test_all_equal_scores():
 
 
 @pytest.mark.parametrize('dtype, limit', [('float32', 1e-6), ('bfloat16', 5e-3)])
-def test_gradients_agree_with_float64(dtype, limit):
-    query, codebooks = make(20, 2, 32, dtype)
+@pytest.mark.parametrize('k', [1, 3, 4])
+def test_gradients_agree_with_float64(dtype, limit, k):
+    """Tiles of two tokens, the last of which overlaps; lists padded to a power of two."""
+    query, codebooks = make(21, 2, 32, dtype)
     (_, slots), pull = jax.vjp(
-        lambda q, c: retrieval.top_k_product_keys(q, c, 4), query, codebooks)
+        lambda q, c: retrieval.top_k_product_keys(q, c, k), query, codebooks)
     gradient = np.random.default_rng(1).normal(size=slots.shape).astype(np.float32)
     got = pull((jnp.asarray(gradient), np.zeros(slots.shape, jax.dtypes.float0)))
-    slots, spread = np.asarray(slots), np.zeros((20, 2, 2, 32))
+    slots, spread = np.asarray(slots), np.zeros((21, 2, 2, 32))
     token, head, _ = np.indices(slots.shape)
     np.add.at(spread, (token, head, 0, slots // 32), gradient)
     np.add.at(spread, (token, head, 1, slots % 32), gradient)
