@@ -9,10 +9,10 @@ their partial sums added in order afterwards. Every sum has one fixed order and 
 operation: results are equal bit for bit from run to run.
 
 Bytes: each read fetches its output gradient, T·R·V·itemsize, from L2 as far as the T·V gradients
-fit (an H200 keeps about 25 MB of them); value rows touched are read once, and gradient rows written
-once: dense S of them, compact min(S, T·R) whatever S is. Operations: 2·T·R·V multiply-adds, and
-2·T·R·V to widen bfloat16. Floor: touched and written rows over the memory bandwidth, or the reads
-over the L2 bandwidth, whichever takes longer.
+fit (an H200 keeps about 25 MB of them, and is asked to keep them rather than rows written); value
+rows touched are read once, and gradient rows written once: dense S of them, compact min(S, T·R)
+whatever S is. Operations: 2·T·R·V multiply-adds, and 2·T·R·V to widen bfloat16. Floor: touched and
+written rows over the memory bandwidth, or the reads over the L2 bandwidth, whichever takes longer.
 """
 
 import functools
@@ -154,9 +154,10 @@ def _stream(_no_slot, values, gradient, weights, order, slot, cut, *rest,
 
     def fetch(read, slot_here):
         """What a read needs, on its way while the read before is summed."""
-        token = read.astype(jnp.uint32) // jnp.uint32(reads_per_token)
+        token = (read.astype(jnp.uint32) // jnp.uint32(reads_per_token)).astype(jnp.int32)
         return (weights[read].astype(jnp.float32),
-                [pack(gradient[token.astype(jnp.int32), block]) for block in blocks],
+                [pack(plt.load(gradient.at[token, block], eviction_policy='evict_last'))
+                 for block in blocks],
                 [pack(values[slot_here, block]) for block in blocks])
 
     def steps(i, carry):
@@ -200,7 +201,8 @@ def _stream(_no_slot, values, gradient, weights, order, slot, cut, *rest,
         @pl.when(~is_piece)
         def _():
             for block, totals in zip(blocks, sums):
-                rows[row, block] = join([total.astype(rows.dtype) for total in totals])
+                total = join([total.astype(rows.dtype) for total in totals])
+                plt.store(rows.at[row, block], total, eviction_policy='evict_first')
 
         row_slots[row] = held
 
