@@ -56,6 +56,7 @@ CASES = {
     'one read a token': (random_slots(5, 1, 9), 9, 128, 'float32'),
     'first and last slot': (np.array([[0, 29], [29, 0]]), 30, 128, 'float32'),
     'odd number of reads, width 768': (random_slots(3, 3, 7), 7, 768, 'bfloat16'),
+    'rows beyond 1,536 bytes': (MIXED, 16, 512, 'float32'),
 }
 
 
@@ -72,6 +73,20 @@ def test_agrees_with_float64(case):
     assert error(by_read, by_weight) < LIMIT['float32']
     unread = np.setdiff1d(np.arange(len(values)), slots)
     assert not np.asarray(by_value, np.float32)[unread].any()
+
+
+@pytest.mark.parametrize('slots', [random_slots(9, 7, 20), MIXED[:9, :7]])
+def test_chunks_grow_with_the_number_of_reads(monkeypatch, slots):
+    """21 reads a chunk, which is no power of two; weights in bfloat16."""
+    monkeypatch.setattr(read_backward, 'PROGRAMS', 3)
+    assert read_backward._chunk_size(slots) == 21
+    values, slots, weights, gradient = make(slots, 20, 128)
+    weights = weights.astype(jnp.bfloat16)
+    _, table, by_weight = expected(values, slots, weights, gradient)
+    by_value, by_read = dense_gradients(values, slots, weights, gradient)
+    assert by_read.dtype == weights.dtype
+    assert error(by_value, table) < LIMIT['float32']
+    assert error(by_read, by_weight) < LIMIT['bfloat16']
 
 
 @pytest.mark.parametrize('case', CASES)
