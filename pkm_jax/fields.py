@@ -1,0 +1,50 @@
+"""Fields of configurations: a default, what it means, and the values that it can have."""
+
+import dataclasses
+import math
+from typing import Any
+
+from pkm_jax.refusal import Refusal
+
+
+def setting(
+    default: Any, help: str, *, least: float | None = None, most: float | None = None,
+    above: float | None = None, below: float | None = None, choices: tuple[str, ...] = (),
+) -> Any:
+    """A dataclass field whose metadata say what it is for, in which unit, and within which bounds.
+
+    `least` and `most` belong to the range, `above` and `below` do not.
+    """
+    bounds = {'least': least, 'most': most, 'above': above, 'below': below}
+    return dataclasses.field(default=default, metadata={
+        'help': help, 'choices': choices,
+        **{name: bound for name, bound in bounds.items() if bound is not None}})
+
+
+def check_settings(section: Any, name: str = '') -> None:
+    """Refuses the first field of a dataclass that is out of its range, as `name`.field.
+
+    Raises:
+      Refusal: a value is not one of the choices, no number where one is due, or out of range.
+    """
+    for field in dataclasses.fields(section):
+        value, limits = getattr(section, field.name), field.metadata
+        called = f'{name}.{field.name}' if name else field.name
+        if limits.get('choices') and value not in limits['choices']:
+            raise Refusal(f'{called} = {value!r} is none of {limits["choices"]}.')
+        if {'least', 'most', 'above', 'below'} & limits.keys() and not _within(value, limits):
+            raise Refusal(f'{called} = {value!r} must be {bounds(limits)}.')
+
+
+def _within(value, limits):
+    return (isinstance(value, (int, float)) and not math.isnan(value)
+            and limits.get('least', -math.inf) <= value <= limits.get('most', math.inf)
+            and ('above' not in limits or value > limits['above'])
+            and ('below' not in limits or value < limits['below']))
+
+
+def bounds(limits: Any) -> str:
+    """The range in a field's metadata in words: '1 or more', 'above 0 and below 1'."""
+    words = {'least': '{:,} or more', 'above': 'above {:,}', 'most': 'at most {:,}',
+             'below': 'below {:,}'}
+    return ' and '.join(form.format(limits[name]) for name, form in words.items() if name in limits)
