@@ -1,19 +1,31 @@
-"""Masked-LM pretraining: python -m pkm_jax.pretrain --config=configs/NAME.py"""
+"""Pretraining: python -m pkm_jax.pretrain --config=configs/NAME.py
+
+    python -m pkm_jax.pretrain --config=quickstart
+    python -m pkm_jax.pretrain --config=bert_base_pkm --config.data.corpus='/corpora/*.jsonl.xz'
+    python -m pkm_jax.pretrain --config=ablation:init=scratch,placement=replace --config.train.steps=1000
+
+The configuration says what is trained; docs/configuration.md lists every field. The same command goes
+on where a run stopped.
+"""
 
 import sys
 from pathlib import Path
 
 import jax
 import ml_collections
-from absl import app, flags, logging
-from ml_collections import config_flags
+from absl import app, logging
 
-from pkm_jax.training import hosts, settings
+from pkm_jax.configuration import command_line
+from pkm_jax.configuration.resolve import runs_of
+from pkm_jax.processes import hosts
+from pkm_jax.processes.preemption import Stopped
+from pkm_jax.refusal import Refusal
+from pkm_jax.report import write_report
+from pkm_jax.training import start
+from pkm_jax.training.layout import bytes_of_device, lay_out
 from pkm_jax.training.loop import train
-from pkm_jax.training.preemption import Stopped
-from pkm_jax.training.report import write_report
 
-CONFIG = config_flags.DEFINE_config_file('config', help_string='configs/NAME.py')
+CONFIG = command_line.define_config()
 
 
 def run(config: ml_collections.ConfigDict) -> Path | None:
@@ -22,29 +34,27 @@ def run(config: ml_collections.ConfigDict) -> Path | None:
     Of several processes the first one writes the page, and the others return None.
 
     Raises:
-      ValueError, FileNotFoundError, ImportError: see `loop.train`; bad settings of any run are found
-        before the first starts.
+      Refusal: see `loop.train`; bad settings of any run are found before the first starts.
       Stopped: a signal asked for it; started again it goes on.
     """
-    hosts.join(config.distributed)
-    runs = settings.runs_of(config)
-    for _, settings_of_run in runs:
-        settings.check(settings_of_run, jax.device_count(), jax.process_count())
-    for name, settings_of_run in runs:
-        train(settings_of_run, name)
+    runs = runs_of(config)
+    start.use_compilation_cache(runs[0].compilation_cache)
+    hosts.join(runs[0].distributed)
+    layouts = [lay_out(one, jax.device_count(), jax.process_count(), bytes_of_device())
+               for one in runs]
+    for one, layout in zip(runs, layouts):
+        train(one, layout)
     if jax.process_index() > 0:
         return None
-    return write_report(Path(config.workdir), [name for name, _ in runs if name] or None)
+    return write_report(Path(config.workdir), [one.name for one in runs] if config.runs else None)
 
 
-def main(_) -> None:
+def main(_: list[str]) -> None:
     logging.set_verbosity(logging.WARNING)      # libraries say much that is not about the run
     try:
         page = run(CONFIG.value)
-    except (ValueError, FileNotFoundError, ImportError) as error:
-        if not settings.is_refusal(error):
-            raise
-        sys.exit(f'Not trained: {error}')
+    except Refusal as refusal:
+        sys.exit(f'Not trained: {refusal}')
     except Stopped as stopped:
         print(stopped)
         sys.exit(stopped.status)
@@ -53,5 +63,4 @@ def main(_) -> None:
 
 
 if __name__ == '__main__':
-    flags.mark_flag_as_required('config')
-    app.run(main)
+    app.run(main, flags_parser=command_line.parse)

@@ -1,8 +1,7 @@
-"""Prepared records to batches: shuffled anew each epoch, and masked.
+"""Prepared records to batches: shuffled anew each epoch, the same for any number of workers and hosts.
 
-The batches are the same for any number of workers and hosts. A batch is a dict of NumPy arrays:
-tokens, segments [B, L] int32, lengths [B] int32, mlm_positions, mlm_labels [B, P] int32 and
-mlm_weights [B, P] float32, 1 where a prediction is asked for. Rows without tokens have length 0.
+A batch is a dict of NumPy arrays with the examples' arrays (examples.py) one below the other. Rows
+without an example, in the last batch of an evaluation, hold what fills arrays: length 0.
 """
 
 import dataclasses
@@ -12,34 +11,42 @@ import os
 import signal
 import sys
 import threading
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
+from typing import Protocol
 
 import grain
 import numpy as np
 from absl import flags
 from jaxtyping import Int
 
-from pkm_jax.data import tokenizer
-from pkm_jax.data.dataset import Prepared
-from pkm_jax.data.masking import Masking, predictions_per_record
+from pkm_jax.data.examples import Examples
+from pkm_jax.refusal import Refusal
 
 Batch = dict[str, np.ndarray]
 FILLER = -1   # instead of a record's number, in the last batch of an evaluation
 
 
+class Records(Protocol):
+    """Prepared records, such as `dataset.Prepared`. Cheap to pickle."""
+    fingerprint: str    # the same records have the same one
+
+    def num_records(self, split: str) -> int:
+        """How many a split has."""
+
+    def records(self, split: str) -> Sequence:
+        """Random access to those of a split, opened by the process that reads."""
+
+
 @dataclasses.dataclass(frozen=True)
 class Collate:
-    """Reads, masks and stacks the records of a batch.
-
-    Cheap to pickle: files are opened by the process that reads.
-    """
-    prepared: Prepared
+    """Reads the records of a batch and stacks their examples; files are opened where it is called."""
+    records: Records
     split: str
-    masking: Masking
+    examples: Examples
 
     @functools.cached_property
-    def _records(self):
-        return self.prepared.records(self.split)
+    def _opened(self):
+        return self.records.records(self.split)
 
     def __getstate__(self) -> dict:
         return {field.name: getattr(self, field.name) for field in dataclasses.fields(self)}
@@ -47,22 +54,16 @@ class Collate:
     def __call__(self, places: tuple[Int[np.ndarray, 'B'], Int[np.ndarray, 'B']]) -> Batch:
         """Makes the batch of the given (epochs, record numbers)."""
         epochs, numbers = places
-        rows, length, slots = len(numbers), self.prepared.length, self.masking.slots
-        batch = {'tokens': np.full((rows, length), self.masking.vocabulary.ids['[PAD]'], np.int32),
-                 'segments': np.zeros((rows, length), np.int32),
-                 'lengths': np.zeros(rows, np.int32),
-                 'mlm_positions': np.zeros((rows, slots), np.int32),
-                 'mlm_labels': np.zeros((rows, slots), np.int32),
-                 'mlm_weights': np.zeros((rows, slots), np.float32)}
+        batch = {name: np.full((len(numbers), *array.shape), array.fill, array.dtype)
+                 for name, array in self.examples.arrays.items()}
         real = np.flatnonzero(numbers != FILLER)
-        for row, record in zip(real, self._records.__getitems__(numbers[real].tolist())):
-            tokens, positions, labels = self.masking(record['tokens'], int(epochs[row]),
-                                                     int(numbers[row]))
-            batch['tokens'][row, :len(tokens)] = tokens
-            batch['lengths'][row] = len(tokens)
-            batch['mlm_positions'][row, :len(positions)] = positions
-            batch['mlm_labels'][row, :len(positions)] = labels
-            batch['mlm_weights'][row, :len(positions)] = 1
+        for row, record in zip(real, self._opened.__getitems__(numbers[real].tolist())):
+            example = self.examples(record, int(epochs[row]), int(numbers[row]))
+            for name, array in example.items():
+                if np.ndim(array):
+                    batch[name][row, :len(array)] = array
+                else:
+                    batch[name][row] = array
         return batch
 
 
@@ -74,24 +75,20 @@ class BatchStream:
     reach into the next epoch. `workers` processes read and mask; 0 does so in threads of this
     process. A script that asks for workers must guard its entry point with `if __name__ ==
     '__main__'`.
-    Raises ValueError where the batch does not divide over the hosts, and what `Masking` raises.
+    Raises Refusal where the batch does not divide over the hosts.
     """
 
-    def __init__(self, prepared: Prepared, split: str, *, batch_size: int, seed: int,
-                 mask_rate: float = 0.15, whole_word: bool = False,
-                 max_predictions: int | None = None, process_index: int = 0,
-                 process_count: int = 1, workers: int = 0):
-        collate = _collate(prepared, split, seed, mask_rate, whole_word, max_predictions)
+    def __init__(self, records: Records, split: str, examples: Examples, *, batch_size: int,
+                 seed: int, process_index: int = 0, process_count: int = 1, workers: int = 0):
         rows = _rows_per_host(batch_size, process_count)
-        size = prepared.num_records(split)
+        size = records.num_records(split)
         self._batches = (grain.MapDataset.range(size).shuffle(seed=seed).repeat()
                          .map_with_index(lambda position, record: (position // size, record))
                          .batch(rows)[process_index::process_count]
-                         .map(collate))
+                         .map(Collate(records, split, examples)))
         self._workers = workers
-        self._identity = {'fingerprint': prepared.fingerprint, 'split': split, 'seed': seed,
-                          'batch_size': batch_size, 'mask_rate': mask_rate,
-                          'whole_word': whole_word, 'max_predictions': collate.masking.slots}
+        self._identity = {'fingerprint': records.fingerprint, 'split': split, 'seed': seed,
+                          'batch_size': batch_size, **examples.identity}
         self._returned = 0
         self._iterator: grain.DatasetIterator | None = None
 
@@ -112,13 +109,18 @@ class BatchStream:
     def set_state(self, state: dict) -> None:
         """Goes on after the place of `state`.
 
-        Raises ValueError where that is a place in another stream.
+        Raises Refusal where that is a place in another stream.
         """
-        other = [f'{name} was {state.get(name)}, is {value}'
-                 for name, value in self._identity.items() if state.get(name) != value]
+        other = {name: value for name, value in self._identity.items() if state.get(name) != value}
+        if 'fingerprint' in other:
+            raise Refusal('The text or its vocabulary has changed since the run began (fingerprint '
+                          f'{state.get("fingerprint")} then, {other["fingerprint"]} now): restore '
+                          'it, or start another run.')
         if other:
-            raise ValueError('the saved data state belongs to another stream of batches: '
-                             f'{", ".join(other)}; restore the settings, or start anew')
+            changes = ', '.join(f'{name} was {state.get(name)}, is {value}'
+                                for name, value in other.items())
+            raise Refusal(f'The saved place belongs to another stream of batches: {changes}. '
+                          f'Restore the settings, or start another run.')
         self.close()
         self._returned = state['batches']
 
@@ -129,19 +131,18 @@ class BatchStream:
             self._iterator = None
 
 
-def evaluation_batches(prepared: Prepared, split: str, *, batch_size: int, n_batches: int,
-                       seed: int, mask_rate: float = 0.15, whole_word: bool = False,
-                       max_predictions: int | None = None, process_index: int = 0,
-                       process_count: int = 1) -> Iterator[Batch]:
-    """Yields this host's parts of at most `n_batches` batches: always the same records, masked in
-    the same way.
+def evaluation_batches(
+    records: Records, split: str, examples: Examples, *, batch_size: int, n_batches: int,
+    seed: int, process_index: int = 0, process_count: int = 1,
+) -> Iterator[Batch]:
+    """Yields this host's parts of at most `n_batches` batches: always the same examples.
 
-    All hosts get the same number of batches. Where the split ends within a batch, rows of length 0
-    fill it.
+    All hosts get the same number of batches. Where the split ends within a batch, rows without an
+    example fill it.
     """
-    collate = _collate(prepared, split, seed, mask_rate, whole_word, max_predictions)
+    collate = Collate(records, split, examples)
     rows = _rows_per_host(batch_size, process_count)
-    size = prepared.num_records(split)
+    size = records.num_records(split)
     order = grain.MapDataset.range(size).shuffle(seed=seed)
     for first in range(0, min(n_batches * batch_size, size), batch_size):
         places = range(first + process_index * rows, first + (process_index + 1) * rows)
@@ -149,19 +150,10 @@ def evaluation_batches(prepared: Prepared, split: str, *, batch_size: int, n_bat
         yield collate((np.zeros_like(numbers), numbers))
 
 
-def _collate(prepared: Prepared, split: str, seed: int, mask_rate: float, whole_word: bool,
-             max_predictions: int | None) -> Collate:
-    if max_predictions is None:
-        max_predictions = predictions_per_record(prepared.length, mask_rate)
-    vocabulary = tokenizer.load(prepared.vocab_path)
-    return Collate(prepared, split, Masking(vocabulary, seed, mask_rate, whole_word,
-                                            max_predictions, prepared.length))
-
-
 def _rows_per_host(batch_size: int, process_count: int) -> int:
     if batch_size % process_count:
-        raise ValueError(f'batch {batch_size} does not divide over {process_count} hosts: change '
-                         'batch_size')
+        raise Refusal(f'A batch of {batch_size} does not divide over {process_count} hosts: choose a '
+                      f'multiple of {process_count}.')
     return batch_size // process_count
 
 

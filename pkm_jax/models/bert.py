@@ -1,14 +1,8 @@
-"""BERT (Devlin et al. 2019) whose feed-forward layers can have, or be, a product-key memory.
-
-Placement in a block (METHOD.md section 2), LN being the block's output norm:
-
-    none     h' = LN(h + FFN(h))
-    replace  h' = LN(h + PKM(h))                 Lample et al. 2019
-    add      h' = LN(h + FFN(h) + PKM(h))        Kim & Jung 2020
-"""
+"""BERT (Devlin et al. 2019) whose feed-forward layers can have, or be, a product-key memory."""
 
 import dataclasses
 import functools
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -16,75 +10,49 @@ from einops import rearrange
 from flax import nnx
 from jaxtyping import Array, Float, Int, Key
 
+from pkm_jax.fields import setting
 from pkm_jax.memory import sharding
 from pkm_jax.memory.dropout import dropout
-from pkm_jax.memory.layer import MemoryConfig, MemoryReads, ProductKeyMemory
+from pkm_jax.memory.layer import MemoryReads, ProductKeyMemory
 from pkm_jax.models.add_norm import add_norm
 from pkm_jax.models.attention import attend
 from pkm_jax.models.operations import gelu, logits, thirds
+from pkm_jax.models.transformer import TransformerConfig
+from pkm_jax.refusal import Refusal
 
-PLACEMENTS = ('none', 'replace', 'add')
 HEADS = ('mlm', 'pooler', 'nsp', 'classifier', 'span')
 
 
 @dataclasses.dataclass(frozen=True)
-class BertConfig:
+class BertConfig(TransformerConfig):
     """Sizes of a BERT and its memories; the defaults are BERT-base, uncased, without memory.
 
     Raises:
-      ValueError: a size or name is impossible; the message names it, its value and the remedy.
+      Refusal: a size or name is impossible; the message names it, its value and the remedy.
     """
-    vocab_size: int = 30522
-    layers: int = 12
-    width: int = 768
-    attention_heads: int = 12
-    feed_forward_width: int = 3072
-    max_length: int = 512
-    segments: int = 2
-    dropout: float = 0.1
-    attention_dropout: float = 0.1      # 0 allows the fused attention of a GPU in training
-    norm_epsilon: float = 1e-12
-    heads: tuple[str, ...] = ('mlm',)   # any of HEADS
-    classes: int = 2                    # outputs of the classifier; 1 for regression
-    tied: bool = True                   # the MLM head predicts with the word embedding
-    dtype: str = 'float32'              # of the computation; parameters are float32
-    remat: bool = False                 # recompute each block in the backward pass: less memory
-    memory: MemoryConfig = MemoryConfig()
-    memory_layers: tuple[int, ...] = ()  # 0-based
-    placement: str = 'none'             # of the memory in each of memory_layers
-    zero_start: bool = False            # scale memories by a learnt scalar that starts at 0
-    shared_values: bool = False         # one value table for all memory layers
+    segments: int = setting(2, 'kinds of sentence that a token can belong to', least=1)
+    heads: tuple[str, ...] = setting(('mlm',), f'outputs, of {", ".join(HEADS)}')
+    classes: int = setting(2, 'outputs of the classifier; 1 for regression', least=1)
+    tied: bool = setting(True, 'the MLM head predicts with the word embedding')
 
-    def __post_init__(self):
-        for name in ('vocab_size', 'layers', 'width', 'attention_heads', 'feed_forward_width',
-                     'max_length', 'segments', 'classes'):
-            if getattr(self, name) < 1:
-                raise ValueError(f'model.{name} = {getattr(self, name)} must be 1 or more.')
-        if self.dtype not in ('float32', 'bfloat16'):
-            raise ValueError(f"model.dtype = {self.dtype!r} is neither 'float32' nor 'bfloat16'.")
-        if self.width % self.attention_heads:
-            raise ValueError(f'model.width = {self.width} does not divide into '
-                             f'model.attention_heads = {self.attention_heads}.')
-        if self.placement not in PLACEMENTS:
-            raise ValueError(f'placement = {self.placement!r} is none of {PLACEMENTS}.')
-        if bool(self.memory_layers) != (self.placement != 'none'):
-            raise ValueError(f'placement = {self.placement!r} with memory_layers = '
-                             f'{self.memory_layers}: give both a placement and layers, or neither.')
-        outside = [i for i in self.memory_layers if not 0 <= i < self.layers]
-        if outside or len(set(self.memory_layers)) < len(self.memory_layers):
-            raise ValueError(f'memory_layers = {self.memory_layers}: every layer must be given once '
-                             f'and lie within 0..{self.layers - 1} (model.layers = {self.layers}).')
-        unknown = set(self.heads) - set(HEADS)
-        if unknown:
-            raise ValueError(f'heads {sorted(unknown)} are none of {HEADS}.')
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if unknown := sorted(set(self.heads) - set(HEADS)):
+            raise Refusal(f'heads {unknown} are none of {HEADS}.')
         if {'nsp', 'classifier'} & set(self.heads) and 'pooler' not in self.heads:
-            raise ValueError(f"heads = {self.heads}: 'nsp' and 'classifier' read the 'pooler'.")
-        for name in ('dropout', 'attention_dropout'):
-            if not 0 <= getattr(self, name) < 1:
-                raise ValueError(f'model.{name} = {getattr(self, name)} must lie within [0, 1).')
+            raise Refusal(f"heads = {self.heads}: 'nsp' and 'classifier' read the 'pooler'.")
 
-    def has_feed_forward(self, layer: int) -> bool:
-        return not (self.placement == 'replace' and layer in self.memory_layers)
+    def build(self, rngs: nnx.Rngs) -> 'Bert':
+        """A BERT with fresh parameters."""
+        return Bert(self, rngs)
+
+    def unseen(self) -> dict[str, Any]:
+        """Settings that weights were trained with and that their shapes do not tell."""
+        return super().unseen() | {'tied': self.tied}
+
+    def head_products(self) -> int:
+        """Multiplications for one masked token: the head's transform, then the vocabulary."""
+        return self.width ** 2 + super().head_products()
 
 
 class Bert(nnx.Module):

@@ -1,58 +1,65 @@
-"""Masked-LM quality and memory usage over a fixed set of tokens."""
+"""A task's metrics and the usage of memories, over a fixed set of tokens."""
 
 import functools
 from collections.abc import Callable, Iterable
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
 from pkm_jax.memory.usage import SlotCounts, no_counts, uniform_ceiling, usage_metrics
-from pkm_jax.models.bert import BertConfig
+from pkm_jax.models.interface import MemorySite
+from pkm_jax.tasks.interface import Batch, Task
 from pkm_jax.training.state import TrainState
-from pkm_jax.training.step import Batch, Totals
+from pkm_jax.training.step import Totals
 
 
 def evaluate(
-    state: TrainState, batches: Iterable[Batch], step: Callable, config: BertConfig,
-    dead_after: int = 0,
-) -> tuple[dict, dict[int, SlotCounts]]:
+    state: TrainState, batches: Iterable[Batch], count: Callable, task: Task,
+    sites: dict[Any, MemorySite], examples: int, dead_after: int = 0,
+) -> tuple[dict[str, Any], dict[Any, SlotCounts]]:
     """The 'eval' values of metrics.jsonl, and the counts of each memory's slots.
 
-    `step` is `step.eval_step` with everything but its arrays given. Usage is also recorded after
-    1, 2, 4, … batches, since it grows with the tokens it is measured over.
+    `count` is `step.eval_step` with everything but its arrays given; `examples` are real, and what
+    comes after them in the batches fills the last one. Usage is also recorded after 1, 2, 4, …
+    batches, since it grows with the tokens it is measured over.
     """
-    totals = _no_totals(config)
-    seen = []
-    number = 0
+    totals, seen, outputs, number = None, [], [], 0
     for number, batch in enumerate(batches, 1):
-        totals = step(state.params, state.statistics, batch, totals)
+        if totals is None:
+            totals = _no_totals(count, state, batch, sites)
+        totals, of_batch = count(state.params, state.batch_stats, batch, totals)
+        outputs.append(of_batch)
         if number & (number - 1) == 0:
             seen.append(_seen(totals))
     if number & (number - 1):
         seen.append(_seen(totals))
-    totals, seen = jax.device_get((totals, seen))
-    loss = float(totals.loss / totals.predictions)
-    values = {'loss': loss, 'accuracy': float(totals.correct / totals.predictions),
-              'perplexity': float(np.exp(np.float64(loss))), 'eval_tokens': int(totals.tokens)}
-    if totals.counts:
-        values['memory'] = {str(layer): _memory_values(layer, counts, seen, config.memory)
-                            for layer, counts in totals.counts.items()}
-    for layer, last in state.last_selected.items():
-        values['memory'][str(layer)]['dead'] = float(jax.device_get(
+    totals, seen, outputs = jax.device_get((totals, seen, outputs))
+    joined = jax.tree.map(lambda *parts: np.concatenate(parts)[:examples], *outputs)
+    values = {**task.evaluation(totals.sums, joined), 'eval_tokens': int(totals.tokens)}
+    if sites:
+        values['memory'] = {str(name): _memory_values(name, counts, seen, sites[name].config)
+                            for name, counts in totals.counts.items()}
+    for name, last in state.last_selected.items():
+        values['memory'][str(name)]['dead'] = float(jax.device_get(
             _share_dead(last, state.step, dead_after)))
     return values, totals.counts
 
 
-def _no_totals(config):
-    zero = jnp.zeros(())
-    return Totals(zero, zero, zero, jnp.zeros((), jnp.int32),
-                  {layer: no_counts(config.memory.slots) for layer in config.memory_layers})
+def _no_totals(count, state, batch, sites):
+    """Zeros of what `count` sums, whatever the task's sums are."""
+    counts = {name: no_counts(site.config.slots) for name, site in sites.items()}
+    empty = Totals({}, jnp.zeros((), jnp.int32), counts)
+    # Sums of the first batch tell which there are: the task names them where it makes them.
+    sums = jax.eval_shape(functools.partial(count, state.params, state.batch_stats, batch),
+                          empty)[0].sums
+    return empty._replace(sums=jax.tree.map(lambda a: jnp.zeros(a.shape, a.dtype), sums))
 
 
 def _seen(totals):
-    """Tokens so far, and by layer the usage over them."""
-    return totals.tokens, {layer: _shares(counts) for layer, counts in totals.counts.items()}
+    """Tokens so far, and by memory the usage over them."""
+    return totals.tokens, {name: _shares(counts) for name, counts in totals.counts.items()}
 
 
 @jax.jit
@@ -66,11 +73,11 @@ def _share_dead(last_selected, step, after):
     return jnp.mean(last_selected < step - after)
 
 
-def _memory_values(layer, counts, seen, memory):
+def _memory_values(name, counts, seen, memory):
     def ceiling(tokens):
         return float(uniform_ceiling(memory.slots, int(tokens), memory.heads))
 
-    curve = [[int(tokens), *map(float, shares[layer]), ceiling(tokens)] for tokens, shares in seen]
+    curve = [[int(tokens), *map(float, shares[name]), ceiling(tokens)] for tokens, shares in seen]
     return {**usage_metrics(counts), 'ceiling': curve[-1][3], 'slots': memory.slots,
             'heads': memory.heads, 'k': memory.top_k, 'curve': curve}
 

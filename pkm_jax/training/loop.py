@@ -5,112 +5,120 @@ import functools
 import math
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import jax
-import ml_collections
 import numpy as np
 from etils import epath
-from flax import nnx
-from jax.sharding import Mesh, NamedSharding, PartitionSpec as P
+from jax.sharding import Mesh
 
-from pkm_jax.convert.tensors import flatten
-from pkm_jax.data import dataset, loader
-from pkm_jax.memory.sharding import make_mesh
-from pkm_jax.models.bert import BertConfig
-from pkm_jax.training import hosts, init_from, settings
-from pkm_jax.training.checkpoints import Checkpoints
+from pkm_jax.checkpoints import pretrained
+from pkm_jax.checkpoints.store import Checkpoints
+from pkm_jax.configuration import folder as run_folder
+from pkm_jax.configuration.run import Run
+from pkm_jax.data import loader
+from pkm_jax.mesh import make_mesh
+from pkm_jax.models.interface import flatten
+from pkm_jax.optimizers.groups import schedule
+from pkm_jax.processes import hosts
+from pkm_jax.processes.preemption import Stopped, StopRequests
+from pkm_jax.refusal import Refusal
+from pkm_jax.tasks.interface import Batch, Data
+from pkm_jax.training import start
 from pkm_jax.training.evaluation import evaluate, save_counts
-from pkm_jax.training.metrics import RunLog, parameter_table, training_flops, utilisation
-from pkm_jax.training.optimizer import schedule
-from pkm_jax.training.plan import make_plan
-from pkm_jax.training.preemption import Stopped, StopRequests
-from pkm_jax.training.program import make_program
+from pkm_jax.training.layout import Layout
+from pkm_jax.training.program import Program, abstract_batch, make_program
+from pkm_jax.training.run_log import RunLog, utilisation
 from pkm_jax.training.state import TrainState, batch_sharding
-from pkm_jax.training.step import Batch, eval_step
+
+EVALUATION_SEED = 0     # of the examples evaluated over: the same for runs of any seed
 
 
-EVALUATION_SEED = 0     # of the records and masks evaluated over: the same for runs of any seed
+def train(run: Run, layout: Layout) -> Path:
+    """Trains the model of a run in its folder, or goes on where it stopped.
 
-
-def train(config: ml_collections.ConfigDict, name: str = '') -> Path:
-    """Trains the model of a configuration in config.workdir, or goes on where it stopped.
-
-    Returns the run's folder; of a finished run at once. `name` is shown with the progress.
+    Returns the folder; of a finished run at once. `layout` is `layout.lay_out`'s.
 
     Raises:
-      ValueError, FileNotFoundError: the configuration, corpus, checkpoint or folder cannot be used;
-        raised before anything is compiled.
+      Refusal: the settings, corpus, checkpoint or folder cannot be used; before anything is compiled.
       Stopped: a signal asked for it; see preemption.py.
     """
-    # 1. Refuse what cannot work; prepare the text.
-    settings.check(config, jax.device_count(), jax.process_count())
-    folder = settings.run_folder(config)
-    vocabulary = config.data.vocab or init_from.vocabulary_of(config.init_from)
-    with hosts.first_process_first('the prepared text'):
-        prepared = dataset.prepare(
-            settings.corpora(config), vocab=vocabulary, vocab_size=config.data.vocab_size,
-            length=config.data.length, validation_fraction=config.data.validation_fraction,
-            cache=config.data.cache, log=functools.partial(print, flush=True))
-    model_config = settings.model_config(config, prepared.vocab_size)
-    plan = make_plan(config, model_config, jax.device_count(), _device_bytes())
-    mesh = make_mesh(plan.shards)
+    # 1. Refuse what cannot work; prepare the data.
+    changed = run_folder.check_same_run(run)
+    with start.phase('preparing the data'), hosts.first_process_first('the prepared data'):
+        data = run.task.prepare(pretrained.vocabulary_of(run.init_from),
+                                functools.partial(print, flush=True))
+    run = run.with_vocabulary(data.vocab_size)
+    mesh = make_mesh(layout.shards)
 
     with contextlib.ExitStack() as closing:
         closing.enter_context(jax.set_mesh(mesh))
-        stream = closing.enter_context(contextlib.closing(_stream(config, prepared)))
+        stream = closing.enter_context(contextlib.closing(_stream(run, data)))
         checkpoints = closing.enter_context(contextlib.closing(
-            Checkpoints(folder / 'checkpoints', config.log.keep)))
+            Checkpoints(run.folder / 'checkpoints', run.log.keep)))
 
         # 2. The state: resumed, else from pretrained weights, else from scratch.
-        program = make_program(config, model_config, plan.sparse, mesh)
-        resumed = checkpoints.restore(program.abstract)
+        with start.phase('making the program'):
+            program = make_program(run, run.model, layout.sparse, mesh)
+        if checkpoints.steps():
+            _check_vocabulary(run.folder / 'vocab.txt', data)
+        with start.phase('looking for a checkpoint'):
+            resumed = checkpoints.restore(program.abstract)
         if resumed:
             state, progress = resumed
             stream.set_state(progress['data'])
-            if int(state.step) == config.train.steps:
-                return folder
+            if int(state.step) >= run.train.steps:
+                return run.folder
         else:
-            source = init_from.read(config.init_from) if config.init_from else None
-            if source:
-                init_from.check(source, program.abstract, model_config, prepared.vocab_path)
-            if jax.process_index() == 0:
-                settings.describe_run(config, folder)
-                epath.Path(prepared.vocab_path).copy(folder / 'vocab.txt', overwrite=True)
-            state = program.initialise(config.seed)
-            if source:
-                state = init_from.graft(source, state)
+            state = _first_state(run, program, data)
+        if jax.process_index() == 0 and (changed or not resumed):
+            run_folder.describe(run)
 
         # 3. Say what is trained, and train it.
         log = closing.enter_context(contextlib.closing(
-            RunLog(folder, name or folder.name, int(state.step), config.train.steps)))
+            RunLog(run.folder, run.name, int(state.step), run.train.steps)))
         shapes = {path: leaf.shape for path, leaf in flatten(state.params).items()}
-        log.say('\n'.join([parameter_table(shapes), *plan.reasons]))
+        log.say('\n'.join([pretrained.parameter_table(shapes), *start.summary(run, layout, mesh),
+                           *filter(None, [changed])]))
         if not resumed:
             log.write('start', 0, 0, parameters=sum(map(math.prod, shapes.values())))
-        evaluate_now = _evaluation(config, model_config, program.graph, mesh, prepared, folder, log)
         requests = closing.enter_context(StopRequests(mesh))
-        _loop(config, model_config, state, program.take_step, evaluate_now, stream, mesh,
+        with start.phase('compiling the step'), log.pause():
+            take_step = program.take_step.lower(state, abstract_batch(run, mesh)).compile()
+        _loop(run, state, take_step, _evaluation(run, program, mesh, data, log), stream, mesh,
               checkpoints, log, requests)
-    return folder
+    return run.folder
 
 
-def _loop(config, model_config: BertConfig, state: TrainState, take_step: Callable,
-          evaluate_now: Callable, stream: loader.BatchStream, mesh: Mesh, checkpoints: Checkpoints,
-          log: RunLog, requests: StopRequests) -> None:
+def _first_state(run: Run, program: Program, data: Data) -> TrainState:
+    """Fresh weights, or those that the run starts from; the folder is made once they fit."""
+    source = pretrained.open_pretrained(run.init_from) if run.init_from else None
+    if source:
+        pretrained.check_fits(source, program.abstract, run.model, data.vocab_path)
+    if jax.process_index() == 0:
+        run_folder.describe(run)
+        if data.vocab_path:
+            epath.Path(data.vocab_path).copy(run.folder / 'vocab.txt', overwrite=True)
+    with start.phase('making the first state'):
+        state = jax.block_until_ready(program.initialise(np.uint32(run.seed)))
+    if source:
+        with start.phase('loading pretrained weights'):
+            state = pretrained.load_pretrained(source, state)
+    return state
+
+
+def _loop(run: Run, state: TrainState, take_step: Callable, evaluate_now: Callable,
+          stream: loader.BatchStream, mesh: Mesh, checkpoints: Checkpoints, log: RunLog,
+          requests: StopRequests) -> None:
     """Steps from state.step to the last, never waiting for a step before the next is under way."""
-    step = start = int(state.step)
-    steps, every = config.train.steps, config.log
+    step, steps, every = int(state.step), run.train.steps, run.log
     profiling, asked = False, 0
-    window = []     # metrics of the steps since the last line, still on the devices
-    report = _reporter(config, model_config, log)
+    window: list[dict[str, Any]] = []   # metrics of the steps since the last line, on the devices
+    report = _reporter(run, log)
     while step < steps and not asked:
         batch = _to_devices(next(stream), mesh)
-        if step == start:
-            with log.pause():
-                log.say('compiling …')
-                take_step = take_step.lower(state, batch).compile()
         if step + 1 == every.profile[0]:
-            jax.profiler.start_trace(str(checkpoints.folder.parent / 'profile'))
+            jax.profiler.start_trace(str(run.folder / 'profile'))
             profiling = True
         with jax.transfer_guard('disallow'):
             state, metrics = take_step(state, batch)
@@ -141,74 +149,71 @@ def _loop(config, model_config: BertConfig, state: TrainState, take_step: Callab
         raise Stopped(asked, step)
 
 
-def _reporter(config, model_config, log):
+def _reporter(run: Run, log: RunLog) -> Callable[[int, list[dict[str, Any]]], None]:
     """A function that logs the mean of the metrics of the steps up to `step`."""
-    tokens_per_step = config.train.batch * config.data.length
-    flops = training_flops(model_config, config.data.length, config.data.max_predictions)
-    rate = schedule(config.train.learning_rate, config.train.warmup, config.train.steps)
+    rate = schedule(run.train.learning_rate, run.train.warmup, run.train.steps)
 
     def report(step, window):
         window = jax.device_get(window)
         seconds = log.lap()
-        tokens_per_second = tokens_per_step * len(window) / seconds
-        values = {name: float(np.mean([metrics[name] for metrics in window]))
-                  for name in window[0]}
+        tokens_per_second = run.tokens_per_step * len(window) / seconds
+        values = jax.tree.map(lambda *numbers: float(np.mean(numbers)), *window)
         values |= {'learning_rate': float(rate(step - 1)),
                    'steps_per_second': len(window) / seconds,
                    'tokens_per_second': tokens_per_second}
-        used = utilisation(flops * tokens_per_second)
+        used = utilisation(run.flops_per_step * len(window) / seconds)
         if used is not None:
             values['mfu'] = used
-        log.write('train', step, step * tokens_per_step, **values)
+        log.write('train', step, step * run.tokens_per_step, **values)
         log.show(step, values['loss'], tokens_per_second)
 
     return report
 
 
-def _evaluation(config, model_config: BertConfig, graph: nnx.GraphDef, mesh: Mesh,
-                prepared: dataset.Prepared, folder: Path, log: RunLog) -> Callable:
+def _evaluation(run: Run, program: Program, mesh: Mesh, data: Data,
+                log: RunLog) -> Callable[[TrainState, int], None]:
     """A function that evaluates a state on the same validation batches each time, and logs it."""
-    count = jax.jit(functools.partial(eval_step, graph=graph),
-                    out_shardings=NamedSharding(mesh, P()))     # for every host to read
-    size = config.train.batch // config.train.accumulate
+    number = run.log.eval_batches * run.train.gradient_accumulation_steps
+    size, sites = run.train.micro_batch, run.model.memories
+    examples = run.task.examples(data, EVALUATION_SEED)
 
     def evaluate_now(state, step):
-        batches = loader.evaluation_batches(
-            prepared, 'validation', batch_size=size, seed=EVALUATION_SEED,
-            n_batches=config.log.eval_batches * config.train.accumulate, **_masking(config),
-            **_hosts())
-        values, counts = evaluate(state, (_to_devices(batch, mesh) for batch in batches), count,
-                                  model_config, config.memory.dead_after)
-        log.write('eval', step, step * config.train.batch * config.data.length, **values)
-        log.say(f'evaluation at step {step:,}: loss {values["loss"]:.4f}, accuracy '
-                f'{values["accuracy"]:.4f}' + ''.join(
-                    f'; layer {layer}: top-1 usage {use["top_1_usage"]:.1%}, top-{use["k"]} '
-                    f'{use["top_k_usage"]:.1%} of {use["slots"]:,} slots over '
-                    f'{values["eval_tokens"]:,} tokens'
-                    for layer, use in values.get('memory', {}).items()))
+        batches = loader.evaluation_batches(data, 'validation', examples, batch_size=size,
+                                            n_batches=number, seed=EVALUATION_SEED, **_hosts())
+        values, counts = evaluate(
+            state, (_to_devices(batch, mesh) for batch in batches), program.count, run.task, sites,
+            min(number * size, data.num_records('validation')), run.tables.dead_after)
+        log.write('eval', step, step * run.tokens_per_step, **values)
+        shown = ', '.join(f'{name} {value:.4f}' for name, value in values.items()
+                          if isinstance(value, float) and name != 'perplexity')
+        log.say(f'evaluation at step {step:,}: {shown}' + ''.join(
+            f'; layer {name}: top-1 usage {use["top_1_usage"]:.1%}, top-{use["k"]} '
+            f'{use["top_k_usage"]:.1%} of {use["slots"]:,} slots over '
+            f'{values["eval_tokens"]:,} tokens'
+            for name, use in values.get('memory', {}).items()))
         if jax.process_index() == 0:
-            for layer, slots in counts.items():
-                save_counts(folder / f'slot_counts_{layer}.npz', slots)
+            for name, slots in counts.items():
+                save_counts(run.folder / f'slot_counts_{name}.npz', slots)
 
     return evaluate_now
 
 
-def _stream(config, prepared) -> loader.BatchStream:
-    return loader.BatchStream(prepared, 'train', batch_size=config.train.batch, seed=config.seed,
-                              workers=config.data.workers, **_masking(config), **_hosts())
+def _stream(run: Run, data: Data) -> loader.BatchStream:
+    return loader.BatchStream(data, 'train', run.task.examples(data, run.seed),
+                              batch_size=run.train.batch, seed=run.seed,
+                              workers=run.task.workers, **_hosts())
 
 
-def _masking(config) -> dict:
-    return dict(mask_rate=config.data.mask_rate, whole_word=config.data.whole_word,
-                max_predictions=config.data.max_predictions)
+def _check_vocabulary(began_with: Path, data: Data) -> None:
+    """Refuses other words than a run began with, whose embeddings would go to the wrong ones."""
+    if began_with.exists() and data.vocab_path and (
+            began_with.read_bytes() != epath.Path(data.vocab_path).read_bytes()):
+        raise Refusal(f'The text or the vocabulary changed: {data.vocab_path} and {began_with}, with '
+                      f'which the run began, hold other words. Restore them, or start another run '
+                      f'(--config.workdir).')
 
 
-def _device_bytes() -> int | None:
-    """Memory of a device, or None where it does not say."""
-    return (jax.local_devices()[0].memory_stats() or {}).get('bytes_limit')
-
-
-def _hosts() -> dict:
+def _hosts() -> dict[str, int]:
     return dict(process_index=jax.process_index(), process_count=jax.process_count())
 
 

@@ -1,4 +1,4 @@
-"""What a run compiles, from its configuration: for the loop that runs it, and for planning without.
+"""What a run compiles: for the loop that runs it, and for planning without its hardware.
 
 To be used under `jax.set_mesh` of the mesh given, which may be one of devices that are not there.
 """
@@ -7,17 +7,17 @@ import functools
 from typing import NamedTuple
 
 import jax
-import jax.numpy as jnp
-import ml_collections
 from flax import nnx
-from jax.sharding import Mesh
+from jax.sharding import Mesh, NamedSharding, PartitionSpec as P
 from jax.stages import Wrapped
 
-from pkm_jax.models.bert import BertConfig
-from pkm_jax.training.optimizer import make_optimizer
-from pkm_jax.training.state import (TrainState, batch_sharding, initial_state, laid_out,
-                                    model_graph)
-from pkm_jax.training.step import train_step
+from pkm_jax.configuration.run import Run
+from pkm_jax.models.interface import ModelConfig
+from pkm_jax.optimizers.build import make_optimizer
+from pkm_jax.training.state import (
+    TrainState, batch_sharding, initial_state, laid_out, model_graph,
+)
+from pkm_jax.training.step import eval_step, train_step
 
 
 class Program(NamedTuple):
@@ -26,33 +26,33 @@ class Program(NamedTuple):
     abstract: TrainState    # shapes, dtypes and shardings
     initialise: Wrapped     # seed -> TrainState
     take_step: Wrapped      # (TrainState, which it reuses the memory of, batch) -> it, metrics
+    count: Wrapped          # (params, batch_stats, batch, totals) -> totals, outputs by example
 
 
-def make_program(
-    config: ml_collections.ConfigDict, model: BertConfig, sparse: bool, mesh: Mesh,
-) -> Program:
-    """The program of a configuration over a mesh, by the rules of `state.laid_out`."""
-    optimizer = make_optimizer(config.train, sparse)
+def make_program(run: Run, model: ModelConfig, sparse: bool, mesh: Mesh) -> Program:
+    """The program of a run over a mesh, by the rules of `state.laid_out`; `model` is the run's, with
+    its vocabulary.
+
+    Raises:
+      Refusal: a size does not divide over the devices.
+    """
+    optimizer = make_optimizer(run.train, run.train.steps, sparse)
     initialise = functools.partial(initial_state, config=model, optimizer=optimizer,
-                                   track_dead=config.memory.dead_after > 0)
-    abstract = laid_out(jax.eval_shape(initialise, config.seed), mesh, config.train.split_backbone)
+                                   track_dead=run.tables.dead_after > 0)
+    abstract = laid_out(jax.eval_shape(initialise, run.seed), optimizer, mesh, run.train.fsdp)
     layout = jax.tree.map(lambda leaf: leaf.sharding, abstract)
     graph = model_graph(model)
-    step = functools.partial(train_step, graph=graph, optimizer=optimizer, seed=config.seed,
-                             accumulate=config.train.accumulate, sparse=sparse)
+    step = functools.partial(
+        train_step, task=run.task, graph=graph, sites=model.memories, optimizer=optimizer,
+        seed=run.seed, accumulation_steps=run.train.gradient_accumulation_steps, sparse=sparse)
+    count = functools.partial(eval_step, task=run.task, graph=graph)
     return Program(graph, abstract, jax.jit(initialise, out_shardings=layout),
-                   jax.jit(step, donate_argnums=0, out_shardings=(layout, None)))
+                   jax.jit(step, donate_argnums=0, out_shardings=(layout, None)),
+                   jax.jit(count, out_shardings=NamedSharding(mesh, P())))  # for every host to read
 
 
-def abstract_batch(
-    config: ml_collections.ConfigDict, mesh: Mesh,
-) -> dict[str, jax.ShapeDtypeStruct]:
+def abstract_batch(run: Run, mesh: Mesh) -> dict[str, jax.ShapeDtypeStruct]:
     """Shapes, dtypes and shardings of a training batch."""
-    def array(*columns, dtype=jnp.int32):
-        return jax.ShapeDtypeStruct((config.train.batch, *columns), dtype,
-                                    sharding=batch_sharding(mesh))
-
-    length, predictions = config.data.length, config.data.max_predictions
-    return {'tokens': array(length), 'segments': array(length), 'lengths': array(),
-            'mlm_positions': array(predictions), 'mlm_labels': array(predictions),
-            'mlm_weights': array(predictions, dtype=jnp.float32)}
+    return {name: jax.ShapeDtypeStruct((run.train.batch, *array.shape), array.dtype,
+                                       sharding=batch_sharding(mesh))
+            for name, array in run.task.arrays.items()}

@@ -10,18 +10,17 @@ from flax import nnx
 from jax.sharding import Mesh, NamedSharding, PartitionSpec as P
 from jaxtyping import Array, Int32
 
-from pkm_jax.memory.sharding import TABLE, TOKENS
 from pkm_jax.memory.usage import NEVER
-from pkm_jax.models.bert import Bert, BertConfig
+from pkm_jax.mesh import OWN
+from pkm_jax.models.interface import ModelConfig
+from pkm_jax.optimizers.layout import state_specs
+from pkm_jax.refusal import Refusal
 
-# How the axes of an array are split: that of the first pattern found in its path within the state.
-# Moments and marks of a value table lie beside it; what no pattern names is on every device.
-RULES = (
-    (r'memory/values$', TABLE),
-    (r'^last_selected/', TABLE),
-)
-# The backbone and its moments too: a matrix by its inputs, an embedding by its features.
-FULLY_SHARDED = (
+# How the axes of a parameter are split: by the first pattern found in its path. What no pattern
+# names is on every device. States of the optimizer lie beside their parameters.
+TABLES = ((r'memory/values$', OWN.table),)
+# Fully sharded data parallelism: a matrix by its inputs, an embedding by its features.
+FSDP = (
     (r'kernel$', P('data')),
     (r'(embedding|decoder)$', P(None, 'data')),
 )
@@ -30,59 +29,97 @@ FULLY_SHARDED = (
 class TrainState(NamedTuple):
     """Everything one step hands to the next. Random keys derive from (seed, step)."""
     step: Int32[Array, '']      # steps taken
-    params: dict                # nested, see Bert
-    statistics: dict            # running statistics of batch norms, nested like params
+    params: dict                # nested, see the model
+    batch_stats: dict           # running statistics of batch norms, nested like params
     optimizer: Any
-    last_selected: dict         # {layer: step at which each slot was last read, or NEVER}; or {}
+    last_selected: dict         # {memory: step at which each slot was last read, or NEVER}; or {}
 
 
 def initial_state(
-    seed: Int32[Array, ''] | int, config: BertConfig, optimizer: optax.GradientTransformation,
+    seed: Int32[Array, ''] | int, config: ModelConfig, optimizer: optax.GradientTransformation,
     track_dead: bool,
 ) -> TrainState:
     """A fresh model; to be called under `jax.jit` (of the seed: as a constant, XLA would draw the
     random weights while it compiles) or `jax.eval_shape`."""
-    model = Bert(config, nnx.Rngs(jax.random.key(seed)))
+    model = config.build(nnx.Rngs(jax.random.key(seed)))
     params = nnx.to_pure_dict(nnx.state(model, nnx.Param))
-    never = jnp.full(config.memory.slots, NEVER, jnp.int32)
     return TrainState(
         step=jnp.zeros((), jnp.int32), params=params,
-        statistics=nnx.to_pure_dict(nnx.state(model, nnx.BatchStat)),
+        batch_stats=nnx.to_pure_dict(nnx.state(model, nnx.BatchStat)),
         optimizer=optimizer.init(params),
-        last_selected={layer: never for layer in config.memory_layers} if track_dead else {})
+        last_selected={name: jnp.full(site.config.slots, NEVER, jnp.int32)
+                       for name, site in config.memories.items()} if track_dead else {})
 
 
-def model_graph(config: BertConfig) -> nnx.GraphDef:
-    """The structure that `nnx.merge(graph, params, statistics)` makes a model of."""
-    return nnx.split(nnx.eval_shape(lambda: Bert(config, nnx.Rngs(0))), nnx.Param, nnx.BatchStat)[0]
+def model_graph(config: ModelConfig) -> nnx.GraphDef:
+    """The structure that `nnx.merge(graph, params, batch_stats)` makes a model of."""
+    model = nnx.eval_shape(lambda: config.build(nnx.Rngs(0)))
+    return nnx.split(model, nnx.Param, nnx.BatchStat)[0]
 
 
-def laid_out(abstract: TrainState, mesh: Mesh, split_backbone: bool = False) -> TrainState:
-    """An abstract state, each array with its sharding over the mesh, by RULES."""
-    rules = RULES + (FULLY_SHARDED if split_backbone else ())
+def laid_out(
+    abstract: TrainState, optimizer: optax.GradientTransformation, mesh: Mesh, fsdp: bool = False,
+) -> TrainState:
+    """An abstract state, each array with its sharding over the mesh.
 
-    def lay_out(path, leaf):
+    Raises:
+      Refusal: the size of an array does not divide over the devices; it is named.
+    """
+    def spec(path: str) -> P:
+        return _spec(path, TABLES + (FSDP if fsdp else ()))
+
+    def lay_out(name, leaf, spec):
+        _check_divides(name, leaf.shape, spec, mesh)
+        return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=NamedSharding(mesh, spec))
+
+    def by_path(path, leaf):
         name = jax.tree_util.keystr(path, simple=True, separator='/')
-        spec = next((spec for pattern, spec in rules if re.search(pattern, name)), P())
-        return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype,
-                                    sharding=NamedSharding(mesh, P(*spec[:leaf.ndim])))
+        return lay_out(name, leaf, P(*spec(name)[:leaf.ndim]))
 
-    return jax.tree_util.tree_map_with_path(lay_out, abstract)
+    def whole(leaf):
+        return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=NamedSharding(mesh, P()))
+
+    return TrainState(
+        step=whole(abstract.step),
+        params=jax.tree_util.tree_map_with_path(by_path, abstract.params),
+        batch_stats=jax.tree.map(whole, abstract.batch_stats),
+        optimizer=jax.tree.map(
+            lambda leaf, spec: lay_out('state of the optimizer', leaf, spec), abstract.optimizer,
+            state_specs(optimizer, abstract.params, spec)),
+        last_selected=jax.tree.map(
+            lambda leaf: lay_out('last_selected', leaf, P(*OWN.table[:1])),
+            abstract.last_selected))
 
 
-def whole(params: dict) -> dict:
-    """Parameters to compute with: what FULLY_SHARDED split is gathered, never a value table."""
+def gathered(params: dict) -> dict:
+    """Parameters to compute with: what FSDP split is gathered, never a value table."""
     if jax.sharding.get_abstract_mesh().empty:
         return params
 
     def gather(path, leaf):
         name = jax.tree_util.keystr(path, simple=True, separator='/')
-        is_split = any(re.search(pattern, name) for pattern, _ in FULLY_SHARDED)
+        is_split = _spec(name, FSDP) != P()
         return jax.lax.with_sharding_constraint(leaf, P()) if is_split else leaf
 
     return jax.tree_util.tree_map_with_path(gather, params)
 
 
 def batch_sharding(mesh: Mesh) -> NamedSharding:
-    """Sequences of a batch over all devices."""
-    return NamedSharding(mesh, TOKENS)
+    """Examples of a batch over all devices."""
+    return NamedSharding(mesh, OWN.tokens)
+
+
+def _spec(path, rules):
+    return next((spec for pattern, spec in rules if re.search(pattern, path)), P())
+
+
+def _check_divides(name, shape, spec, mesh):
+    for size, axes in zip(shape, spec):
+        axes = (axes,) if isinstance(axes, str) else axes or ()
+        parts = 1
+        for axis in axes:
+            parts *= mesh.shape[axis]
+        if size % parts:
+            raise Refusal(f'{name} has the shape {shape}, whose {size} do not divide over the {parts} '
+                          f'devices along {" × ".join(axes)}: change that size, the number of '
+                          f'devices or memory.shards, or set train.fsdp = False.')

@@ -1,165 +1,164 @@
 """One training step and one evaluation step, as pure functions."""
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import optax
 from einops import rearrange
 from flax import nnx
-from jaxtyping import Array, Float, Int32, Key
+from jaxtyping import Array, Bool, Float, Int32, Key
 
-from pkm_jax.memory.sharding import merge, put_rows
-from pkm_jax.memory.sparse_rows import SparseRows, rows_of
+from pkm_jax.memory.layer import MemoryReads
+from pkm_jax.memory.sharded import merge, no_delta, put_rows
+from pkm_jax.memory.sparse_rows import SparseRows
 from pkm_jax.memory.usage import SlotCounts, count_slots, mark_selected
-from pkm_jax.training.sparse_updates import apply_updates
-from pkm_jax.training.state import TrainState, whole
+from pkm_jax.models.interface import MemorySite, at, replaced
+from pkm_jax.optimizers.groups import group_norms
+from pkm_jax.optimizers.sparse import apply_updates
+from pkm_jax.tasks.interface import Batch, Task
+from pkm_jax.training.state import TrainState, gathered
 
-Batch = dict[str, Array]
+Sites = dict[Any, MemorySite]       # the memories of a model by name
 
 
 class Totals(NamedTuple):
     """Sums over evaluation batches."""
-    loss: Float[Array, '']
-    correct: Float[Array, '']
-    predictions: Float[Array, '']
+    sums: dict[str, Float[Array, '']]   # 'loss', 'terms' and the task's own
     tokens: Int32[Array, '']
-    counts: dict[int, SlotCounts]
+    counts: dict[Any, SlotCounts]       # by memory
 
 
 def train_step(
-    state: TrainState, batch: Batch, *, graph: nnx.GraphDef,
-    optimizer: optax.GradientTransformation, seed: int, accumulate: int, sparse: bool = False,
-) -> tuple[TrainState, dict[str, Array]]:
-    """The state after one update on the mean masked-LM loss of `batch`, and its metrics.
+    state: TrainState, batch: Batch, *, task: Task, graph: nnx.GraphDef, sites: Sites,
+    optimizer: optax.GradientTransformation, seed: int, accumulation_steps: int = 1,
+    sparse: bool = False,
+) -> tuple[TrainState, dict[str, Any]]:
+    """The state after one update on the mean loss of `batch`, and its metrics.
 
-    With `accumulate` > 1 the batch is computed in that many parts, each weighing as many
-    predictions as it has; batch norms and their running statistics see the parts in turn.
-    `sparse`: gradients of value tables reach the optimizer as SparseRows.
+    The batch is computed in `accumulation_steps` micro-batches, each of which weighs as many terms
+    as it has; batch norms and their running statistics see them in turn. `sparse`: gradients of
+    value tables reach the optimizer as SparseRows.
     """
     steps = jax.random.split(jax.random.key(seed))[1]   # the seed's own key drew the weights
     key, rounding = jax.random.split(jax.random.fold_in(steps, state.step))
-    predictions = jnp.maximum(jnp.sum(batch['mlm_weights']), 1)
-    deltas = {}
-    if sparse:
-        model = nnx.merge(graph, state.params, state.statistics)
-        deltas = model.no_deltas(batch['tokens'].size // accumulate)
+    terms = jnp.maximum(task.terms(batch), 1)
+    deltas = _no_deltas(sites, task.real(batch).size // accumulation_steps) if sparse else {}
 
-    def part(statistics, last_selected, batch, key):
-        differentiate = jax.value_and_grad(masked_lm, (0, 1), has_aux=True)
-        (loss, (correct, reads)), (gradient, rows) = differentiate(
-            state.params, deltas, statistics, batch, key, graph, predictions)
-        rows = {layer: SparseRows(ids, rows[layer], count)
-                for layer, (ids, count) in _touched(reads).items()}
-        gradient = _with_tables(gradient, dict.fromkeys(rows))
-        last_selected = {layer: _mark(last, reads[layer], _real(batch), state.step)
-                         for layer, last in last_selected.items()}
-        return (gradient, loss, correct), rows, _new_statistics(statistics, reads), last_selected
+    def loss_of(params, deltas, batch_stats, batch, key):
+        model = nnx.merge(graph, gathered(params), batch_stats)
+        outcome = task.outcome(model, batch, deterministic=False, rngs=key, deltas=deltas)
+        stats = nnx.to_pure_dict(nnx.state(model, nnx.BatchStat))
+        loss = outcome.loss / terms
+        return loss, ({'loss': outcome.loss, **outcome.sums}, outcome.reads, stats)
 
-    if accumulate == 1:
-        sums, rows, statistics, last_selected = part(
-            state.statistics, state.last_selected, batch, key)
+    def micro_step(batch_stats, last_selected, batch, key):
+        differentiate = jax.grad(loss_of, (0, 1), has_aux=True)
+        (gradient, rows), (sums, reads, batch_stats) = differentiate(
+            state.params, deltas, batch_stats, batch, key)
+        rows = {name: SparseRows(*reads[name].touched, rows[name]) for name in rows}
+        gradient = _with_tables(gradient, sites, dict.fromkeys(_owners(sites)) if sparse else {})
+        last_selected = {name: _mark(last, reads[name], task.real(batch), state.step)
+                         for name, last in last_selected.items()}
+        return (gradient, sums), rows, batch_stats, last_selected
+
+    if accumulation_steps == 1:
+        (gradient, sums), rows, batch_stats, last_selected = micro_step(
+            state.batch_stats, state.last_selected, batch, key)
         rows = jax.tree.map(lambda leaf: leaf[None], rows)
     else:
-        def add_part(carry, inputs):
-            sums, *rest = carry
-            new, rows, *rest = part(*rest, *inputs)
-            return (jax.tree.map(jnp.add, sums, new), *rest), rows
+        def add_micro_step(carry, inputs):
+            totals, *rest = carry
+            new, rows, *rest = micro_step(*rest, *inputs)
+            return (jax.tree.map(jnp.add, totals, new), *rest), rows
 
-        start = _with_tables(jax.tree.map(jnp.zeros_like, state.params), dict.fromkeys(deltas))
-        parts = jax.tree.map(lambda a: rearrange(a, '(b part) ... -> part b ...', part=accumulate),
-                             batch)
-        (sums, statistics, last_selected), rows = jax.lax.scan(
-            add_part, ((start, jnp.zeros(()), jnp.zeros(())), state.statistics,
-                       state.last_selected), (parts, jax.random.split(key, accumulate)))
+        micro_batches = jax.tree.map(
+            lambda a: rearrange(a, '(b n) ... -> n b ...', n=accumulation_steps), batch)
+        inputs = micro_batches, jax.random.split(key, accumulation_steps)
+        _, (sums, *_) = jax.eval_shape(loss_of, state.params, deltas, state.batch_stats,
+                                       *jax.tree.map(lambda a: a[0], inputs))
+        start = _with_tables(state.params, sites, dict.fromkeys(_owners(sites)) if sparse else {})
+        start = jax.tree.map(lambda a: jnp.zeros(a.shape, a.dtype), (start, sums))
+        ((gradient, sums), batch_stats, last_selected), rows = jax.lax.scan(
+            add_micro_step, (start, state.batch_stats, state.last_selected), inputs)
 
-    gradient, loss, correct = sums
-    gradient = _with_tables(gradient, _by_table(rows, state.params))
+    gradient = _with_tables(gradient, sites, _summed(rows, sites, state.params))
     updates, optimizer_state = optimizer.update(gradient, state.optimizer, state.params)
     params = apply_updates(state.params, updates, rounding)
-    metrics = {'loss': loss, 'accuracy': correct / predictions,
-               'grad_norm': optax.tree.norm(rows_of(gradient))}
-    return TrainState(state.step + 1, params, statistics, optimizer_state, last_selected), metrics
+    metrics = {**task.metrics({**sums, 'terms': terms}),
+               **_norms(gradient, updates, params, sparse)}
+    return TrainState(state.step + 1, params, batch_stats, optimizer_state, last_selected), metrics
 
 
 def eval_step(
-    params: dict, statistics: dict, batch: Batch, totals: Totals, *, graph: nnx.GraphDef,
-) -> Totals:
-    """`totals` with one batch added; no dropout, running statistics."""
-    loss, (correct, reads) = masked_lm(params, {}, statistics, batch, None, graph, 1.)
-    return Totals(
-        totals.loss + loss, totals.correct + correct,
-        totals.predictions + jnp.sum(batch['mlm_weights']),
-        totals.tokens + jnp.sum(batch['lengths']),
-        {layer: count_slots(counts, reads[layer], _real(batch))
-         for layer, counts in totals.counts.items()})
+    params: dict, batch_stats: dict, batch: Batch, totals: Totals, *, task: Task,
+    graph: nnx.GraphDef,
+) -> tuple[Totals, dict[str, Array]]:
+    """`totals` with one batch added, and the task's outputs by example; no dropout, running
+    statistics."""
+    model = nnx.merge(graph, gathered(params), batch_stats)
+    outcome = task.outcome(model, batch, deterministic=True)
+    sums = {'loss': outcome.loss, 'terms': task.terms(batch), **outcome.sums}
+    real = task.real(batch)
+    counts = {name: count_slots(counts, outcome.reads[name], real)
+              for name, counts in totals.counts.items()}
+    sums = {name: totals.sums.get(name, 0) + value for name, value in sums.items()}
+    return (Totals(sums, totals.tokens + jnp.sum(real, dtype=jnp.int32), counts),
+            outcome.outputs)
 
 
-def masked_lm(
-    params: dict, deltas: dict, statistics: dict, batch: Batch, key: Key[Array, ''] | None,
-    graph: nnx.GraphDef, predictions: Float[Array, ''] | float,
-) -> tuple[Float[Array, ''], tuple]:
-    """Cross-entropy summed over the masked words of a batch, divided by `predictions`.
-
-    Also the number of words guessed right, and what the memories read. For `deltas` see `Bert`.
-    """
-    model = nnx.merge(graph, whole(params), statistics)
-    states, reads = model(batch['tokens'], batch['segments'], batch['lengths'], key, deltas)
-    logits = model.mlm_logits(states, batch['mlm_positions'])
-    labels, weights = batch['mlm_labels'], batch['mlm_weights']
-    losses = optax.softmax_cross_entropy_with_integer_labels(logits, labels)
-    correct = jnp.sum((jnp.argmax(logits, axis=-1) == labels) * weights)
-    return jnp.sum(losses * weights) / predictions, (correct, reads)
+def _no_deltas(sites, tokens):
+    """By memory, the zeros that stand for the rows which that many tokens can touch."""
+    return {name: no_delta(site.config.slots, site.value_width,
+                           tokens * site.config.heads * site.config.top_k)
+            for name, site in sites.items()}
 
 
-def _real(batch: Batch):
-    """Which of the B·L tokens are no padding."""
-    positions = jnp.arange(batch['tokens'].shape[1])[None]
-    return rearrange(positions < batch['lengths'][:, None], 'b l -> (b l)')
-
-
-def _new_statistics(statistics, reads):
-    """The running statistics that the memories of a training step returned, nested as before."""
-    if not statistics:
-        return {}
-    return {'layers': {layer: {'memory': {'query_norm': read.statistics}}
-                       for layer, read in reads.items()}}
-
-
-def _touched(reads):
-    """{layer: ids and count of the rows it read} of the memories that were given a delta."""
-    return {layer: read.touched for layer, read in reads.items() if read.touched}
-
-
-def _mark(last_selected, reads, real, step):
+def _mark(
+    last_selected: Int32[Array, 'S'], reads: MemoryReads, real: Bool[Array, 'T'],
+    step: Int32[Array, ''],
+) -> Int32[Array, 'S']:
     """`mark_selected`; of sparse updates by the rows alone, at a cost that S does not change."""
-    if not reads.touched:
+    if reads.touched is None:
         return mark_selected(last_selected, reads, real, step)
-    ids, _ = reads.touched
+    ids = reads.touched.ids
     return put_rows(last_selected, ids, jnp.full(ids.shape, step))
 
 
-def _with_tables(tree, tables):
-    """A tree like the parameters, with the value tables of some layers replaced."""
-    if not tables:
-        return tree
-    layers = dict(tree['layers'])
-    for layer, table in tables.items():
-        memory = dict(layers[layer]['memory'])
-        if 'values' in memory:
-            layers[layer] = {**layers[layer], 'memory': {**memory, 'values': table}}
-    return {**tree, 'layers': layers}
+def _owners(sites: Sites) -> dict[Any, list]:
+    """The memories whose path a value table has, each with all that read the table."""
+    readers: dict[Any, list] = {}
+    for name, site in sites.items():
+        owner = next(other for other, at in sites.items() if at.table == site.table)
+        readers.setdefault(owner, []).append(name)
+    return readers
 
 
-def _by_table(rows, params):
-    """{layer that owns a table: its summed SparseRows}, of rows in parts by layer that read it."""
-    tables = {layer: params['layers'][layer]['memory']['values'] for layer in rows
-              if 'values' in params['layers'][layer]['memory']}
+def _with_tables(tree: dict, sites: Sites, tables: dict[Any, Any]) -> dict:
+    """A tree like the parameters, with other nodes for the value tables of these memories."""
+    for name, table in tables.items():
+        tree = replaced(tree, sites[name].table, table)
+    return tree
+
+
+def _summed(rows: dict[Any, SparseRows], sites: Sites, params: dict) -> dict[Any, SparseRows]:
+    """By owner of a table its SparseRows, of rows in micro-batches by memory that read them."""
     summed = {}
-    for owner, table in tables.items():
-        readers = [owner] if len(tables) > 1 else list(rows)    # a shared table is the only one
+    for owner, readers in (_owners(sites) if rows else {}).items():
         parts = jax.tree.map(lambda *leaves: jnp.concatenate(leaves), *(rows[r] for r in readers))
         only = len(parts.ids) == 1
         summed[owner] = jax.tree.map(lambda leaf: leaf[0], parts) if only else merge(
-            parts, len(table))
+            parts, len(at(params, sites[owner].table)))
     return summed
+
+
+def _norms(gradient, updates, params, sparse):
+    """Global norm of the gradient, and norms by group of parameters; of a table with sparse
+    updates only of the rows that change, since to pass over all of it would take longer."""
+    by_group = {'grad_norm': group_norms(gradient), 'update_norm': group_norms(updates)}
+    parameters = group_norms(params)
+    if sparse:
+        parameters.pop('values', None)
+    by_group['param_norm'] = parameters
+    total = jnp.sqrt(sum(jnp.square(norm) for norm in by_group['grad_norm'].values()))
+    return {'grad_norm': total, 'norms': by_group}

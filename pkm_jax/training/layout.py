@@ -1,24 +1,25 @@
 """How the value tables of a run are split and updated: as configured, else by arithmetic."""
 
 import math
-from typing import NamedTuple
+from collections.abc import Callable
+from typing import Any, NamedTuple
 
+import jax
 import jax.numpy as jnp
-import ml_collections
 
-from pkm_jax.memory.sharding import Shards, exchange
-from pkm_jax.models.bert import BertConfig
+from pkm_jax.configuration.run import Parts, Run
+from pkm_jax.memory.replica_exchange import replica_exchange
+from pkm_jax.mesh import Shards
+from pkm_jax.models.interface import MemorySite
+from pkm_jax.optimizers.build import check_values_optimizer, values_state_bytes
+from pkm_jax.refusal import Refusal
 
-UPDATES = ('auto', 'dense', 'sparse')
-# Bytes of state that each optimizer of a table keeps per number in it.
-DENSE_STATE = {'adam': 8, 'sgd': 0}
-SPARSE_STATE = {'adam': 8, 'sgd': 0, 'rowwise_adam': 4, 'rowwise_adagrad': 0}
 # Float32 arrays of the touched rows in a sparse update: gradient, moment, step, new values.
 COMPACT_ARRAYS = 4
 NARROWEST = 128     # columns of a shard: below that reads are short, and rows are split instead
 
 
-class Plan(NamedTuple):
+class Layout(NamedTuple):
     """How many parts there are of what, whether updates are sparse, and why."""
     shards: Shards
     sparse: bool
@@ -32,70 +33,75 @@ class Tables(NamedTuple):
     width: int
 
 
-def make_plan(
-    config: ml_collections.ConfigDict, model: BertConfig, devices: int,
-    device_bytes: int | None = None,
-) -> Plan:
-    """The plan of a configuration for some devices of `device_bytes` of memory (None: not known).
+def lay_out(
+    run: Run, devices: int, processes: int = 1, device_bytes: int | None = None,
+) -> Layout:
+    """The layout of a run over some devices of `device_bytes` of memory (None: not known).
 
     Raises:
-      ValueError: what is configured cannot be; the message names the field, its value, the remedy.
+      Refusal: what is configured cannot be; the message names the field, its value, the remedy.
     """
-    if not model.memory_layers:
-        return Plan(Shards(data=devices), False, ())
-    tables = tables_of(model)
-    tokens = config.train.batch // config.train.accumulate * config.data.length
-    reads = model.memory.heads * model.memory.top_k
-    sparse, why_sparse = _choose_updates(config, model, tables, tokens * reads)
-    states = SPARSE_STATE if sparse else DENSE_STATE
-    if config.train.values_optimizer not in states:
-        raise ValueError(f'train.values_optimizer = {config.train.values_optimizer!r} is none of '
-                         f'{tuple(states)}, which {"sparse" if sparse else "dense"} updates of '
-                         f'memory.values have (memory.updates = {config.memory.updates!r}).')
-    itemsize = jnp.dtype(model.memory.values_dtype).itemsize
-    per_number = itemsize + states[config.train.values_optimizer] + (0 if sparse else 4)
-
+    train, sites = run.train, run.model.memories
+    if train.micro_batch % devices:
+        raise Refusal(f'A batch of {train.micro_batch} examples (train.batch = {train.batch} / '
+                      f'train.gradient_accumulation_steps = {train.gradient_accumulation_steps}) '
+                      f'does not divide over {devices} devices: choose a multiple of '
+                      f'{devices * train.gradient_accumulation_steps}.')
+    if train.batch % processes:
+        raise Refusal(f'train.batch = {train.batch} does not divide over {processes} processes.')
+    if not sites:
+        return Layout(Shards(data=devices), False, ())
+    tables, memory = tables_of(sites), next(iter(sites.values())).config
+    tokens, reads = train.micro_batch * run.task.length, memory.heads * memory.top_k
+    sparse, why_sparse = _choose_updates(run, memory, tables, train.batch * run.task.length * reads)
+    check_values_optimizer(train, sparse, run.tables.updates)
+    itemsize = jnp.dtype(memory.values_dtype).itemsize
+    per_number = itemsize + values_state_bytes(train, sparse) + (0 if sparse else 4)
     numbers = tables.number * tables.slots * tables.width
 
     def size(shards):
-        compact = compact_bytes(shards, tables, tokens * reads, config.train.accumulate)
+        compact = compact_bytes(shards, tables, tokens * reads, train.gradient_accumulation_steps)
         return numbers * per_number / (shards.rows * shards.columns) + (compact if sparse else 0)
 
-    shards, why_shards = _choose_shards(config.memory.shards, tables, devices, size, device_bytes)
+    shards, why_shards = _choose_shards(run.tables.shards, tables, devices, size, device_bytes)
     reasons = [f'value tables: {tables.number} of {tables.slots:,} × {tables.width:,}, '
                f'{why_sparse}; {why_shards}']
     if sparse and shards.data > 1:
-        what, received = exchange(shards, tokens, reads, tables.slots, tables.width, itemsize,
-                                  jnp.dtype(model.memory.weights_dtype).itemsize)
+        what, received = replica_exchange(
+            shards, tokens, reads, tables.slots, tables.width, itemsize,
+            jnp.dtype(memory.weights_dtype).itemsize)
         choices = ', '.join(f'{count:,} bytes as {name}' for name, count in received.items())
         reasons.append(f'{shards.data} replicas of a table exchange {what}: each receives {choices}'
-                       f' a part of a step and memory')
-    return Plan(shards, sparse, tuple(reasons))
+                       f' a micro-batch and memory')
+    return Layout(shards, sparse, tuple(reasons))
 
 
-def tables_of(model: BertConfig) -> Tables:
-    """The value tables of a model that has a memory."""
-    return Tables(1 if model.shared_values else len(model.memory_layers), model.memory.slots,
-                  model.memory.value_width or model.width)
+def bytes_of_device() -> int | None:
+    """Memory of a device of this machine, or None where it does not say."""
+    return (jax.local_devices()[0].memory_stats() or {}).get('bytes_limit')
 
 
-def compact_bytes(shards: Shards, tables: Tables, reads: int, accumulate: int) -> int:
-    """Bytes on a device of the rows that `reads` reads of each part of a step can touch, all parts'
-    gradients and what an update makes of their sum."""
+def tables_of(sites: dict[Any, MemorySite]) -> Tables:
+    """The value tables of a model that has memories, all of one size."""
+    first = next(iter(sites.values()))
+    return Tables(len({site.table for site in sites.values()}), first.config.slots,
+                  first.value_width)
+
+
+def compact_bytes(shards: Shards, tables: Tables, reads: int, accumulation_steps: int) -> int:
+    """Bytes on a device of the rows that `reads` reads of each micro-batch can touch, all their
+    gradients and what an update makes of the sum."""
     rows = min(tables.slots // shards.rows, reads)
-    arrays = COMPACT_ARRAYS + (accumulate if accumulate > 1 else 0)
+    arrays = COMPACT_ARRAYS + (accumulation_steps if accumulation_steps > 1 else 0)
     return 4 * arrays * tables.number * rows * tables.width // shards.columns
 
 
-def _choose_updates(config, model, tables, reads):
+def _choose_updates(run, memory, tables, reads):
     """Whether updates are sparse, and why: `auto` by whether a step can reach every row."""
-    updates, dtype = config.memory.updates, model.memory.values_dtype
-    reads *= config.train.accumulate
-    if updates not in UPDATES:
-        raise ValueError(f'memory.updates = {updates!r} is none of {UPDATES}.')
+    updates, dtype = run.tables.updates, memory.values_dtype
     if updates == 'dense' and dtype != 'float32':
-        raise ValueError(f'memory.values_dtype = {dtype!r} with memory.updates = {updates!r}: only '
-                         f"sparse updates round a bfloat16 table stochastically. Set 'float32'.")
+        raise Refusal(f'memory.values_dtype = {dtype!r} with memory.updates = {updates!r}: only '
+                      f"sparse updates round a bfloat16 table stochastically. Set 'float32'.")
     if updates != 'auto':
         return updates == 'sparse', f'{updates} updates as configured'
     if dtype != 'float32':
@@ -105,7 +111,8 @@ def _choose_updates(config, model, tables, reads):
                     f'{"cannot" if sparse else "can"} reach every row')
 
 
-def _choose_shards(shards, tables, devices, size, device_bytes):
+def _choose_shards(shards: Parts, tables: Tables, devices: int, size: Callable[[Shards], float],
+                   device_bytes: int | None) -> tuple[Shards, str]:
     """The layout, and why, for tables that need `size(layout)` bytes of a device; zeros of the
     configuration are chosen.
 
@@ -120,7 +127,7 @@ def _choose_shards(shards, tables, devices, size, device_bytes):
                 and shards.columns in (0, columns) and shards.rows in (0, rows)
                 and (shards.columns or columns == 1 or tables.width // columns >= NARROWEST)]
     if not possible:
-        raise ValueError(
+        raise Refusal(
             f'memory.shards.rows = {shards.rows}, memory.shards.columns = {shards.columns}: their '
             f'product must divide the {devices} devices, rows the {tables.slots:,} slots and '
             f'columns the {tables.width} columns of a table. 0 leaves a number to the program.')

@@ -1,6 +1,6 @@
-"""Our own checkpoints, written and read without holding the model twice.
+"""The weights in a checkpoint, written and read array by array, without holding the model twice.
 
-They are Orbax's, as `training.checkpoints` writes and reads them.
+Checkpoints are Orbax's; store.py writes and restores whole states of training.
 """
 
 from pathlib import Path

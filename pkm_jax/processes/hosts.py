@@ -4,11 +4,12 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 
 import jax
-import ml_collections
 from jax.experimental import multihost_utils
 
+from pkm_jax.configuration.run import Distributed
 
-def join(distributed: ml_collections.ConfigDict) -> None:
+
+def join(distributed: Distributed) -> None:
     """Connects this process with the others, if configured; before anything else asks for devices.
 
     On TPU pods, Slurm and the like the addresses are found; elsewhere the configuration gives them.

@@ -1,18 +1,23 @@
 """Checkpoints of a run: written asynchronously, verified when read, none believed blindly."""
 
 from pathlib import Path
+from typing import Any
 
 import jax
 import orbax.checkpoint as ocp
 from absl import logging
 from jax.experimental import multihost_utils
 
-from pkm_jax.convert.checkpoints import StoredArray, open_model
-from pkm_jax.convert.tensors import flatten
-from pkm_jax.training.state import TrainState
+from pkm_jax.checkpoints.arrays import StoredArray, open_model
+from pkm_jax.models.interface import flatten
+from pkm_jax.refusal import Refusal
 
 # Orbax writes these last: the second one on storage without atomic renames too.
 FINISHED = ('_CHECKPOINT_METADATA', 'commit_success.txt')
+# What another run can start from, by what it is called in a checkpoint: the fields of a state.
+MODEL = {'params': 'params', 'statistics': 'batch_stats'}
+
+State = Any     # a NamedTuple with these fields, `step` and others, such as training.state.TrainState
 
 
 class Checkpoints:
@@ -23,23 +28,27 @@ class Checkpoints:
         self._options = ocp.CheckpointManagerOptions(max_to_keep=keep)
         self._manager = ocp.CheckpointManager(self.folder, options=self._options)
 
-    def save(self, state: TrainState, progress: dict) -> None:
+    def steps(self) -> list[int]:
+        """Those of which there is a checkpoint, whole or not."""
+        return sorted(self._manager.all_steps())
+
+    def save(self, state: State, progress: dict) -> None:
         """Starts to write a state and a JSON-able `progress`; returns before it is written."""
         model, rest = _items(state)
         self._manager.save(int(state.step), args=ocp.args.Composite(
             model=ocp.args.StandardSave(model), rest=ocp.args.StandardSave(rest),
             progress=ocp.args.JsonSave(progress)))
 
-    def restore(self, like: TrainState) -> tuple[TrainState, dict] | None:
+    def restore(self, like: State) -> tuple[State, dict] | None:
         """The newest checkpoint that can be read, laid out as the abstract state `like`; or None.
 
         Newer ones are named in the log and moved to FOLDER/damaged-STEP.
 
         Raises:
-          ValueError: there are checkpoints and none can be read; they stay where they are.
+          Refusal: there are checkpoints and none can be read; they stay where they are.
         """
         damaged = []
-        for step in sorted(self._manager.all_steps(), reverse=True):
+        for step in reversed(self.steps()):
             try:
                 found = self._read(step, like)
             except Exception as error:  # whatever a damaged file makes Orbax raise
@@ -51,8 +60,8 @@ class Checkpoints:
                 self._set_aside(damaged)
             return found
         if damaged:
-            raise ValueError(f'None of the checkpoints {damaged} in {self.folder} can be read, as '
-                             f'logged above. Choose another --config.workdir to start again.')
+            raise Refusal(f'None of the checkpoints {damaged} in {self.folder} can be read, as '
+                          f'logged above. Choose another --config.workdir to start again.')
         return None
 
     def _read(self, step, like):
@@ -62,7 +71,7 @@ class Checkpoints:
         read = self._manager.restore(step, args=ocp.args.Composite(
             model=ocp.args.StandardRestore(model), rest=ocp.args.StandardRestore(rest),
             progress=ocp.args.JsonRestore()))
-        return TrainState(**read.model, **read.rest), read.progress
+        return _state(like, read.model, read.rest), read.progress
 
     def _set_aside(self, steps):
         self._manager.close()
@@ -87,8 +96,12 @@ class Checkpoints:
 
 def _items(state):
     """A state as (what another run can start from, what only this run needs)."""
-    fields = state._asdict()
-    return {name: fields.pop(name) for name in ('params', 'statistics')}, fields
+    rest = state._asdict()
+    return {stored: rest.pop(field) for stored, field in MODEL.items()}, rest
+
+
+def _state(like, model, rest):
+    return like._replace(**rest, **{field: model[stored] for stored, field in MODEL.items()})
 
 
 def _finished(checkpoint):
@@ -99,7 +112,7 @@ def newest(folder: Path) -> Path:
     """The newest finished checkpoint of a run or checkpoints folder, or the one given.
 
     Raises:
-      FileNotFoundError: there is none.
+      Refusal: there is none.
     """
     folder = Path(folder).absolute()
     if _finished(folder):
@@ -108,7 +121,7 @@ def newest(folder: Path) -> Path:
         steps = [path for path in parent.glob('*') if path.name.isdigit() and _finished(path)]
         if steps:
             return max(steps, key=lambda path: int(path.name))
-    raise FileNotFoundError(f'{folder} holds no finished checkpoint.')
+    raise Refusal(f'{folder} holds no finished checkpoint.')
 
 
 def read_weights(checkpoint: Path) -> dict[str, StoredArray]:

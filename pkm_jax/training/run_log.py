@@ -1,7 +1,6 @@
 """What a run shows and writes while it trains."""
 
 import json
-import math
 import sys
 import time
 from contextlib import contextmanager
@@ -10,8 +9,6 @@ from pathlib import Path
 import jax
 from tensorboardX import SummaryWriter
 from tqdm import tqdm
-
-from pkm_jax.models.bert import BertConfig
 
 # Dense bfloat16 peak of one device in FLOP/s, by the name JAX gives it; vendors' data sheets.
 PEAK_FLOPS = {
@@ -103,48 +100,10 @@ class RunLog:
             self._file.close()
 
 
-def training_flops(config: BertConfig, length: int, predictions: int) -> float:
-    """Floating-point operations of one training step per token: 3 × the forward pass.
-
-    Counts matrix products only, 2 per multiplication and addition; of a memory the query, the
-    sub-key scores and the read. `predictions` masked words a sequence go through the MLM head.
-    """
-    width, memory = config.width, config.memory
-    per_token = 0
-    for layer in range(config.layers):
-        per_token += 4 * width ** 2 + 2 * length * width
-        if config.has_feed_forward(layer):
-            per_token += 2 * width * config.feed_forward_width
-        if layer in config.memory_layers:
-            value_width = memory.value_width or width
-            per_token += memory.heads * (
-                width * memory.query_width + memory.sub_keys * memory.query_width
-                + memory.top_k * value_width)
-    per_token += predictions / length * (width ** 2 + width * config.vocab_size)
-    return 3 * 2 * per_token
-
-
 def utilisation(flops_per_second: float) -> float | None:
     """Share of the peak of all devices, or None where that is not known."""
     peak = PEAK_FLOPS.get(jax.devices()[0].device_kind)
     return flops_per_second / (peak * jax.device_count()) if peak else None
-
-
-def parameter_table(shapes: dict[str, tuple[int, ...]]) -> str:
-    """A line per parameter, the layers that share its shape together, and the total."""
-    merged = {}
-    for path, shape in shapes.items():
-        parts = path.split('/')
-        layer = parts[1] if parts[0] == 'layers' else None
-        name = path if layer is None else '/'.join(['layers', '*', *parts[2:]])
-        merged.setdefault((name, shape), []).append(layer)
-    lines, total = [], 0
-    for (name, shape), layers in merged.items():
-        size = len(layers) * math.prod(shape)
-        total += size
-        note = '' if layers == [None] else f'  layers {",".join(layers)}'
-        lines.append(f'{name:44} {str(shape):>18} {size:>14,}{note}')
-    return '\n'.join([*lines, f'{"parameters":44} {"":>18} {total:>14,}'])
 
 
 def _drop_after(path, step):

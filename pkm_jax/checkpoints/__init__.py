@@ -1,0 +1,1 @@
+"""Checkpoints of runs, and pretrained weights to start from."""

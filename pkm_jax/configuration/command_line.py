@@ -1,0 +1,100 @@
+"""The flag --config of the entry points: a file or a shipped name, and fields that it has."""
+
+import difflib
+import re
+import sys
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+
+import ml_collections
+from absl import app, flags
+from ml_collections import config_flags
+
+from pkm_jax.refusal import Refusal
+
+SHIPPED = Path(__file__).parents[1] / 'configs'
+HELP = ("A configuration: one of those that are shipped, such as quickstart, or the path of a file, "
+        "with its arguments after ':'. Fields are set by --config.section.field=value.")
+
+
+def define_config() -> flags.FlagHolder:
+    """Defines the flag, which is required."""
+    return config_flags.DEFINE_config_file('config', help_string=HELP)
+
+
+def parse(argv: Sequence[str]) -> list[str]:
+    """Parses a command line, for `app.run(main, flags_parser=parse)`; returns what no flag took.
+
+    Ends the program with one line where the configuration is not there or has no such field.
+    """
+    try:
+        arguments = _with_paths(argv)
+        if config := _config_named(arguments):
+            check_fields(arguments, config_flags.ConfigFileFlagParser('config').parse(config))
+        elif not {'--help', '--helpfull', '-?', '--helpshort'} & set(arguments):
+            raise Refusal(f'give --config, a path or one of {", ".join(shipped())}.')
+    except Refusal as refusal:
+        sys.exit(f'Not started: {refusal}')
+    sys.argv[:] = arguments     # where ml_collections looks for what was set
+    return app.parse_flags_with_usage(arguments)
+
+
+def shipped() -> list[str]:
+    """Names of the configurations that come with the package."""
+    return sorted(path.stem for path in SHIPPED.glob('*.py'))
+
+
+def locate(config: str) -> str:
+    """The path of a configuration, its arguments after ':' kept.
+
+    Raises:
+      Refusal: there is no such file or name.
+    """
+    name, colon, arguments = config.partition(':')
+    by_name = name.endswith('.py') or '/' in name
+    path = Path(name).expanduser() if by_name else SHIPPED / f'{name}.py'
+    if not path.is_file():
+        raise Refusal(f'--config={config}: there is no {path}. Give the path of a file, or one of '
+                      f'{", ".join(shipped())}.')
+    return f'{path}{colon}{arguments}'
+
+
+def check_fields(arguments: Sequence[str], config: ml_collections.ConfigDict) -> None:
+    """Refuses the first --config.FIELD that the configuration does not have.
+
+    Raises:
+      Refusal: the field and those nearest to it.
+    """
+    known = set(_fields(config))
+    for argument in arguments:
+        field = re.match(r'--?(?:no)?config\.([\w.]+)', argument)
+        if field and field[1] not in known and not field[1].startswith('runs.'):
+            near = difflib.get_close_matches(field[1], known, n=3, cutoff=0.5)
+            hint = f': did you mean {" or ".join(near)}?' if near else ''
+            raise Refusal(f'--config.{field[1]}: there is no such field{hint}')
+
+
+def _with_paths(argv):
+    arguments = list(argv)
+    for place, argument in enumerate(arguments):
+        if match := re.fullmatch(r'(--?config)=(.*)', argument):
+            arguments[place] = f'{match[1]}={locate(match[2])}'
+        elif argument in ('--config', '-config') and place + 1 < len(arguments):
+            arguments[place + 1] = locate(arguments[place + 1])
+    return arguments
+
+
+def _config_named(arguments):
+    for argument, following in zip(arguments, [*arguments[1:], '']):
+        if match := re.fullmatch(r'--?config=(.*)', argument):
+            return match[1]
+        if argument in ('--config', '-config'):
+            return following
+    return None
+
+
+def _fields(config: ml_collections.ConfigDict, prefix: str = '') -> Iterator[str]:
+    for name, value in config.items():
+        yield prefix + name
+        if isinstance(value, ml_collections.ConfigDict):
+            yield from _fields(value, f'{prefix}{name}.')

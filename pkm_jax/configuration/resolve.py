@@ -1,0 +1,149 @@
+"""A configuration file with the command line's changes, to a `Run` and back: in one place, once."""
+
+import dataclasses
+import json
+from pathlib import Path
+from typing import Any
+
+import ml_collections
+
+from pkm_jax.configuration.run import Distributed, Log, Parts, Run, Tables, Train
+from pkm_jax.memory.layer import MemoryConfig
+from pkm_jax.models.bert import BertConfig
+from pkm_jax.models.causal import CausalConfig
+from pkm_jax.models.transformer import TransformerConfig
+from pkm_jax.refusal import Refusal
+from pkm_jax.tasks.causal_lm import CausalLM
+from pkm_jax.tasks.masked_lm import MaskedLM
+
+MODELS = {'bert': BertConfig, 'causal': CausalConfig}
+TASKS = {'masked_lm': MaskedLM, 'causal_lm': CausalLM}
+# Fields of a model that the section `memory` holds, by what they are called there.
+PLACEMENT = {'layers': 'memory_layers', 'placement': 'placement', 'zero_start': 'zero_start',
+             'shared_values': 'shared_values'}
+# Fields of a model that its task or its weights decide, not a configuration.
+DECIDED = ('memory', *PLACEMENT.values(), 'heads', 'classes')
+TOP = ('workdir', 'init_from', 'seed', 'compilation_cache')
+
+
+def defaults(model: str = 'bert', task: str = 'masked_lm') -> ml_collections.ConfigDict:
+    """A configuration with every field at its default: what configurations start from."""
+    family = MODELS[model]
+    tree = {name: _default(Run, name) for name in TOP}
+    tree |= {'task': task, 'runs': {}, 'model': {'family': model, **_defaults(family, DECIDED)}}
+    tree |= {'memory': {**_defaults(MemoryConfig), **{
+        name: _default(family, field) for name, field in PLACEMENT.items()}, **_defaults(Tables)}}
+    tree['memory']['shards'] = _defaults(Parts)
+    tree |= {'data': _defaults(TASKS[task]), 'train': _defaults(Train),
+             'distributed': _defaults(Distributed), 'log': _defaults(Log)}
+    return _config(tree)
+
+
+def runs_of(config: ml_collections.ConfigDict) -> list[Run]:
+    """The runs that a configuration asks for, in order: itself, or one for each of `runs`.
+
+    The changes of a run may name an earlier one in `init_from`.
+
+    Raises:
+      Refusal: a field cannot work; the message names it, its value and the remedy.
+    """
+    if not config.runs:
+        return [resolve(config.to_dict())]
+    runs = []
+    for name, changes in config.runs.items():
+        one = config.copy_and_resolve_references()
+        one.runs = ml_collections.ConfigDict()
+        one.update(changes)
+        one.workdir = str(Path(config.workdir) / name)
+        if one.init_from in config.runs:
+            one.init_from = str(Path(config.workdir) / one.init_from)
+        runs.append(resolve(one.to_dict(), name))
+    return runs
+
+
+def resolve(config: dict[str, Any], name: str = '') -> Run:
+    """The run of a configuration, or of a run's config.json; fields left out have their defaults.
+
+    Raises:
+      Refusal: a field is unknown or cannot work; the message names it, its value and the remedy.
+    """
+    task = _chosen(TASKS, 'task', config.get('task', 'masked_lm'))
+    return Run(
+        model=model_of(config), name=name or Path(config.get('workdir', '')).name,
+        task=_section(task, config['data'], 'data'),
+        tables=_tables(config['memory']), train=_section(Train, config['train'], 'train'),
+        distributed=_section(Distributed, config.get('distributed', {}), 'distributed'),
+        log=_section(Log, config['log'], 'log'),
+        **{field: config[field] for field in TOP if field in config})
+
+
+def model_of(config: dict[str, Any]) -> TransformerConfig:
+    """The model in the sections `model` and `memory` of a configuration.
+
+    Raises:
+      Refusal: see `resolve`.
+    """
+    model, memory = dict(config['model']), config['memory']
+    family = _chosen(MODELS, 'model.family', model.pop('family', 'bert'))
+    sizes = {field.name: memory[field.name] for field in dataclasses.fields(MemoryConfig)
+             if field.name in memory}
+    placed = {field: memory[name] for name, field in PLACEMENT.items() if name in memory}
+    return _section(family, {**model, **placed, 'memory': MemoryConfig(**sizes)}, 'model')
+
+
+def described(run: Run) -> dict[str, Any]:
+    """A run as plain values in the sections of a configuration: its config.json."""
+    tree = dataclasses.asdict(run)
+    del tree['name']
+    model, tables, data = tree.pop('model'), tree.pop('tables'), tree.pop('task')
+    memory = model.pop('memory', {})
+    memory |= {name: model.pop(field) for name, field in PLACEMENT.items() if field in model}
+    tree |= {'task': _name_of(TASKS, run.task),
+             'model': {'family': _name_of(MODELS, run.model), **model},
+             'memory': {**memory, **tables}, 'data': data}
+    return json.loads(json.dumps(tree))
+
+
+def _name_of(named, value):
+    return next((name for name, kind in named.items() if type(value) is kind), type(value).__name__)
+
+
+def _chosen(named, field, value):
+    if value not in named:
+        raise Refusal(f'{field} = {value!r} is none of {tuple(named)}.')
+    return named[value]
+
+
+def _tables(memory):
+    found = {name: memory[name] for name in ('updates', 'dead_after') if name in memory}
+    return Tables(**found, shards=_section(Parts, memory.get('shards', {}), 'memory.shards'))
+
+
+def _section(kind, values, name):
+    """A dataclass of a section's values, lists as tuples."""
+    known = {field.name for field in dataclasses.fields(kind)}
+    if unknown := sorted(values.keys() - known):
+        raise Refusal(f'{name}.{unknown[0]} is no field of {kind.__name__}: it has '
+                      f'{", ".join(sorted(known))}.')
+    return kind(**{key: tuple(value) if isinstance(value, list) else value
+                   for key, value in values.items()})
+
+
+def _defaults(kind, without=()):
+    return {field.name: _plain(field.default) for field in dataclasses.fields(kind)
+            if field.name not in without}
+
+
+def _default(kind, name):
+    return next(field.default for field in dataclasses.fields(kind) if field.name == name)
+
+
+def _plain(value):
+    return dataclasses.asdict(value) if dataclasses.is_dataclass(value) else value
+
+
+def _config(tree):
+    config = ml_collections.ConfigDict(sort_keys=False)
+    for name, value in tree.items():
+        config[name] = _config(value) if isinstance(value, dict) else value
+    return config

@@ -1,0 +1,78 @@
+"""What training and planning know of a model: how it is built, where its memories are, its costs.
+
+A model is described by a frozen dataclass that has what `ModelConfig` says, such as `BertConfig`.
+What the module it builds takes and returns is between the module and its task (tasks/interface.py).
+"""
+
+from typing import Any, NamedTuple, Protocol, Self
+
+from flax import nnx
+from flax.traverse_util import flatten_dict, unflatten_dict
+
+from pkm_jax.memory.layer import MemoryConfig
+
+Path = tuple[str | int, ...]    # of a node in the nested dict of parameters
+
+
+class MemorySite(NamedTuple):
+    """A memory of a model. Where several memories share a value table, `table` is the same path."""
+    config: MemoryConfig
+    path: Path          # of the memory among the parameters
+    table: Path         # of its value table
+    value_width: int    # V
+
+
+class ModelConfig(Protocol):
+    """Sizes of a model, as a frozen dataclass."""
+    vocab_size: int     # rows of the word embedding; 0: one for each word, not known yet
+    max_length: int     # tokens of the longest sequence
+    dtype: str          # of the computation
+    word_embedding: Path    # among the parameters
+
+    def with_vocabulary(self, words: int) -> Self:
+        """The same with an embedding for that many words, where the size was not given."""
+
+    def build(self, rngs: nnx.Rngs) -> nnx.Module:
+        """The module, with fresh parameters."""
+
+    @property
+    def memories(self) -> dict[Any, MemorySite]:
+        """The memories by a name of each: that of its reads, deltas and marks, and in reports."""
+
+    def unseen(self) -> dict[str, Any]:
+        """Settings that weights were trained with and that their shapes do not tell."""
+
+    def fast_paths(self, platform: str) -> list[str]:
+        """Lines on what makes a step fast or slow on 'cpu', 'gpu' or 'tpu', and why."""
+
+    def forward_flops(self, length: int, predictions: float) -> float:
+        """Floating-point operations of the matrix products of one sequence's forward pass, of
+        which `predictions` tokens reach the vocabulary."""
+
+    def activation_bytes(self, sequences: int, length: int, predictions: float) -> int:
+        """An estimate of the bytes that a device keeps from the forward to the backward pass."""
+
+
+def at(tree: dict, path: Path) -> Any:
+    """The node of a nested dict at a path."""
+    for part in path:
+        tree = tree[part]
+    return tree
+
+
+def replaced(tree: dict, path: Path, node: Any) -> dict:
+    """`tree` with another node at a path; nothing of the tree is changed."""
+    first, *rest = path
+    return {**tree, first: replaced(tree[first], tuple(rest), node) if rest else node}
+
+
+def flatten(tree: dict) -> dict[str, Any]:
+    """{'layers': {0: {'memory': x}}} -> {'layers/0/memory': x}."""
+    return {'/'.join(map(str, path)): leaf for path, leaf in flatten_dict(tree).items()}
+
+
+def unflatten(flat: dict[str, Any]) -> dict:
+    """The inverse of `flatten`: numbers in a path become the keys of layers again."""
+    return unflatten_dict({
+        tuple(int(part) if part.isdigit() else part for part in path.split('/')): leaf
+        for path, leaf in flat.items()})

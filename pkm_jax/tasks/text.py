@@ -1,0 +1,79 @@
+"""Text to learn from without labels: where it is, and how it is cut into records."""
+
+import dataclasses
+from collections.abc import Callable
+from typing import Any
+
+import jax.numpy as jnp
+import numpy as np
+from einops import rearrange
+from jaxtyping import Array, Bool
+
+from pkm_jax.data import dataset
+from pkm_jax.data.dataset import Prepared
+from pkm_jax.fields import check_settings, setting
+from pkm_jax.models.interface import ModelConfig
+from pkm_jax.refusal import Refusal
+from pkm_jax.tasks.interface import Batch
+
+
+@dataclasses.dataclass(frozen=True)
+class LanguageModelling:
+    """A corpus, prepared once: tokenised and packed into records of `length` tokens.
+
+    Raises:
+      Refusal: a value is out of its range.
+    """
+    corpus: str = setting('', "globs of .txt or .jsonl files (with ',' between), a prepared folder, "
+                              "'tfds:NAME' or 'installed-docs'")
+    vocab: str = setting('', "vocab.txt, tokenizer.json or a folder with one; '': that of init_from, "
+                             'else trained on the corpus')
+    vocab_size: int = setting(30_522, 'words of a trained vocabulary', least=1)
+    lowercase: bool = setting(True, 'lower-case the text of a trained vocabulary, strip accents')
+    length: int = setting(512, 'L, tokens of a sequence', least=8)
+    validation_fraction: float = setting(
+        0.005, 'share of the text that is held out', above=0, below=1)
+    cache: str = setting('data', 'where prepared text is kept')
+    workers: int = setting(8, 'processes that make batches; 0: threads of this one', least=0)
+
+    def __post_init__(self) -> None:
+        check_settings(self, 'data')
+
+    def check(self, model: ModelConfig) -> None:
+        """Refuses sequences that the model cannot take.
+
+        Raises:
+          Refusal: they are too long, or there is no corpus.
+        """
+        if self.length > model.max_length:
+            raise Refusal(f'data.length = {self.length} exceeds model.max_length = '
+                          f'{model.max_length}: shorten one or enlarge the other.')
+
+    def prepare(self, vocabulary: str, log: Callable[[str], None]) -> Prepared:
+        """The corpus as packed records; `vocabulary` is what data.vocab = '' stands for.
+
+        Raises:
+          Refusal: what is configured cannot be read or does not fit.
+        """
+        globs = [glob.strip() for glob in self.corpus.split(',') if glob.strip()]
+        if not globs:
+            raise Refusal("data.corpus is empty: give globs of text files, a prepared folder, "
+                          "'tfds:NAME' or 'installed-docs'.")
+        return dataset.prepare(
+            globs[0] if len(globs) == 1 else globs, vocab=self.vocab or vocabulary,
+            vocab_size=self.vocab_size, lowercase=self.lowercase, length=self.length,
+            validation_fraction=self.validation_fraction, cache=self.cache, log=log)
+
+    def real(self, batch: Batch) -> Bool[Array, 'T']:
+        """Tokens within the lengths of their rows."""
+        positions = jnp.arange(batch['tokens'].shape[1])[None]
+        return rearrange(positions < batch['lengths'][:, None], 'b l -> (b l)')
+
+    def metrics(self, sums: dict[str, Any]) -> dict[str, Any]:
+        """Mean loss in nats, and the share of the predicted tokens that were guessed right."""
+        return {'loss': sums['loss'] / sums['terms'], 'accuracy': sums['correct'] / sums['terms']}
+
+    def evaluation(self, sums: dict[str, Any], outputs: dict[str, Any]) -> dict[str, float]:
+        """The same, and the perplexity, the exponential of the loss."""
+        values = {name: float(value) for name, value in self.metrics(sums).items()}
+        return values | {'perplexity': float(np.exp(np.float64(values['loss'])))}
