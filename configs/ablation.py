@@ -10,7 +10,7 @@ scale=base|small (small: the quickstart's model, minutes on a laptop). `init=pre
 --config.init_from, by default the run scratch-none of the same scale.
 """
 
-from configs import bert_base_pkm, quickstart
+from pkm_jax.configs import bert_base_pkm, quickstart
 
 CHOICES = {'init': ('scratch', 'pretrained'), 'placement': ('none', 'replace', 'add'),
            'scale': ('base', 'small')}

@@ -13,7 +13,7 @@ bfloat16 values, whose rows are updated only where they were read, with one seco
 no dropout of attention weights. A table of 16.8 million rows learns from 67 million reads a step.
 """
 
-from configs import bert_base_pkm
+from pkm_jax.configs import bert_base_pkm
 
 
 def get_config():

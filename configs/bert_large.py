@@ -4,7 +4,7 @@ r"""BERT-large without memory: what the paper's BERT-base with memory is compare
         --config.data.corpus='/corpora/wikipedia/*.jsonl.xz' --config.data.vocab=/bert/vocab.txt
 """
 
-from configs import bert_base_pkm
+from pkm_jax.configs import bert_base_pkm
 
 
 def get_config():

@@ -8,7 +8,7 @@ layer; `replace`, the contrast, learns from scratch with the memory in the feed-
 place, for as many steps. Then a report compares them: runs/quickstart/report/report.html.
 """
 
-from configs import bert_base_pkm
+from pkm_jax.configs import bert_base_pkm
 
 
 def get_config():

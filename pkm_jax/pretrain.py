@@ -8,10 +8,10 @@ import ml_collections
 from absl import app, flags, logging
 from ml_collections import config_flags
 
+from pkm_jax.report.report import write_report
 from pkm_jax.training import hosts, settings
 from pkm_jax.training.loop import train
 from pkm_jax.training.preemption import Stopped
-from pkm_jax.report.report import write_report
 
 CONFIG = config_flags.DEFINE_config_file('config', help_string='configs/NAME.py')
 

@@ -50,9 +50,9 @@ def loss_figure(runs: Sequence[Run], theme: Theme) -> Figure:
             ax.plot(tokens, loss, 'o', color=colour, markersize=6, markeredgecolor=theme.background)
             end = loss[-1]
         labels.append((end, f'{run.name}  {end:.2f}', colour))
-    for tokens in sorted({run.start_tokens for run in runs if run.memory_added}):
-        ax.axvline(tokens, color=theme.muted, linewidth=1.2, linestyle=DASHED)
-        ax.annotate('memory added', (tokens, 1), xycoords=('data', 'axes fraction'), xytext=(6, -4),
+    for start in sorted({run.start_tokens for run in runs if run.memory_added}):
+        ax.axvline(start, color=theme.muted, linewidth=1.2, linestyle=DASHED)
+        ax.annotate('memory added', (start, 1), xycoords=('data', 'axes fraction'), xytext=(6, -4),
                     textcoords='offset points', va='top', color=theme.muted)
     ax.set(xlabel='Training tokens', ylabel='Masked-LM loss (nats)')
     count_axis(ax.xaxis)
@@ -74,7 +74,8 @@ def usage_figure(runs: Sequence[Run], layers: Sequence[str], theme: Theme) -> Fi
 def _usage_panel(ax: Axes, runs: Sequence[Run], layer: str, kind: str, theme: Theme) -> None:
     """The curves of all runs with this layer, and what uniform picks would reach."""
     column = 1 if kind == 'top-1' else 2
-    labels, longest = [], {}
+    labels = []
+    longest: dict[tuple[int, int, int], float] = {}
     for index, run in with_memory(runs, layer):
         memory = run.memory_evals[-1]['memory'][layer]
         if not memory.get('curve'):

@@ -111,10 +111,9 @@ def read_run(folder: Path) -> Run:
       Refusal: a file is missing, is not the configuration of a training, or has a metrics line
         without its fields.
     """
-    for file in ('config.json', 'metrics.jsonl'):
-        if not (folder / file).exists():
-            raise Refusal(
-                f'{folder / file} is missing: {folder} is not a whole run folder')
+    for needed in (folder / 'config.json', folder / 'metrics.jsonl'):
+        if not needed.exists():
+            raise Refusal(f'{needed} is missing: {folder} is not a whole run folder')
     config = _read_config(folder / 'config.json')
     records, notes = _read_metrics(folder / 'metrics.jsonl')
     access = {}
@@ -198,7 +197,7 @@ def _read_metrics(file: Path) -> tuple[dict[str, list[dict]], list[str]]:
             notes.append(f'{which} of {file.name} is {fault} and was ignored')
             logging.warning('%s: %s', file, notes[-1])
             continue
-        wanted = (*FIELDS, *FIELDS_OF.get(record.get('kind'), ()))
+        wanted = (*FIELDS, *FIELDS_OF.get(record.get('kind', ''), ()))
         if missing := sorted(set(wanted) - record.keys()):
             raise Refusal(
                 f'{file}, line {number} has no {", ".join(missing)}: not a metrics line')
@@ -224,7 +223,7 @@ def _link(runs: list[Run]) -> list[Run]:
     for run in runs:
         parent = next((earlier for earlier in linked
                        if run.init_from and _names(run.init_from, earlier.folder)), None)
-        if parent:
+        if parent and run.init_from:
             step = _checkpoint_step(run.init_from)
             step = parent.steps if step is None else step
             seen = [r['tokens'] for r in parent.train + parent.evals if r['step'] <= step]

@@ -7,8 +7,9 @@ import matplotlib
 import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.cm import ScalarMappable
-from matplotlib.colors import ListedColormap, LogNorm
+from matplotlib.colors import Colormap, ListedColormap, LogNorm
 from matplotlib.figure import Figure
+from matplotlib.layout_engine import ConstrainedLayoutEngine
 from matplotlib.ticker import PercentFormatter
 
 from pkm_jax.report.runs import Run, counted, thousands
@@ -20,8 +21,8 @@ def slots_figure(runs: Sequence[Run], layer: str, theme: Theme) -> Figure:
     shown = counted(runs, layer)
     blocks = [shown[start : start + 4] for start in range(0, len(shown), 4)]
     columns = len(blocks[0])
-    figure = Figure(figsize=(0.9 + 3.9 * columns, 8.2 * len(blocks)), layout='constrained')
-    figure.get_layout_engine().set(h_pad=0.1)
+    figure = Figure(figsize=(0.9 + 3.9 * columns, 8.2 * len(blocks)),
+                    layout=ConstrainedLayoutEngine(h_pad=0.1))
     grid = figure.subplots(2 * len(blocks), columns, squeeze=False)
     viridis = matplotlib.colormaps['viridis'](np.linspace(*theme.access, 256))
     colours = ListedColormap(viridis).with_extremes(bad=theme.never)
@@ -29,17 +30,18 @@ def slots_figure(runs: Sequence[Run], layer: str, theme: Theme) -> Figure:
               ('top1', 'best', 'times the best of a head'))
     for offset, (field, verb, label) in enumerate(fields):
         most = max(getattr(run.access[layer], field).max() for _, run in shown)
-        scale = ScalarMappable(LogNorm(1, max(most, 2)), colours)
+        norm = LogNorm(1, max(most, 2))
         for row, block in zip(grid[offset::2], blocks, strict=True):
             for ax, (index, run) in zip(row, block, strict=False):
-                _slot_image(ax, getattr(run.access[layer], field), scale)
+                _slot_image(ax, getattr(run.access[layer], field), norm, colours)
                 used = np.mean(getattr(run.access[layer], field) > 0)
                 tokens = thousands(run.memory_evals[-1]['eval_tokens'])
                 ax.set_title(f'{run.name}: {used:.1%} {verb}', color=style(index)[0])
                 ax.set_xlabel(f'second sub-key j   (T = {tokens})')
             for ax in row[len(block):]:
                 ax.set_axis_off()
-            bar = figure.colorbar(scale, ax=list(row), fraction=0.05, pad=0.02, label=label)
+            bar = figure.colorbar(ScalarMappable(norm, colours), ax=list(row), fraction=0.05,
+                                  pad=0.02, label=label)
             count_axis(bar.ax.yaxis)
             bar.outline.set_visible(False)
     figure.suptitle(
@@ -81,10 +83,10 @@ def access_figure(runs: Sequence[Run], layers: Sequence[str], theme: Theme) -> F
     return figure
 
 
-def _slot_image(ax: Axes, counts: np.ndarray, scale: ScalarMappable) -> None:
+def _slot_image(ax: Axes, counts: np.ndarray, norm: LogNorm, colours: Colormap) -> None:
     side = math.isqrt(len(counts))
     image = np.ma.masked_equal(counts.reshape(side, side), 0)
-    ax.imshow(image, norm=scale.norm, cmap=scale.cmap)
+    ax.imshow(image, norm=norm, cmap=colours)
     ax.set(xticks=[0, side - 1], yticks=[0, side - 1], ylabel='first sub-key i')
     ax.grid(False)
     ax.spines[:].set_visible(False)

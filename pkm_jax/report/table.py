@@ -15,9 +15,9 @@ def table(runs: Sequence[Run]) -> str:
     """The runs side by side as HTML; rows that hold for none of them are left out."""
     heads = ''.join(f'<th scope="col"><i style="background:{style(index)[0]}"></i>'
                     f'{html.escape(run.name)}</th>' for index, run in enumerate(runs))
-    sections = [('', _run_rows())]
-    for layer in sorted({layer for run in runs for layer in run.layers}, key=int):
-        sections.append((f'Memory in layer {layer}, last evaluation', _memory_rows(layer)))
+    layers = sorted({layer for run in runs for layer in run.layers}, key=int)
+    sections = [('', _run_rows()), *((f'Memory in layer {layer}, last evaluation',
+                                      _memory_rows(layer)) for layer in layers)]
     body = ''
     for title, rows in sections:
         if title:

@@ -8,6 +8,7 @@ import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.axis import Axis
 from matplotlib.figure import Figure
+from matplotlib.layout_engine import ConstrainedLayoutEngine
 from matplotlib.ticker import FuncFormatter, NullFormatter, PercentFormatter
 
 from pkm_jax.report.runs import Run, thousands
@@ -30,7 +31,7 @@ class Theme:
     access: tuple[float, float]     # part of viridis, from one selection to many
 
     @property
-    def look(self) -> dict[str, Any]:
+    def look(self) -> dict[Any, Any]:
         """Matplotlib's settings under which figures are drawn."""
         return {
             'font.size': 11, 'font.family': 'sans-serif', 'text.color': self.text,
@@ -55,8 +56,8 @@ def style(index: int) -> tuple[str, str]:
 def panels(runs: Sequence[Run], rows: int, height: float = 4.3) -> tuple[Figure, np.ndarray]:
     """Two panels a row, with room for the runs' names beside each."""
     width = 4.7 + 0.11 * max(len(run.name) for run in runs)
-    figure = Figure(figsize=(2 * width, height * rows), layout='constrained')
-    figure.get_layout_engine().set(w_pad=0.12, h_pad=0.12)
+    figure = Figure(figsize=(2 * width, height * rows),
+                    layout=ConstrainedLayoutEngine(w_pad=0.12, h_pad=0.12))
     return figure, figure.subplots(rows, 2, squeeze=False)
 
 

@@ -7,7 +7,6 @@ from typing import Any
 
 from pkm_jax.report.runs import Run, thousands
 
-
 CLEAR = 0.01    # from here on two top-1 usages count as different: one percentage point
 
 

@@ -5,8 +5,8 @@ import pytest
 
 from pkm_jax.memory.usage import uniform_ceiling
 from pkm_jax.report import plots
-from pkm_jax.report.theme import DARK, LIGHT, style
 from pkm_jax.report.runs import read_run, read_runs
+from pkm_jax.report.theme import DARK, LIGHT, style
 from tests.report.synthetic_runs import SlotDraws, usage
 
 
