@@ -80,18 +80,18 @@ class OptimizerConfig:
         'adam', "of the backbone: 'adam', 'lamb', 'adafactor' (whose learning rate is relative to a "
         "parameter's root mean square) or 'muon' (for matrices; Adam for the rest)",
         choices=tuple(BACKBONE))
-    learning_rate: float = setting(1e-4, 'of the backbone, after warmup', least=0)
-    values_learning_rate: float = setting(1e-3, 'of value tables, after warmup', least=0)
+    learning_rate: float = setting(1e-4, 'of the backbone, after warmup', least=0.)
+    values_learning_rate: float = setting(1e-3, 'of value tables, after warmup', least=0.)
     values_optimizer: str = setting(
         'adam', "of value tables: 'adam' or 'sgd'; with sparse updates 'rowwise_adam' or "
         "'rowwise_adagrad' too", choices=tuple(SPARSE_VALUES))
-    warmup: int = setting(10_000, 'steps of linear warmup; then linear decay to 0', least=0)
+    warmup: int = setting(10_000, 'steps of linear warmup; then linear decay to 0', least=0.)
     weight_decay: float = setting(0.01, 'times the learning rate; not of values, biases and norms',
-                                  least=0)
-    beta1: float = setting(0.9, 'decay of the first moment', least=0, below=1)
-    beta2: float = setting(0.999, 'decay of the second moment', least=0, below=1)
-    epsilon: float = setting(1e-6, 'added to the root of the second moment', above=0)
-    clip: float = setting(1.0, 'largest global norm of the gradient; 0: no clipping', least=0)
+                                  least=0.)
+    beta1: float = setting(0.9, 'decay of the first moment', least=0., below=1.)
+    beta2: float = setting(0.999, 'decay of the second moment', least=0., below=1.)
+    epsilon: float = setting(1e-6, 'added to the root of the second moment', above=0.)
+    clip: float = setting(1.0, 'largest global norm of the gradient; 0: no clipping', least=0.)
 
     def __post_init__(self) -> None:
         check_settings(self, 'train')

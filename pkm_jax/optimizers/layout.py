@@ -21,7 +21,7 @@ def state_specs(
     JAX itself works this out. `init` is traced for parameters whose shardings are part of their
     types (https://docs.jax.dev/en/latest/notebooks/explicit-sharding.html), so that sums and
     `zeros_like` hand the axes on and nothing is guessed from shapes. The mesh of that trace has one
-    device: the specs hold for any, and whether sizes divide over the real one is not looked at.
+    device, so that sizes need not divide; the one in use does not matter.
 
     Args:
       params: arrays or abstract arrays; SparseRows are for updates, not for `init`.
@@ -36,16 +36,18 @@ def state_specs(
     def typed(leaf, spec):
         return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=NamedSharding(mesh, spec))
 
-    with jax.sharding.use_abstract_mesh(mesh):
+    # A mesh in use can be left for none, but not for one of another size.
+    no_mesh = AbstractMesh((), ())
+    with jax.sharding.use_abstract_mesh(no_mesh), jax.sharding.use_abstract_mesh(mesh):
         state = jax.eval_shape(optimizer.init, jax.tree.map(typed, params, by_parameter))
-    return jax.tree.map(lambda leaf: _without_nones(leaf.sharding), state)
+    return jax.tree.map(lambda leaf: _trimmed(leaf.sharding.spec) if leaf.sharding else P(), state)
 
 
 def _axes_of(entry):
     return (entry,) if isinstance(entry, str) else entry or ()
 
 
-def _without_nones(sharding):
-    """The spec of an array, P() where it is whole on every device."""
-    spec = sharding.spec if sharding is not None else P()
-    return spec if any(entry is not None for entry in spec) else P()
+def _trimmed(spec):
+    """The same without the Nones at its end."""
+    split = [axis for axis, entry in enumerate(spec) if entry is not None]
+    return P(*spec[:split[-1] + 1]) if split else P()

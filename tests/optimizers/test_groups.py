@@ -1,10 +1,12 @@
-"""Parameter groups, schedule and clipping, by hand."""
+"""Parameter groups, their norms, and the schedule."""
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from pkm_jax.training.optimizer import group_of, make_optimizer, schedule
+from pkm_jax.memory.sparse_rows import SparseRows
+from pkm_jax.optimizers.groups import group_norms, group_of, schedule
 
 
 @pytest.mark.parametrize('path, group', [
@@ -29,30 +31,20 @@ def test_schedule():
     np.testing.assert_allclose(schedule(2., warmup=0, steps=10)(5), 1.)
 
 
-def test_first_update_by_hand(config):
-    """Adam's first step moves by the learning rate, whatever the gradient's size."""
-    config.train.update(warmup=0, steps=10, learning_rate=0.1, values_learning_rate=0.5,
-                        weight_decay=0.01, clip=0., epsilon=1e-12)
-    params = {'layers': {0: {'memory': {'values': jnp.full(2, 3.)}}},
-              'pooler': {'kernel': jnp.full(2, 3.), 'bias': jnp.full(2, 3.)}}
-    gradient = {'layers': {0: {'memory': {'values': jnp.asarray([2., -1.])}}},
-                'pooler': {'kernel': jnp.asarray([2., -1.]), 'bias': jnp.asarray([2., -1.])}}
-    optimizer = make_optimizer(config.train)
-    updates, _ = optimizer.update(gradient, optimizer.init(params), params)
-    np.testing.assert_allclose(updates['layers'][0]['memory']['values'], [-.5, .5], rtol=1e-5)
-    np.testing.assert_allclose(updates['pooler']['bias'], [-.1, .1], rtol=1e-5)
-    np.testing.assert_allclose(updates['pooler']['kernel'], [-.1 - .003, .1 - .003], rtol=1e-5)
+def test_norms_by_group():
+    """Rows count, their ids and number do not; bfloat16 is summed in float32."""
+    rows = SparseRows(jnp.asarray([5, 7, 9]), jnp.asarray([[3., 0.], [0., 4.], [0., 0.]]),
+                      jnp.asarray([2]))
+    tree = {'layers': {0: {'memory': {'values': rows}},
+                       1: {'memory': {'values': jnp.full((3, 4), 1.)}}},
+            'query': {'kernel': jnp.full((64, 64), 1., jnp.bfloat16),
+                      'bias': jnp.asarray([6., 8.])},
+            'word': {'embedding': jnp.asarray([[2.]])}}
+    norms = jax.jit(group_norms)(tree)
+    assert {norm.dtype for norm in norms.values()} == {jnp.dtype('float32')}
+    np.testing.assert_allclose([norms[group] for group in ('values', 'undecayed', 'decayed')],
+                               [37 ** .5, 10., 4100 ** .5], rtol=1e-6)
 
 
-def test_clipping_is_by_the_norm_of_all_groups(config):
-    config.train.update(warmup=0, clip=1., epsilon=1e9)     # updates proportional to gradients
-    optimizer = make_optimizer(config.train)
-
-    def updates(values, bias):
-        params = {'memory': {'values': jnp.zeros(1)}, 'bias': jnp.zeros(1)}
-        gradient = {'memory': {'values': jnp.asarray([values])}, 'bias': jnp.asarray([bias])}
-        return optimizer.update(gradient, optimizer.init(params), params)[0]
-
-    unit, large = updates(.6, .8), updates(6., 8.)
-    np.testing.assert_allclose(large['bias'], unit['bias'], rtol=1e-6)
-    np.testing.assert_allclose(large['memory']['values'], unit['memory']['values'], rtol=1e-6)
+def test_groups_that_are_not_there_have_no_norm():
+    assert list(group_norms({'query': {'kernel': jnp.ones(2)}})) == ['decayed']
