@@ -32,7 +32,7 @@ def _lamb(config, rate, weight_decay):
 
 
 def _adafactor(config, rate, weight_decay=0.):
-    """Weights decay by the learning rate, as with the others; Optax's own decay does not have it."""
+    """Weights decay by the learning rate too, as with the others; by Optax's default they do not."""
     return optax.adafactor(rate, weight_decay_rate=lambda count: weight_decay * rate(count))
 
 
@@ -47,8 +47,8 @@ def _muon(config, rate, weight_decay):
                 muon_weight_dimension_numbers=matrices, consistent_rms=MUON_RMS)
 
 
-# By name what updates decayed and undecayed parameters. LAMB does not scale by the size of what does
-# not decay (You et al. 2020, arXiv:1904.00962); Muon is for the matrices between two hidden states.
+# By name what updates decayed and undecayed parameters. LAMB does not scale by the size of what
+# does not decay (You et al. 2020, arXiv:1904.00962); Muon is for matrices between hidden states.
 BACKBONE = {
     'adam': (_adam, _adam),
     'lamb': (_lamb, _adam),
@@ -77,8 +77,8 @@ class OptimizerConfig:
       Refusal: a field is out of its range; the message names it.
     """
     optimizer: str = setting(
-        'adam', "of the backbone: 'adam', 'lamb', 'adafactor' (whose learning rate is relative to a "
-        "parameter's root mean square) or 'muon' (for matrices; Adam for the rest)",
+        'adam', "of the backbone: 'adam', 'lamb', 'adafactor' (its learning rate is relative to a "
+        "parameter's root mean square) or 'muon' (of matrices; Adam of the rest)",
         choices=tuple(BACKBONE))
     learning_rate: float = setting(1e-4, 'of the backbone, after warmup', least=0.)
     values_learning_rate: float = setting(1e-3, 'of value tables, after warmup', least=0.)

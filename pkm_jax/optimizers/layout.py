@@ -1,4 +1,4 @@
-"""How the state of any optimizer is split over a mesh: each array as the parameter it belongs to."""
+"""How the state of an optimizer is split over a mesh: each array as the parameter it belongs to."""
 
 from collections.abc import Callable
 from typing import Any

@@ -37,13 +37,13 @@ def test_norms_by_group():
                       jnp.asarray([2]))
     tree = {'layers': {0: {'memory': {'values': rows}},
                        1: {'memory': {'values': jnp.full((3, 4), 1.)}}},
-            'query': {'kernel': jnp.full((64, 64), 1., jnp.bfloat16),
+            'query': {'kernel': jnp.full((63, 65), 1 + 2 ** -7, jnp.bfloat16),
                       'bias': jnp.asarray([6., 8.])},
             'word': {'embedding': jnp.asarray([[2.]])}}
     norms = jax.jit(group_norms)(tree)
     assert {norm.dtype for norm in norms.values()} == {jnp.dtype('float32')}
     np.testing.assert_allclose([norms[group] for group in ('values', 'undecayed', 'decayed')],
-                               [37 ** .5, 10., 4100 ** .5], rtol=1e-6)
+                               [37 ** .5, 10., (63 * 65 * (1 + 2 ** -7) ** 2 + 4) ** .5], rtol=1e-6)
 
 
 def test_groups_that_are_not_there_have_no_norm():
