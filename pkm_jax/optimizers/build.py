@@ -32,7 +32,7 @@ def _lamb(config, rate, weight_decay):
 
 
 def _adafactor(config, rate, weight_decay=0.):
-    """Weights decay by the learning rate too, as with the others; by Optax's default they do not."""
+    """Weights decay by the learning rate too, as with the others; Optax's default leaves it out."""
     return optax.adafactor(rate, weight_decay_rate=lambda count: weight_decay * rate(count))
 
 
@@ -47,8 +47,9 @@ def _muon(config, rate, weight_decay):
                 muon_weight_dimension_numbers=matrices, consistent_rms=MUON_RMS)
 
 
-# By name what updates decayed and undecayed parameters. LAMB does not scale by the size of what
-# does not decay (You et al. 2020, arXiv:1904.00962); Muon is for matrices between hidden states.
+# By name what updates decayed and undecayed parameters. LAMB (You et al. 2020, arXiv:1904.00962)
+# does not scale by the size of what does not decay, as in TensorFlow Addons; Muon is for matrices
+# between hidden states.
 BACKBONE = {
     'adam': (_adam, _adam),
     'lamb': (_lamb, _adam),
