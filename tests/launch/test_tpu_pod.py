@@ -66,7 +66,7 @@ def test_install_copies_this_commit_to_all_workers(pod, read):
     assert archive == ['git', 'archive', '--format=tar.gz', '--output=/tmp/pkm_jax.tar.gz', 'HEAD']
     assert copy == [*TPU, 'scp', '/tmp/pkm_jax.tar.gz', 'pod:pkm_jax.tar.gz', '--worker=all', ZONE]
     assert install[:6] == [*TPU, 'ssh', 'pod'] and install[6] == '--worker=all'
-    assert "--editable '.[tpu]'" in install[7]
+    assert "--editable '.[train,tpu]'" in install[7]
     subprocess.run(['bash', '-n', '-c', install[7].removeprefix('--command=')], check=True)
 
 

@@ -1,7 +1,7 @@
 """Writes goldens/sparse_adam.npz, steps of torch.optim.SparseAdam, once.
 
     pip install torch==2.13.0
-    python tests/training/make_sparse_adam.py
+    python tests/optimizers/make_sparse_adam.py
 """
 
 from pathlib import Path

@@ -1,7 +1,7 @@
 import pytest
 
-from pkm_jax.training.report import write_report
-from tests.training.synthetic_runs import make_quickstart
+from pkm_jax.report.report import write_report
+from tests.report.synthetic_runs import make_quickstart
 
 
 @pytest.fixture(scope='session')

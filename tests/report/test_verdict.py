@@ -2,10 +2,10 @@
 
 import math
 
-from pkm_jax.training.report import write_report
-from pkm_jax.training.runs import read_run, read_runs
-from pkm_jax.training.verdict import verdicts
-from tests.training.synthetic_runs import cells, edit_evals, make_quickstart, make_run, usage
+from pkm_jax.report.report import write_report
+from pkm_jax.report.runs import read_run, read_runs
+from pkm_jax.report.verdict import verdicts
+from tests.report.synthetic_runs import cells, edit_evals, make_quickstart, make_run, usage
 
 
 def verdict(runs):

@@ -7,9 +7,11 @@ import sys
 
 import pytest
 
-from pkm_jax.training.report import main, write_report
-from pkm_jax.training.runs import read_run, read_runs
-from tests.training.synthetic_runs import cells, edit_evals, make_run, usage
+from pkm_jax.refusal import Refusal
+from pkm_jax.report.__main__ import main
+from pkm_jax.report.report import write_report
+from pkm_jax.report.runs import read_run, read_runs
+from tests.report.synthetic_runs import cells, edit_evals, make_run, usage
 
 
 def test_page_is_self_contained_with_light_and_dark_figures_beside_it(quickstart, page):
@@ -105,7 +107,8 @@ def test_lines_that_are_no_objects_are_ignored_and_said(tmp_path):
 def test_damaged_slot_counts_are_named_and_left_out(small, caplog, damage):
     damage(small / 'add' / 'slot_counts_2.npz')
     page = write_report(small).read_text()
-    assert 'slot_counts_2.npz is damaged' in page and 'the next evaluation of the run writes it anew' in page
+    assert 'slot_counts_2.npz is damaged' in page
+    assert 'the next evaluation of the run writes it anew' in page
     assert f'{small}/add: slot_counts_2.npz is damaged' in caplog.text
     assert len(read_run(small / 'replace').access) == 1 and not read_run(small / 'add').access
     assert cells(page, 'Top-1 usage')[1] == f'{usage(small, "add"):.1%}'
@@ -139,21 +142,21 @@ def test_names_are_escaped(tmp_path):
 
 
 def test_nothing_to_report_names_the_folder(tmp_path):
-    with pytest.raises(FileNotFoundError, match=f'nothing to report in {re.escape(str(tmp_path))}'):
+    with pytest.raises(Refusal, match=f'nothing to report in {re.escape(str(tmp_path))}'):
         write_report(tmp_path)
     run = make_run(tmp_path / 'run')
     (run / 'metrics.jsonl').write_text('')
-    with pytest.raises(FileNotFoundError, match='nothing to report'):
+    with pytest.raises(Refusal, match='nothing to report'):
         write_report(tmp_path)
     assert not (tmp_path / 'report').exists()
 
 
 def test_missing_files_and_fields_are_named(tmp_path):
     run = make_run(tmp_path / 'run')
-    with pytest.raises(FileNotFoundError, match='other/config.json is missing'):
+    with pytest.raises(Refusal, match='other/config.json is missing'):
         write_report(tmp_path, ['run', 'other'])
     (run / 'metrics.jsonl').write_text('{"kind": "train", "loss": 3.0}\n')
-    with pytest.raises(ValueError, match='line 1 has no step, tokens'):
+    with pytest.raises(Refusal, match='line 1 has no step, tokens'):
         write_report(tmp_path)
     (run / 'metrics.jsonl').write_text('{"kind": "train", "step": 1, "tokens": 9}\n')
     with pytest.raises(SystemExit, match='line 1 has no loss: not a metrics line'):
@@ -162,8 +165,22 @@ def test_missing_files_and_fields_are_named(tmp_path):
 
 def test_module_is_a_command(tmp_path):
     make_run(tmp_path / 'run')
-    command = [sys.executable, '-m', 'pkm_jax.training.report']
+    command = [sys.executable, '-m', 'pkm_jax.report']
     done = subprocess.run([*command, str(tmp_path)], capture_output=True, text=True, check=True)
     assert done.stdout.strip() == str(tmp_path / 'report' / 'report.html')
     failed = subprocess.run([*command, str(tmp_path / 'none')], capture_output=True, text=True)
-    assert failed.returncode == 1 and failed.stderr.startswith('nothing to report in')
+    assert failed.returncode == 1 and failed.stderr.startswith('Not reported: nothing to report in')
+
+
+def test_named_runs_alone_are_reported(small):
+    main([str(small), 'add', 'replace'])
+    page = (small / 'report' / 'report.html').read_text()
+    assert cells(page, 'Placement of the memory') == ['add', 'replace']
+
+
+def test_the_report_needs_nothing_of_training():
+    """It reads folders; a program that trains nothing can draw it."""
+    code = 'import sys, pkm_jax.report.__main__; print(*[n for n in sys.modules if "pkm_jax" in n])'
+    done = subprocess.run([sys.executable, '-c', code], capture_output=True, text=True, check=True)
+    packages = {name.split('.')[1] for name in done.stdout.split() if '.' in name}
+    assert packages <= {'report', 'memory', 'refusal', 'mesh', 'dispatch', 'fields', 'ops'}

@@ -4,9 +4,10 @@ import numpy as np
 import pytest
 
 from pkm_jax.memory.usage import uniform_ceiling
-from pkm_jax.training import plots
-from pkm_jax.training.runs import read_run, read_runs
-from tests.training.synthetic_runs import SlotDraws, usage
+from pkm_jax.report import plots
+from pkm_jax.report.runs import read_run, read_runs
+from pkm_jax.report.theme import DARK, LIGHT, style
+from tests.report.synthetic_runs import SlotDraws, usage
 
 
 def panel(figure, title):
@@ -15,7 +16,7 @@ def panel(figure, title):
 
 def line_of(ax, index):
     """The last solid line that the index-th run has in a panel, as an array of x and y."""
-    colour = plots.style(index)[0]
+    colour = style(index)[0]
     lines = [x for x in ax.get_lines() if x.get_color() == colour and x.get_linestyle() == '-']
     return lines[-1].get_xydata()
 
@@ -31,7 +32,7 @@ def test_continued_run_is_drawn_after_its_parent(quickstart):
         ('add', 'pretrain', 204_800),
         ('replace', None, 0),
     ]
-    figure = plots.figures(runs, plots.LIGHT)['loss']
+    figure = plots.figures(runs, LIGHT)['loss']
     ends = [line_of(figure.axes[0], index)[[0, -1], 0].tolist() for index in range(3)]
     assert ends == [[2048, 204_800], [206_848, 409_600], [2048, 204_800]]
     marks = [x.get_xdata()[0] for x in figure.axes[0].get_lines() if x.get_linestyle() == '--']
@@ -40,7 +41,7 @@ def test_continued_run_is_drawn_after_its_parent(quickstart):
 
 
 def test_usage_curves_and_ceilings(quickstart):
-    figure = plots.figures(read_runs(quickstart), plots.LIGHT)['usage']
+    figure = plots.figures(read_runs(quickstart), LIGHT)['usage']
     top1, top_k = panel(figure, 'top-1 usage'), panel(figure, 'top-K usage')
     curve = np.array(read_run(quickstart / 'add').evals[-1]['memory']['2']['curve'])
     np.testing.assert_array_equal(line_of(top1, 1), curve[:, :2])
@@ -66,7 +67,7 @@ def test_ceiling_is_that_of_the_metrics():
 
 def test_usage_over_training_gives_t(quickstart):
     runs = read_runs(quickstart)
-    ax = panel(plots.figures(runs, plots.DARK)['usage_training'], 'top-1')
+    ax = panel(plots.figures(runs, DARK)['usage_training'], 'top-1')
     assert ax.get_title('left') == 'Layer 2: top-1 usage, T = 8.19k'
     shares = [record['memory']['2']['top_1_usage'] for record in runs[1].evals]
     np.testing.assert_array_equal(
@@ -76,7 +77,7 @@ def test_usage_over_training_gives_t(quickstart):
 
 def test_slot_images_share_a_scale_and_leave_unused_slots_plain(quickstart):
     runs = read_runs(quickstart)
-    figure = plots.figures(runs, plots.LIGHT)['slots_layer_2']
+    figure = plots.figures(runs, LIGHT)['slots_layer_2']
     images = [ax.get_images()[0] for ax in figure.axes if ax.get_images()]
     assert len(images) == 4
     for row, field in ((images[:2], 'count'), (images[2:], 'top1')):
@@ -89,7 +90,7 @@ def test_slot_images_share_a_scale_and_leave_unused_slots_plain(quickstart):
 
 def test_access_curve_ends_at_the_slots_never_read(quickstart):
     runs = read_runs(quickstart)
-    figure = plots.figures(runs, plots.LIGHT)['access']
+    figure = plots.figures(runs, LIGHT)['access']
     reads = line_of(panel(figure, 'reads per slot'), 2)
     unused = float(np.mean(runs[2].access['2'].count == 0))
     assert unused > 0.05

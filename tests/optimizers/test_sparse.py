@@ -9,9 +9,8 @@ import optax
 import pytest
 
 from pkm_jax.memory.sparse_rows import SparseRows
-from pkm_jax.training import sparse_updates
-from pkm_jax.training.sparse_updates import (apply_updates, lazy_adam, round_stochastically,
-                                             rowwise_adagrad, rowwise_adam, sparse_sgd)
+from pkm_jax.optimizers.sparse import (apply_updates, lazy_adam, round_stochastically,
+                                       rowwise_adagrad, rowwise_adam, sparse_sgd)
 
 GOLDEN = Path(__file__).parent / 'goldens' / 'sparse_adam.npz'
 SLOTS, WIDTH = 12, 5
@@ -174,7 +173,7 @@ def test_no_temporary_is_of_table_size(name):
 
         def step(params, state, gradient):
             updates, state = optimizer.update({'table': gradient}, state, params)
-            return sparse_updates.apply_updates(params, updates, jax.random.key(0)), state
+            return apply_updates(params, updates, jax.random.key(0)), state
 
         state = like(jax.eval_shape(optimizer.init, params))
         return jax.jit(step, donate_argnums=(0, 1)).lower(

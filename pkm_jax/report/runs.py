@@ -13,6 +13,8 @@ import numpy as np
 from absl import logging
 from jaxtyping import Float
 
+from pkm_jax.refusal import Refusal
+
 # What every line of metrics.jsonl says, and what one of a kind says beside it.
 FIELDS = ('kind', 'step', 'tokens')
 FIELDS_OF = {'train': ('loss',), 'eval': ('loss', 'accuracy', 'perplexity', 'eval_tokens')}
@@ -77,7 +79,9 @@ def read_runs(folder: Path, names: Sequence[str] | None = None) -> list[Run]:
     """The runs under a work folder (or the folder's own run), in the order they were started.
 
     `names` picks subfolders. Runs that have no metrics yet are left out, with a word in the log.
-    Raises FileNotFoundError naming the folder where nothing is left to report.
+
+    Raises:
+      Refusal: nothing is left to report in the folder, or a file is not what a run writes.
     """
     folder = Path(folder)
     if names:
@@ -93,7 +97,7 @@ def read_runs(folder: Path, names: Sequence[str] | None = None) -> list[Run]:
         else:
             logging.warning('%s has no metrics yet: left out', run_folder)
     if not runs:
-        raise FileNotFoundError(
+        raise Refusal(
             f'nothing to report in {folder}: no run with a line in its metrics.jsonl was found '
             'there or one level below; pass the work folder of a training, or a run folder')
     runs.sort(key=lambda run: min(r[0].get('time', 0) for r in (run.train, run.evals) if r))
@@ -103,13 +107,13 @@ def read_runs(folder: Path, names: Sequence[str] | None = None) -> list[Run]:
 def read_run(folder: Path) -> Run:
     """One run's files.
 
-    Raises FileNotFoundError for a missing file, ValueError for a configuration that is not one of
-    training or a metrics line without its fields.
+    Raises:
+      Refusal: a file is missing, is not the configuration of a training, or has a metrics line
+        without its fields.
     """
-    for file in ('config.json', 'metrics.jsonl'):
-        if not (folder / file).exists():
-            raise FileNotFoundError(
-                f'{folder / file} is missing: {folder} is not a whole run folder')
+    for needed in (folder / 'config.json', folder / 'metrics.jsonl'):
+        if not needed.exists():
+            raise Refusal(f'{needed} is missing: {folder} is not a whole run folder')
     config = _read_config(folder / 'config.json')
     records, notes = _read_metrics(folder / 'metrics.jsonl')
     access = {}
@@ -129,6 +133,21 @@ def read_run(folder: Path) -> Run:
     if (run.train or run.evals) and run.steps < run.planned_steps:
         notes.append(f'unfinished: {run.steps:,} of {run.planned_steps:,} steps')
     return run
+
+
+def with_memory(runs: Sequence[Run], layer: str) -> list[tuple[int, Run]]:
+    """The runs that evaluated a memory in this layer, each with its index among all."""
+    return [(index, run) for index, run in enumerate(runs) if layer in run.layers]
+
+
+def counted(runs: Sequence[Run], layer: str) -> list[tuple[int, Run]]:
+    """Those of them whose slot counts can be read."""
+    return [(index, run) for index, run in with_memory(runs, layer) if layer in run.access]
+
+
+def column(records: Sequence[dict[str, Any]], key: str) -> Float[np.ndarray, 'n']:
+    """One number of every record."""
+    return np.array([record[key] for record in records], dtype=float)
 
 
 def thousands(number: float | int) -> str:
@@ -155,9 +174,9 @@ def _read_config(file: Path) -> dict[str, Any]:
         config = json.loads(file.read_text(encoding='utf-8'))
         config['init_from'], int(config['train']['steps']), config['memory']['placement']
     except KeyError as error:
-        raise ValueError(f'{file} is not the configuration of a training: no {error}') from error
+        raise Refusal(f'{file} is not the configuration of a training: no {error}') from error
     except (ValueError, TypeError) as error:
-        raise ValueError(f'{file} is not the configuration of a training: {error}') from error
+        raise Refusal(f'{file} is not the configuration of a training: {error}') from error
     return config
 
 
@@ -178,9 +197,9 @@ def _read_metrics(file: Path) -> tuple[dict[str, list[dict]], list[str]]:
             notes.append(f'{which} of {file.name} is {fault} and was ignored')
             logging.warning('%s: %s', file, notes[-1])
             continue
-        wanted = (*FIELDS, *FIELDS_OF.get(record.get('kind'), ()))
+        wanted = (*FIELDS, *FIELDS_OF.get(record.get('kind', ''), ()))
         if missing := sorted(set(wanted) - record.keys()):
-            raise ValueError(
+            raise Refusal(
                 f'{file}, line {number} has no {", ".join(missing)}: not a metrics line')
         same_kind = records.setdefault(record['kind'], [])
         # A run resumed from an older checkpoint writes some steps again: the later line counts.
@@ -204,7 +223,7 @@ def _link(runs: list[Run]) -> list[Run]:
     for run in runs:
         parent = next((earlier for earlier in linked
                        if run.init_from and _names(run.init_from, earlier.folder)), None)
-        if parent:
+        if parent and run.init_from:
             step = _checkpoint_step(run.init_from)
             step = parent.steps if step is None else step
             seen = [r['tokens'] for r in parent.train + parent.evals if r['step'] <= step]

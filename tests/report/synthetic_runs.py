@@ -7,7 +7,7 @@ import re
 import numpy as np
 
 from pkm_jax.memory.usage import SlotCounts, uniform_ceiling, usage_metrics
-from pkm_jax.training.runs import SlotAccess, read_run
+from pkm_jax.report.runs import SlotAccess, read_run
 
 EVAL_TOKENS = 8192
 

@@ -5,8 +5,8 @@ import json
 import numpy as np
 import pytest
 
-from pkm_jax.training.runs import read_run, read_runs, smoothed, thousands
-from tests.training.synthetic_runs import make_run
+from pkm_jax.report.runs import read_run, read_runs, smoothed, thousands
+from tests.report.synthetic_runs import make_run
 
 
 @pytest.mark.parametrize(

@@ -1,12 +1,11 @@
-"""What the numbers of the runs say about the finding of Kim & Jung 2020 (METHOD.md section 3)."""
+"""What the runs say about the finding of Kim & Jung 2020 (docs/method.md, section 3)."""
 
 import dataclasses
 import math
 from collections.abc import Sequence
 from typing import Any
 
-from pkm_jax.training.runs import Run, thousands
-
+from pkm_jax.report.runs import Run, thousands
 
 CLEAR = 0.01    # from here on two top-1 usages count as different: one percentage point
 

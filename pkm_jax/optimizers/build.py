@@ -1,0 +1,150 @@
+"""The optimizer of a run: clipping, then in each group of parameters what a name stands for.
+
+A new optimizer is a line in one of the tables here. What its state takes and how it is split are
+found from its `init` (`values_state_bytes`, layout.py).
+"""
+
+import dataclasses
+import math
+
+import jax
+import jax.numpy as jnp
+import optax
+from optax.contrib import MuonDimensionNumbers, muon
+
+from pkm_jax.fields import check_settings, setting
+from pkm_jax.optimizers.groups import groups_of, path_of, schedule
+from pkm_jax.optimizers.sparse import (lazy_adam, on_rows, rowwise_adagrad, rowwise_adam,
+                                       sparse_sgd)
+from pkm_jax.refusal import Refusal
+
+# Gives Muon's updates the root mean square of Adam's, so that one learning rate serves both
+# (Liu et al. 2025, arXiv:2502.16982).
+MUON_RMS = 0.2
+
+
+def _adam(config, rate, weight_decay=0.):
+    return optax.adamw(rate, config.beta1, config.beta2, config.epsilon, weight_decay=weight_decay)
+
+
+def _lamb(config, rate, weight_decay):
+    return optax.lamb(rate, config.beta1, config.beta2, config.epsilon, weight_decay=weight_decay)
+
+
+def _adafactor(config, rate, weight_decay=0.):
+    """Weights decay by the learning rate too, as with the others; Optax's default leaves it out."""
+    return optax.adafactor(rate, weight_decay_rate=lambda count: weight_decay * rate(count))
+
+
+def _muon(config, rate, weight_decay):
+    def matrices(params):
+        return jax.tree_util.tree_map_with_path(
+            lambda path, leaf: MuonDimensionNumbers() if path_of(path).endswith('kernel')
+            and leaf.ndim == 2 else None, params)
+
+    return muon(rate, eps=config.epsilon, weight_decay=weight_decay, adam_b1=config.beta1,
+                adam_b2=config.beta2, adam_weight_decay=weight_decay,
+                muon_weight_dimension_numbers=matrices, consistent_rms=MUON_RMS)
+
+
+# By name what updates decayed and undecayed parameters. LAMB (You et al. 2020, arXiv:1904.00962)
+# does not scale by the size of what does not decay, as in TensorFlow Addons; Muon is for matrices
+# between hidden states.
+BACKBONE = {
+    'adam': (_adam, _adam),
+    'lamb': (_lamb, _adam),
+    'adafactor': (_adafactor, _adafactor),
+    'muon': (_muon, _adam),
+}
+# By name what updates value tables: from dense gradients, and from SparseRows.
+DENSE_VALUES = {
+    'adam': lambda config, rate: optax.adam(rate, config.beta1, config.beta2, config.epsilon),
+    'sgd': lambda config, rate: optax.sgd(rate),
+}
+SPARSE_VALUES = {
+    'adam': lambda config, rate: lazy_adam(rate, config.beta1, config.beta2, config.epsilon),
+    'sgd': lambda config, rate: sparse_sgd(rate),
+    'rowwise_adam': lambda config, rate: rowwise_adam(rate, config.beta1, config.beta2,
+                                                      config.epsilon),
+    'rowwise_adagrad': lambda config, rate: rowwise_adagrad(rate, config.epsilon),
+}
+
+
+@dataclasses.dataclass(frozen=True)
+class OptimizerConfig:
+    """How parameters change with their gradients.
+
+    Raises:
+      Refusal: a field is out of its range; the message names it.
+    """
+    optimizer: str = setting(
+        'adam', "of the backbone: 'adam', 'lamb', 'adafactor' (its learning rate is relative to a "
+        "parameter's root mean square) or 'muon' (of matrices; Adam of the rest)",
+        choices=tuple(BACKBONE))
+    learning_rate: float = setting(1e-4, 'of the backbone, after warmup', least=0.)
+    values_learning_rate: float = setting(1e-3, 'of value tables, after warmup', least=0.)
+    values_optimizer: str = setting(
+        'adam', "of value tables: 'adam' or 'sgd'; with sparse updates 'rowwise_adam' or "
+        "'rowwise_adagrad' too", choices=tuple(SPARSE_VALUES))
+    warmup: int = setting(10_000, 'steps of linear warmup; then linear decay to 0', least=0.)
+    weight_decay: float = setting(0.01, 'times the learning rate; not of values, biases and norms',
+                                  least=0.)
+    beta1: float = setting(0.9, 'decay of the first moment', least=0., below=1.)
+    beta2: float = setting(0.999, 'decay of the second moment', least=0., below=1.)
+    epsilon: float = setting(1e-6, 'added to the root of the second moment', above=0.)
+    clip: float = setting(1.0, 'largest global norm of the gradient; 0: no clipping', least=0.)
+
+    def __post_init__(self) -> None:
+        check_settings(self, 'train')
+
+
+def make_optimizer(
+    config: OptimizerConfig, steps: int, sparse: bool = False,
+) -> optax.GradientTransformation:
+    """Clipping by global norm, then each group of parameters by its optimizer; updates need params.
+
+    `sparse`: gradients of value tables come as SparseRows, to be applied by `sparse.apply_updates`.
+
+    Raises:
+      Refusal: config.values_optimizer is not one of `values_optimizers(sparse)`.
+    """
+    rate = schedule(config.learning_rate, config.warmup, steps)
+    values_rate = schedule(config.values_learning_rate, config.warmup, steps)
+    decayed, undecayed = BACKBONE[config.optimizer]
+    groups = optax.partition({
+        'values': _values_optimizer(config, values_rate, sparse),
+        'undecayed': undecayed(config, rate),
+        'decayed': decayed(config, rate, config.weight_decay),
+    }, groups_of)
+    if not config.clip:
+        return groups
+    return optax.chain(on_rows(optax.clip_by_global_norm(config.clip)), groups)
+
+
+def values_optimizers(sparse: bool) -> tuple[str, ...]:
+    """The names of the optimizers that a value table can have with dense or sparse updates."""
+    return tuple(SPARSE_VALUES if sparse else DENSE_VALUES)
+
+
+def values_state_bytes(config: OptimizerConfig, sparse: bool, width: int) -> float:
+    """Bytes of optimizer state per number of a value table [S, `width`], counts left out.
+
+    Raises:
+      Refusal: config.values_optimizer is not one of `values_optimizers(sparse)`.
+    """
+    optimizer = _values_optimizer(config, config.values_learning_rate, sparse)
+
+    def size(slots):
+        state = jax.eval_shape(optimizer.init, jax.ShapeDtypeStruct((slots, width), jnp.float32))
+        return sum(math.prod(leaf.shape) * leaf.dtype.itemsize for leaf in jax.tree.leaves(state))
+
+    return (size(2048) - size(1024)) / (1024 * width)
+
+
+def _values_optimizer(config, rate, sparse):
+    names = values_optimizers(sparse)
+    if config.values_optimizer not in names:
+        raise Refusal(f'train.values_optimizer = {config.values_optimizer!r} is none of {names}, '
+                      f'which dense updates of value tables have: choose one of these, or set '
+                      f"memory.updates = 'sparse'.")
+    return (SPARSE_VALUES if sparse else DENSE_VALUES)[config.values_optimizer](config, rate)

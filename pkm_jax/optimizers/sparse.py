@@ -1,0 +1,165 @@
+"""Optax-style transformations of compact gradients: only the rows that a step read change.
+
+Updates and gradients are trees with a `SparseRows` in place of each value table's array; those of
+other parameters belong in another group of `optax.partition`. States are as large as Optax's and
+laid out like the tables; rows that were not read keep every bit of theirs. Rates are numbers or
+Optax schedules, moments float32 whatever the table is.
+"""
+
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import optax
+from jaxtyping import Array, BFloat16, Float, Int32, Key, UInt32
+
+from pkm_jax.memory.sharding import put_rows, take_rows
+from pkm_jax.memory.sparse_rows import is_rows, rows_of
+
+Rate = float | optax.Schedule
+
+
+class RowsState(NamedTuple):
+    """Steps taken, and trees of moments: [S, V], or [S] where they are one number a row."""
+    count: Int32[Array, '']
+    moments: tuple
+
+
+def on_rows(inner: optax.GradientTransformation) -> optax.GradientTransformation:
+    """`inner`, which must not keep a state of the parameters' size, applied to the rows alone."""
+    def update(updates, state, params=None):
+        changed, state = inner.update(rows_of(updates), state)
+        return _map(lambda old, new: old._replace(rows=new) if is_rows(old) else new,
+                    updates, changed), state
+
+    return optax.GradientTransformation(inner.init, update)
+
+
+def sparse_sgd(rate: Rate) -> optax.GradientTransformation:
+    """Stochastic gradient descent."""
+    return on_rows(optax.sgd(rate))
+
+
+def lazy_adam(
+    rate: Rate, beta1: float = 0.9, beta2: float = 0.999, epsilon: float = 1e-8,
+) -> optax.GradientTransformation:
+    """Adam whose moments decay only when their row is read: that of torch.optim.SparseAdam.
+
+    Corrected for the bias of all steps taken; epsilon is added to √v before that correction.
+    """
+    def change(gradient, first, second, step):
+        first = first + (1 - beta1) * (gradient - first)
+        second = second + (1 - beta2) * (gradient ** 2 - second)
+        return _adam_step(first, second, step, beta1, beta2, epsilon), (first, second)
+
+    return _by_row(rate, change, (_per_number, _per_number))
+
+
+def rowwise_adam(
+    rate: Rate, beta1: float = 0.9, beta2: float = 0.999, epsilon: float = 1e-8,
+) -> optax.GradientTransformation:
+    """`lazy_adam` with one second moment a row, of the mean square of its gradient."""
+    def change(gradient, first, second, step):
+        first = first + (1 - beta1) * (gradient - first)
+        second = second + (1 - beta2) * (jnp.mean(gradient ** 2, axis=1) - second)
+        scaled = _adam_step(first, second[:, None], step, beta1, beta2, epsilon)
+        return scaled, (first, second)
+
+    return _by_row(rate, change, (_per_number, _per_row))
+
+
+def rowwise_adagrad(rate: Rate, epsilon: float = 1e-8) -> optax.GradientTransformation:
+    """Adagrad (Duchi et al. 2011) with one sum a row, of the mean squares of its gradients."""
+    def change(gradient, total, step):
+        total = total + jnp.mean(gradient ** 2, axis=1)
+        return gradient / (jnp.sqrt(total)[:, None] + epsilon), (total,)
+
+    return _by_row(rate, change, (_per_row,))
+
+
+def apply_updates(params: dict, updates: dict, key: Key[Array, '']) -> dict:
+    """`optax.apply_updates`, of SparseRows to the rows they name.
+
+    Rows of a bfloat16 table are rounded stochastically, by bits that depend on the key, row and
+    column alone, so that no layout changes them.
+    """
+    def apply(update, param):
+        if not is_rows(update):
+            return optax.apply_updates(param, update)
+        rows = take_rows(param, update.ids).astype(jnp.float32) + update.rows
+        if param.dtype == jnp.bfloat16:
+            rows = round_stochastically(rows, update.ids, key)
+        return put_rows(param, update.ids, rows)
+
+    return _map(apply, updates, params)
+
+
+def round_stochastically(
+    rows: Float[Array, 'rows V'], ids: Int32[Array, 'rows'], key: Key[Array, ''],
+) -> BFloat16[Array, 'rows V']:
+    """Float32 rows as bfloat16: up or down, so that the mean is the number that was rounded."""
+    seed = jax.random.bits(key, (2,))
+    by_row = _mix(ids.astype(jnp.uint32) ^ seed[0])
+    columns = jnp.arange(rows.shape[1], dtype=jnp.uint32)
+    noise = _mix(by_row[:, None] ^ _mix(columns ^ seed[1])[None]) >> 16
+    bits = jax.lax.bitcast_convert_type(rows, jnp.uint32) + noise >> 16
+    rounded = jax.lax.bitcast_convert_type(bits.astype(jnp.uint16), jnp.bfloat16)
+    return jnp.where(jnp.isfinite(rows), rounded, rows.astype(jnp.bfloat16))
+
+
+def _mix(x: UInt32[Array, '...']) -> UInt32[Array, '...']:
+    """Scrambles 32 bits: the finaliser of MurmurHash3 (Appleby, public domain)."""
+    x = (x ^ x >> 16) * jnp.uint32(0x85EBCA6B)
+    x = (x ^ x >> 13) * jnp.uint32(0xC2B2AE35)
+    return x ^ x >> 16
+
+
+def _adam_step(first, second, step, beta1, beta2, epsilon):
+    correction = jnp.sqrt(1 - beta2 ** step) / (1 - beta1 ** step)
+    return correction * first / (jnp.sqrt(second) + epsilon)
+
+
+# Both are made from the table, so that they are split as it is (see layout.py).
+
+def _per_number(table):
+    return jnp.zeros_like(table, dtype=jnp.float32)
+
+
+def _per_row(table):
+    return jnp.zeros_like(jax.eval_shape(lambda rows: jnp.sum(rows, axis=1), table),
+                          dtype=jnp.float32)
+
+
+def _by_row(
+    rate: Rate, change: Callable[..., tuple], zeros: tuple[Callable, ...],
+) -> optax.GradientTransformation:
+    """Descent by -rate · step, of `change(gradient, *moments, step number)` → step, new moments.
+
+    `zeros` make each moment of a table.
+    """
+    def init(params):
+        return RowsState(jnp.zeros((), jnp.int32), tuple(
+            jax.tree.map(start, params) for start in zeros))
+
+    def update(updates, state, params=None):
+        count = optax.safe_increment(state.count)
+        scale = rate(state.count) if callable(rate) else rate
+
+        def of_table(gradient, *moments):
+            old = [take_rows(moment, gradient.ids) for moment in moments]
+            step, new = change(gradient.rows, *old, count.astype(jnp.float32))
+            return gradient._replace(rows=-scale * step), *(
+                put_rows(moment, gradient.ids, rows) for moment, rows in zip(moments, new))
+
+        gradients, tree = jax.tree.flatten(updates, is_leaf=is_rows)
+        by_table = map(of_table, gradients, *map(jax.tree.leaves, state.moments))
+        updates, *moments = map(tree.unflatten, zip(*by_table))
+        return updates, RowsState(count, tuple(moments))
+
+    return optax.GradientTransformation(init, update)
+
+
+def _map(function: Callable, updates: Any, *trees: Any) -> Any:
+    """jax.tree.map over parameters, a SparseRows among the updates being one."""
+    return jax.tree.map(function, updates, *trees, is_leaf=is_rows)

@@ -1,0 +1,31 @@
+"""The report of finished or running trainings: python -m pkm_jax.report FOLDER"""
+
+import argparse
+from collections.abc import Sequence
+from pathlib import Path
+
+from pkm_jax.refusal import Refusal
+from pkm_jax.report.report import write_report
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    """Writes the report that the command line asks for, and prints where it is."""
+    parser = argparse.ArgumentParser(
+        prog='python -m pkm_jax.report',
+        description='Draws loss, memory usage and slots of one or several runs, finished or not, '
+                    'and writes FOLDER/report/report.html: one file that needs no network, with '
+                    'its figures beside it as PNG files.')
+    parser.add_argument('folder', metavar='FOLDER', type=Path,
+                        help='the folder of a run (with config.json and metrics.jsonl), or one '
+                             'whose subfolders are runs')
+    parser.add_argument('runs', metavar='RUN', nargs='*',
+                        help='subfolders of FOLDER to report on; all of them by default')
+    given = parser.parse_args(arguments)
+    try:
+        print(write_report(given.folder, given.runs))
+    except Refusal as refusal:
+        raise SystemExit(f'Not reported: {refusal}') from refusal
+
+
+if __name__ == '__main__':
+    main()

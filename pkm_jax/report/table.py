@@ -1,0 +1,96 @@
+"""The table of a report: what the runs were, and what their last evaluation says."""
+
+import html
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+from pkm_jax.report.runs import Run, column, smoothed, thousands
+from pkm_jax.report.theme import style
+
+KEY_ROWS = ('Evaluation loss (nats)', 'Top-1 usage')
+
+
+def table(runs: Sequence[Run]) -> str:
+    """The runs side by side as HTML; rows that hold for none of them are left out."""
+    heads = ''.join(f'<th scope="col"><i style="background:{style(index)[0]}"></i>'
+                    f'{html.escape(run.name)}</th>' for index, run in enumerate(runs))
+    layers = sorted({layer for run in runs for layer in run.layers}, key=int)
+    sections = [('', _run_rows()), *((f'Memory in layer {layer}, last evaluation',
+                                      _memory_rows(layer)) for layer in layers)]
+    body = ''
+    for title, rows in sections:
+        if title:
+            body += f'<tr class="section"><th colspan="{len(runs) + 1}">{title}</th></tr>'
+        for label, write in rows:
+            values = [write(run) for run in runs]
+            if set(values) == {'–'}:
+                continue
+            cells = ''.join(f'<td>{html.escape(value)}</td>' for value in values)
+            key = ' class=key' if label in KEY_ROWS else ''
+            body += f'<tr{key}><th scope="row">{label}</th>{cells}</tr>'
+    head = f'<thead><tr><td></td>{heads}</tr></thead>'
+    return f'<div class="wide"><table>{head}<tbody>{body}</tbody></table></div>'
+
+
+def _run_rows() -> list[tuple[str, Callable[[Run], str]]]:
+    """Rows of the table that hold for a whole run."""
+
+    def last(key: str, form: str) -> Callable[[Run], str]:
+        return lambda run: format(run.evals[-1][key], form) if run.evals else '–'
+
+    def initialisation(run: Run) -> str:
+        return f'from {run.parent or Path(run.init_from).name}' if run.init_from else 'scratch'
+
+    def steps(run: Run) -> str:
+        before = f' (after {run.start_step:,})' if run.start_step else ''
+        return f'{run.steps:,}{before}'
+
+    def tokens(run: Run) -> str:
+        before = f' (after {thousands(run.start_tokens)})' if run.start_tokens else ''
+        return f'{thousands(run.tokens)}{before}'
+
+    def speed(run: Run) -> str:
+        speeds = sorted(r['tokens_per_second'] for r in run.train if 'tokens_per_second' in r)
+        return thousands(speeds[len(speeds) // 2]) if speeds else '–'
+
+    return [
+        ('Placement of the memory', lambda run: run.placement),
+        ('Initialisation', initialisation),
+        ('Steps', steps),
+        ('Training tokens', tokens),
+        ('Parameters', lambda run: thousands(run.parameters) if run.parameters else '–'),
+        ('Tokens per second (median)', speed),
+        ('Training loss (smoothed, nats)',
+         lambda run: f'{smoothed(column(run.train, "loss"))[-1]:.3f}' if run.train else '–'),
+        ('Evaluation loss (nats)', last('loss', '.3f')),
+        ('Perplexity', last('perplexity', ',.1f')),
+        ('Accuracy', last('accuracy', '.1%')),
+    ]
+
+
+def _memory_rows(layer: str) -> list[tuple[str, Callable[[Run], str]]]:
+    """Rows of the table for the memory of one layer."""
+
+    def usage(write: Callable[[dict[str, Any]], str]) -> Callable[[Run], str]:
+        return lambda run: (write(run.memory_evals[-1]['memory'][layer])
+                            if layer in run.layers else '–')
+
+    def tokens(run: Run) -> str:
+        return thousands(run.memory_evals[-1]['eval_tokens']) if layer in run.layers else '–'
+
+    def holding(memory: dict[str, Any]) -> str:
+        return ' / '.join(f'{memory[f"slots_{share}"] * 100:.3g}' for share in (50, 90, 99)) + ' %'
+
+    return [
+        ('Slots S · heads H · reads K',
+         usage(lambda m: f'{thousands(m["slots"])} · {m["heads"]} · {m["k"]}')),
+        ('Evaluation tokens T', tokens),
+        ('Top-1 usage', usage(lambda m: f'{m["top_1_usage"]:.1%}')),
+        ('Uniform picks would reach', usage(lambda m: f'{m["ceiling"]:.1%}')),
+        ('Top-K usage', usage(lambda m: f'{m["top_k_usage"]:.1%}')),
+        ('KL from uniform (nats)', usage(lambda m: f'{m["kl"]:.3f}')),
+        ('Gini', usage(lambda m: f'{m["gini"]:.3f}')),
+        ('Slots holding 50 / 90 / 99 %', usage(holding)),
+        ('Dead slots', usage(lambda m: f'{m["dead"]:.1%}' if m.get('dead') is not None else '–')),
+    ]
