@@ -7,7 +7,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from pkm_jax.memory.usage import SlotCounts, no_counts, uniform_ceiling, usage_metrics
+from pkm_jax.memory.usage import (SlotCounts, host_counts, no_counts, uniform_ceiling,
+                                  usage_metrics, used_shares)
 from pkm_jax.models.bert import BertConfig
 from pkm_jax.training.state import TrainState
 from pkm_jax.training.step import Batch, Totals
@@ -52,13 +53,7 @@ def _no_totals(config):
 
 def _seen(totals):
     """Tokens so far, and by layer the usage over them."""
-    return totals.tokens, {layer: _shares(counts) for layer, counts in totals.counts.items()}
-
-
-@jax.jit
-def _shares(counts):
-    """Top-1 and top-K usage."""
-    return jnp.mean(counts.best > 0), jnp.mean(counts.mass > 0)
+    return totals.tokens, {layer: used_shares(counts) for layer, counts in totals.counts.items()}
 
 
 @functools.partial(jax.jit, static_argnames='after')
@@ -76,5 +71,6 @@ def _memory_values(layer, counts, seen, memory):
 
 
 def save_counts(path, counts: SlotCounts) -> None:
-    """count, top1 [S] int32 and mass [S] float32 of one memory, for the report."""
+    """count, top1 [S] int64 and mass [S] float64 of one memory, for the report."""
+    counts = host_counts(counts)
     np.savez_compressed(path, count=counts.selected, top1=counts.best, mass=counts.mass)

@@ -15,7 +15,7 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec as P
 
 from pkm_jax.convert.tensors import flatten
 from pkm_jax.data import dataset, loader
-from pkm_jax.memory.sharding import make_mesh
+from pkm_jax.mesh import make_mesh
 from pkm_jax.models.bert import BertConfig
 from pkm_jax.training import hosts, init_from, settings
 from pkm_jax.training.checkpoints import Checkpoints

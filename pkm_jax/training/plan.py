@@ -6,7 +6,8 @@ from typing import NamedTuple
 import jax.numpy as jnp
 import ml_collections
 
-from pkm_jax.memory.sharding import Shards, exchange
+from pkm_jax.memory.replica_exchange import replica_exchange
+from pkm_jax.mesh import Shards
 from pkm_jax.models.bert import BertConfig
 
 UPDATES = ('auto', 'dense', 'sparse')
@@ -65,8 +66,9 @@ def make_plan(
     reasons = [f'value tables: {tables.number} of {tables.slots:,} × {tables.width:,}, '
                f'{why_sparse}; {why_shards}']
     if sparse and shards.data > 1:
-        what, received = exchange(shards, tokens, reads, tables.slots, tables.width, itemsize,
-                                  jnp.dtype(model.memory.weights_dtype).itemsize)
+        what, received = replica_exchange(
+            shards, tokens, reads, tables.slots, tables.width, itemsize,
+            jnp.dtype(model.memory.weights_dtype).itemsize)
         choices = ', '.join(f'{count:,} bytes as {name}' for name, count in received.items())
         reasons.append(f'{shards.data} replicas of a table exchange {what}: each receives {choices}'
                        f' a part of a step and memory')

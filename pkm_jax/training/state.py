@@ -10,15 +10,15 @@ from flax import nnx
 from jax.sharding import Mesh, NamedSharding, PartitionSpec as P
 from jaxtyping import Array, Int32
 
-from pkm_jax.memory.sharding import TABLE, TOKENS
 from pkm_jax.memory.usage import NEVER
+from pkm_jax.mesh import OWN
 from pkm_jax.models.bert import Bert, BertConfig
 
 # How the axes of an array are split: that of the first pattern found in its path within the state.
 # Moments and marks of a value table lie beside it; what no pattern names is on every device.
 RULES = (
-    (r'memory/values$', TABLE),
-    (r'^last_selected/', TABLE),
+    (r'memory/values$', OWN.table),
+    (r'^last_selected/', OWN.table),
 )
 # The backbone and its moments too: a matrix by its inputs, an embedding by its features.
 FULLY_SHARDED = (
@@ -85,4 +85,4 @@ def whole(params: dict) -> dict:
 
 def batch_sharding(mesh: Mesh) -> NamedSharding:
     """Sequences of a batch over all devices."""
-    return NamedSharding(mesh, TOKENS)
+    return NamedSharding(mesh, OWN.tokens)

@@ -9,7 +9,7 @@ from einops import rearrange
 from flax import nnx
 from jaxtyping import Array, Float, Int32, Key
 
-from pkm_jax.memory.sharding import merge, put_rows
+from pkm_jax.memory.sharded import merge, put_rows
 from pkm_jax.memory.sparse_rows import SparseRows, rows_of
 from pkm_jax.memory.usage import SlotCounts, count_slots, mark_selected
 from pkm_jax.training.sparse_updates import apply_updates
@@ -104,7 +104,8 @@ def masked_lm(
     Also the number of words guessed right, and what the memories read. For `deltas` see `Bert`.
     """
     model = nnx.merge(graph, whole(params), statistics)
-    states, reads = model(batch['tokens'], batch['segments'], batch['lengths'], key, deltas)
+    states, reads = model(batch['tokens'], batch['segments'], batch['lengths'],
+                          deterministic=key is None, rngs=key, deltas=deltas)
     logits = model.mlm_logits(states, batch['mlm_positions'])
     labels, weights = batch['mlm_labels'], batch['mlm_weights']
     losses = optax.softmax_cross_entropy_with_integer_labels(logits, labels)
@@ -122,7 +123,7 @@ def _new_statistics(statistics, reads):
     """The running statistics that the memories of a training step returned, nested as before."""
     if not statistics:
         return {}
-    return {'layers': {layer: {'memory': {'query_norm': read.statistics}}
+    return {'layers': {layer: {'memory': {'query_norm': read.batch_stats}}
                        for layer, read in reads.items()}}
 
 
