@@ -75,17 +75,15 @@ def host_counts(counts: SlotCounts) -> SlotCounts:
 
     Fields that are numbers [S] already are taken as they are.
     """
-    def number(field):
+    def numbers(field, dtype, unit):
         field = np.asarray(field)
         if field.ndim == 1:
-            return field
-        low, high = field.astype(np.int64)
-        return low + (high << 32)
+            return field.astype(dtype)
+        low, high = field.astype(dtype)
+        return (low + high * dtype(2 ** 32)) * dtype(unit)
 
-    selected, best, mass = map(number, counts)
-    units = np.ndim(counts.mass) == 2
-    return SlotCounts(selected.astype(np.int64), best.astype(np.int64),
-                      mass * UNIT if units else mass.astype(np.float64))
+    return SlotCounts(numbers(counts.selected, np.int64, 1), numbers(counts.best, np.int64, 1),
+                      numbers(counts.mass, np.float64, UNIT))
 
 
 @jax.jit
