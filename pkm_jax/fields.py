@@ -8,8 +8,10 @@ from pkm_jax.refusal import Refusal
 
 
 def setting(
-    default: Any, help: str, *, least: float | None = None, most: float | None = None,
-    above: float | None = None, below: float | None = None, choices: tuple[str, ...] = (),
+    default: Any, help: str, *,
+    least: int | float | None = None,
+    most: int | float | None = None, above: int | float | None = None,
+    below: int | float | None = None, choices: tuple[str, ...] = (),
 ) -> Any:
     """A dataclass field whose metadata say what it is for, in which unit, and within which bounds.
 

@@ -16,7 +16,7 @@ from jax.sharding import NamedSharding, PartitionSpec as P
 from configs import bert_base_pkm_pod
 from pkm_jax import compile_check
 from pkm_jax.data import dataset
-from pkm_jax.memory.sharding import MEMORY, TABLE, Shards, make_mesh
+from pkm_jax.mesh import OWN, Shards, make_mesh
 from pkm_jax.planning import check as checks, chips, hlo, memory
 from pkm_jax.planning.report import report
 from pkm_jax.training import loop, settings
@@ -95,9 +95,9 @@ def test_gathered_tables_are_found(tiny, shape, axis, found):
     mesh, model = make_mesh(plan.shards), settings.model_config(tiny, 128)
 
     def gather(table):
-        return jax.lax.all_gather(table, axis, axis=MEMORY.index(axis), tiled=True)
+        return jax.lax.all_gather(table, axis, axis=OWN.memory.index(axis), tiled=True)
 
-    program = jax.jit(jax.shard_map(gather, mesh=mesh, in_specs=TABLE, out_specs=P(),
+    program = jax.jit(jax.shard_map(gather, mesh=mesh, in_specs=OWN.table, out_specs=P(),
                                     check_vma=False))
     text = program.lower(jax.ShapeDtypeStruct(shape, 'float32')).compile().as_text()
     assert list(checks.table_sized(hlo.Program(text).collectives(8), plan, model)) == found
@@ -108,7 +108,7 @@ def test_a_table_read_past_its_layout_is_found(tiny):
     plan = Plan(Shards(2, 2, 2), True, ())
     mesh, model = make_mesh(plan.shards), settings.model_config(tiny, 128)
     program = jax.jit(lambda table: jnp.sort(table, axis=0),
-                      in_shardings=NamedSharding(mesh, TABLE),
+                      in_shardings=NamedSharding(mesh, OWN.table),
                       out_shardings=NamedSharding(mesh, P()))
     text = program.lower(jax.ShapeDtypeStruct((SLOTS, WIDTH), 'float32')).compile().as_text()
     assert checks.table_sized(hlo.Program(text).collectives(8), plan, model)

@@ -1,6 +1,7 @@
 """The product-key memory layer (METHOD.md section 1): query, retrieval, weights, read."""
 
 import dataclasses
+import functools
 import math
 from typing import NamedTuple
 
@@ -8,13 +9,20 @@ import jax
 import jax.numpy as jnp
 from einops import rearrange
 from flax import nnx
+from jax.sharding import AxisType, PartitionSpec as P
+from jax.typing import DTypeLike
 from jaxtyping import Array, Bool, Float, Int32, Key
 
-from pkm_jax.memory import sharding
-from pkm_jax.memory.dropout import dropout
+from pkm_jax.dispatch import Implementation, check_implementation
+from pkm_jax.fields import check_settings, setting
+from pkm_jax.memory import sharded
 from pkm_jax.memory.query_norm import QueryNorm
+from pkm_jax.memory.sparse_rows import Touched
+from pkm_jax.mesh import Axes, axes_of, mesh_in_use, shards_in_use
+from pkm_jax.ops.dropout import HIGHEST_RATE, dropout
+from pkm_jax.refusal import Refusal
 
-QUERY_NORMS = ('none', 'layer', 'batch')
+Randomness = nnx.Rngs | nnx.RngStream | Key[Array, '']
 
 
 @dataclasses.dataclass(frozen=True)
@@ -22,64 +30,71 @@ class MemoryConfig:
     """Sizes of one memory; the defaults are the paper's.
 
     Raises:
-      ValueError: a size is out of range; the message names it and its value.
+      Refusal: a setting is out of its range; the message names it, its value and the remedy.
     """
-    sub_keys: int = 512         # N sub-keys per codebook: N² slots
-    heads: int = 4              # H: every head has a query and codebooks of its own
-    top_k: int = 32             # K slots read per head
-    query_width: int = 512      # Q, split into two halves
-    value_width: int = 0        # V; 0: the width of the model. Else an output projection follows
-    query_norm: str = 'batch'   # 'none', 'layer' (over each half) or 'batch' (over real tokens)
-    input_dropout: float = 0.0
-    query_dropout: float = 0.0
-    value_dropout: float = 0.0  # on the sum that was read
-    values_dtype: str = 'float32'   # of the table; 'bfloat16' needs sparse updates
-    weights_dtype: str = 'float32'  # of the reads' weights, also where devices exchange them
+    sub_keys: int = setting(512, 'N sub-keys in each codebook: N² slots', least=1)
+    heads: int = setting(4, 'H heads, each with a query and codebooks of its own', least=1)
+    top_k: int = setting(32, 'K slots that a token reads in each head', least=1)
+    query_width: int = setting(512, 'Q, numbers in a query, each half of which searches one '
+                               'codebook', least=2)
+    value_width: int = setting(0, 'V, numbers in a value; 0: as many as the width of the model. '
+                               'Else an output projection follows', least=0)
+    query_norm: str = setting('batch', "of queries: 'layer' over each half, 'batch' over the real "
+                              'tokens', choices=('none', 'layer', 'batch'))
+    input_dropout: float = setting(0., 'rate, of the states that queries are made of', least=0,
+                                   most=HIGHEST_RATE)
+    query_dropout: float = setting(0., 'rate, of queries after their norm', least=0,
+                                   most=HIGHEST_RATE)
+    value_dropout: float = setting(0., 'rate, of the sum that was read', least=0,
+                                   most=HIGHEST_RATE)
+    values_dtype: str = setting('float32', "of the table; 'bfloat16' needs sparse updates",
+                                choices=('float32', 'bfloat16'))
+    weights_dtype: str = setting('float32', "of the reads' weights, also where devices exchange "
+                                 'them', choices=('float32', 'bfloat16'))
 
     def __post_init__(self):
-        if not 1 <= self.top_k <= self.sub_keys:
-            raise ValueError(f'memory.top_k = {self.top_k} must lie within 1..sub_keys, and '
-                             f'sub_keys is {self.sub_keys}.')
-        if self.query_width < 2 or self.query_width % 2:
-            raise ValueError(f'memory.query_width = {self.query_width} must be even and positive: '
-                             f'each half of a query searches one codebook.')
-        if self.query_norm not in QUERY_NORMS:
-            raise ValueError(f'memory.query_norm = {self.query_norm!r} is none of {QUERY_NORMS}.')
-        if self.heads < 1 or self.value_width < 0:
-            raise ValueError(f'memory.heads = {self.heads} must be 1 or more, '
-                             f'memory.value_width = {self.value_width} 0 or more.')
-        for name in ('input_dropout', 'query_dropout', 'value_dropout'):
-            if not 0 <= getattr(self, name) < 1:
-                raise ValueError(f'memory.{name} = {getattr(self, name)} must lie within [0, 1).')
-        for name in ('values_dtype', 'weights_dtype'):
-            if getattr(self, name) not in ('float32', 'bfloat16'):
-                raise ValueError(f'memory.{name} = {getattr(self, name)!r} is neither '
-                                 f"'float32' nor 'bfloat16'.")
+        check_settings(self, 'memory')
+        if self.top_k > self.sub_keys:
+            raise Refusal(f'memory.top_k = {self.top_k} must lie within 1..sub_keys, and '
+                          f'memory.sub_keys is {self.sub_keys}.')
+        if self.query_width % 2:
+            raise Refusal(f'memory.query_width = {self.query_width} must be even: each half of a '
+                          f'query searches one codebook.')
 
     @property
     def slots(self) -> int:
         return self.sub_keys ** 2
 
+    @property
+    def has_dropout(self) -> bool:
+        return bool(self.input_dropout or self.query_dropout or self.value_dropout)
+
 
 class MemoryReads(NamedTuple):
-    """What one call of a memory read; padding has weight 0."""
+    """What one call of a memory read, T being the product of the leading axes of its input."""
     slots: Int32[Array, 'T H K']    # in descending order of score
-    weights: Float[Array, 'T H K']  # float32, of each real token and head summing to 1
-    statistics: dict                # new running statistics of the query norm, {} without any
-    touched: tuple = ()             # ids and count of the rows that `delta` stands for, if given
+    weights: Float[Array, 'T H K']  # float32, of each token and head summing to 1; of padding 0
+    batch_stats: dict               # new running statistics of the query norm, {} without any
+    touched: Touched | None = None  # the rows that `delta` stands for, if given
 
 
 class ProductKeyMemory(nnx.Module):
     """A memory of N² value rows that every token reads H·K of (Lample et al. 2019, section 3).
 
-    Arguments of a call are the tokens' states [T, D], which of them are real, and a dropout key
-    (None: no dropout, and running instead of batch statistics). Returns the read, [T, D], and the
-    `MemoryReads`. `values` can be the table of another memory of the same size. With a `delta` of
-    zeros (`no_delta`) the gradient of the table is that of `delta` alone, a row for each touched.
+    A call maps states [..., D] to what they read, [..., D]; where `deterministic` is false, it
+    also updates the running statistics of a batch norm. `read` does the same and changes nothing.
+
+    `values` can be the table of another memory of the same size. `axes` are those of the mesh in
+    use that split tokens and table; None: see `pkm_jax.mesh.axes_of`. `implementation`: see
+    `pkm_jax.dispatch.Choice`.
     """
 
-    def __init__(self, config: MemoryConfig, width: int, *, dtype=jnp.float32,
-                 values: nnx.Param | None = None, rngs: nnx.Rngs):
+    def __init__(
+        self, config: MemoryConfig, width: int, *, dtype: DTypeLike = jnp.float32,
+        values: nnx.Param | None = None, axes: Axes | None = None,
+        implementation: Implementation | None = None, rngs: nnx.Rngs,
+    ):
+        check_implementation(implementation)
         self.config = config
         half = config.query_width // 2
         value_width = config.value_width or width
@@ -95,45 +110,137 @@ class ProductKeyMemory(nnx.Module):
         self.output = (nnx.Linear(value_width, width, use_bias=False, dtype=dtype, rngs=rngs)
                        if value_width != width else None)
         self.dtype = dtype
+        self.axes = axes
+        self.implementation = implementation
+        self.deterministic = False
 
     def __call__(
-        self, states: Float[Array, 'T D'], real: Bool[Array, 'T'], key: Key[Array, ''] | None,
-        delta: Float[Array, 'rows V'] | None = None,
-    ) -> tuple[Float[Array, 'T D'], MemoryReads]:
-        config, training = self.config, key is not None
-        keys = jax.random.split(key, 3) if training else (None, None, None)
+        self, x: Float[Array, '... D'], mask: Bool[Array, '...'] | None = None, *,
+        deterministic: bool | None = None, rngs: Randomness | None = None,
+    ) -> Float[Array, '... D']:
+        """What the tokens x read, and running statistics updated unless `deterministic`.
 
-        states = dropout(states, config.input_dropout, keys[0])
-        query = rearrange(self.query(states), 't (h two half) -> t h two half',
-                          h=config.heads, two=2)
-        statistics = {}
+        See `read` for the arguments. Under `jax.checkpoint`, where a module cannot change, call
+        `read` instead, and `update_batch_stats` outside.
+        """
+        y, reads = self.read(x, mask, deterministic=deterministic, rngs=rngs)
+        self.update_batch_stats(reads.batch_stats)
+        return y
+
+    def read(
+        self, x: Float[Array, '... D'], mask: Bool[Array, '...'] | None = None, *,
+        deterministic: bool | None = None, rngs: Randomness | None = None,
+        delta: Float[Array, 'rows V'] | None = None,
+    ) -> tuple[Float[Array, '... D'], MemoryReads]:
+        """What the tokens x read, and which slots; changes nothing.
+
+        `mask` says which tokens are real (None: all): padding reads nothing and counts nowhere.
+        `deterministic`: no dropout, and running instead of batch statistics; None: the attribute of
+        that name, False unless `eval()` was called. `rngs` are needed for dropout alone. With a
+        `delta` of zeros (`no_delta`) the gradient of the table is that of `delta` alone, a row for
+        each of `reads.touched`.
+
+        Raises:
+          Refusal: dropout without `rngs`, or a mesh that lacks an axis or does not divide.
+        """
+        config = self.config
+        deterministic = self.deterministic if deterministic is None else deterministic
+        if mask is not None and mask.shape != x.shape[:-1]:
+            raise Refusal(f'mask {mask.shape} of tokens {x.shape[:-1]}: it must have one element '
+                          f'for each.')
+        key = None if deterministic or not config.has_dropout else _key_of(rngs)
+        axes, implementation = self._resolved(math.prod(x.shape[:-1]))
+        mask = jnp.ones(x.shape[:-1], bool) if mask is None else mask
+        mesh = mesh_in_use()
+        typed = mesh is not None and AxisType.Explicit in mesh.axis_types
+        run = functools.partial(self._read_typed, mesh) if typed else self._read
+        return run(x, mask, key, delta, deterministic=deterministic, axes=axes,
+                   implementation=implementation)
+
+    def _resolved(self, tokens):
+        """Axes and implementation in the mesh in use."""
+        axes, partitioned = axes_of(self.axes)
+        if partitioned and self.implementation == 'gpu':
+            raise Refusal("implementation = 'gpu' in a mesh that XLA partitions: it cannot split a "
+                          "kernel. Name the axes of the mesh: axes=Axes(data, rows, columns).")
+        shards = shards_in_use(axes)
+        slots, width = self.values.shape
+        for what, size, parts in (('tokens', tokens, math.prod(shards)),
+                                  ('slots', slots, shards.rows),
+                                  ('numbers in a value', width, shards.columns)):
+            if size % parts:
+                raise Refusal(f'{size} {what} do not divide into {parts} parts, which '
+                              f'{axes} asks for in the mesh in use.')
+        return axes, 'xla' if partitioned else self.implementation
+
+    def _read_typed(self, mesh, x, mask, key, delta, *, axes, **settings):
+        """`_read` in a mesh with Explicit axes, which within it are Auto."""
+        graph, state = nnx.split(self)
+        typed = [name for name, kind in zip(mesh.axis_names, mesh.axis_types)
+                 if kind == AxisType.Explicit]
+        given = Axes(*(tuple(name for name in names if name in typed) for names in axes))
+        *leading, _ = jax.typeof(x).sharding.spec
+        tokens = given.tokens if axes.names else P(None if any(leading[1:]) else leading[0])
+        rows = P(given.table[0])
+        specs = (jax.typeof(x).sharding.spec, MemoryReads(
+            tokens, tokens, P(), None if delta is None else Touched(rows, rows)))
+
+        def run(state, *arrays):
+            return nnx.merge(graph, state)._read(*arrays, axes=axes, **settings)
+
+        return jax.sharding.auto_axes(run, out_sharding=specs)(state, x, mask, key, delta)
+
+    def _read(self, x, mask, key, delta, *, deterministic, axes, implementation):
+        config, shape = self.config, x.shape
+        keys = jax.random.split(key, 3) if key is not None else (None, None, None)
+        x, mask = x.reshape(-1, shape[-1]), mask.reshape(-1)
+
+        x = dropout(x, config.input_dropout, keys[0])
+        query = rearrange(self.query(x), 't (h two half) -> t h two half', h=config.heads, two=2)
+        batch_stats = {}
         if config.query_norm != 'none':
-            query, statistics = self.query_norm(query, real, training)
+            query, batch_stats = self.query_norm(query, mask, not deterministic)
         query = dropout(query, config.query_dropout, keys[1])
 
-        scores, slots = sharding.top_k_product_keys(
-            query, self.codebooks[...].astype(self.dtype), config.top_k)
-        weights = jnp.where(real[:, None, None], jax.nn.softmax(scores, axis=-1), 0)
-        read, touched = self._read(slots.reshape(len(slots), -1),
-                                   weights.reshape(len(weights), -1), delta, training)
-        read = dropout(read, config.value_dropout, keys[2]).astype(self.dtype)
-        return (self.output(read) if self.output else read,
-                MemoryReads(slots, weights, statistics, touched))
-
-    def _read(self, slots, weights, delta, training):
-        values, weights = self.values[...], weights.astype(self.config.weights_dtype)
-        if delta is None:
+        scores, slots = sharded.top_k_product_keys(
+            query, self.codebooks[...].astype(self.dtype), config.top_k, axes=axes,
+            implementation=implementation)
+        weights = jnp.where(mask[:, None, None], jax.nn.softmax(scores, axis=-1), 0)
+        values, table_weights = self.values[...], weights.astype(config.weights_dtype)
+        reads = slots.reshape(len(slots), -1), table_weights.reshape(len(weights), -1)
+        settings = dict(axes=axes, implementation=implementation)
+        if delta is not None:
+            y, touched = sharded.sparse_embedding_bag(values, delta, *reads, **settings)
+        else:
             # A step with dense updates reads about every row: to round all of them once takes less
             # than to read them wider twice. An evaluation has no second read, nor memory to spare.
-            dtype = self.dtype if training else values.dtype
-            return sharding.value_bag(values, slots, weights, dtype), ()
-        return (sharding.sparse_value_bag(values, delta, slots, weights),
-                sharding.touched_rows(slots, weights, len(values)))
+            dtype = values.dtype if deterministic else self.dtype
+            y, touched = sharded.embedding_bag(values, *reads, dtype, **settings), None
+        y = dropout(y, config.value_dropout, keys[2]).astype(self.dtype)
+        y = self.output(y) if self.output else y
+        return y.reshape(shape), MemoryReads(slots, weights, batch_stats, touched)
+
+    def update_batch_stats(self, batch_stats: dict[str, Array]) -> None:
+        """Writes what a `read` returned as `batch_stats`."""
+        for name, array in batch_stats.items():
+            getattr(self.query_norm, name)[...] = array
 
     def no_delta(self, tokens: int) -> Float[Array, 'rows V']:
-        """A delta for a call with that many tokens."""
+        """A delta for a call with that many tokens, in the mesh in use."""
         reads = tokens * self.config.heads * self.config.top_k
-        return sharding.no_rows(*self.values.shape, reads)
+        return sharded.no_delta(*self.values.shape, reads, axes=axes_of(self.axes)[0])
+
+
+def _key_of(rngs):
+    """A key for dropout, taken as `nnx.Dropout` does."""
+    if isinstance(rngs, nnx.Rngs):
+        return rngs.dropout()
+    if isinstance(rngs, nnx.RngStream):
+        return rngs()
+    if rngs is None:
+        raise Refusal('A memory with dropout needs rngs (nnx.Rngs or a key) where it is not '
+                      'deterministic.')
+    return rngs
 
 
 def _normal_values(key, shape, dtype):

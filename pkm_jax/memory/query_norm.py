@@ -72,14 +72,14 @@ def _forward(query, real, scale, bias, epsilon):
 
 
 def _backward(epsilon, residuals, gradients):
-    query, real, scale, mean, deviation = residuals
+    query, real, scale, mean, inverse_std = residuals
     # The barrier has XLA lay the gradient out like the queries once, for the sums and the rest.
     gradient = jax.lax.optimization_barrier(gradients[0]).astype(jnp.float32)
-    normed = (query.astype(jnp.float32) - mean[None]) * deviation[None]
+    normed = (query.astype(jnp.float32) - mean[None]) * inverse_std[None]
     by_bias, by_scale = jnp.sum(gradient, axis=0), jnp.sum(gradient * normed, axis=0)
     through_statistics = (by_bias[None] + normed * by_scale[None]) / _count(real)
     by_query = (gradient - jnp.where(real[:, None, None, None], through_statistics, 0)
-                ) * (deviation * scale)[None]
+                ) * (inverse_std * scale)[None]
     return by_query.astype(query.dtype), None, by_scale, by_bias
 
 

@@ -11,10 +11,16 @@ class SparseRows(NamedTuple):
     """Rows of a table: `rows[i]` belongs to row `ids[i]` of its S rows.
 
     The ids in use ascend without repetition; those after the first `count` are S, and their rows
-    zero. A table split by rows has one such list, and one count, after another (memory/sharding).
+    zero. A table split by rows has one such list, and one count, after another (memory/sharded).
     """
     ids: Int32[Array, 'rows']
     rows: Float[Array, 'rows V']    # float32
+    count: Int32[Array, 'shards']
+
+
+class Touched(NamedTuple):
+    """`ids` and `count` of the SparseRows that a read touched."""
+    ids: Int32[Array, 'rows']
     count: Int32[Array, 'shards']
 
 
@@ -23,7 +29,7 @@ def is_rows(node: Any) -> bool:
     return isinstance(node, SparseRows)
 
 
-def rows_of(tree):
+def rows_of(tree: Any) -> Any:
     """`tree` with the rows alone of every SparseRows: what norms and sums are taken of."""
     return jax.tree.map(lambda leaf: leaf.rows if is_rows(leaf) else leaf, tree, is_leaf=is_rows)
 

@@ -1,38 +1,95 @@
-"""How much of a memory is used, over a fixed set of tokens (METHOD.md section 4)."""
+"""How much of a memory is used, over a fixed set of tokens (METHOD.md section 4).
+
+Counts are integers of two 32-bit words, mass too: of UNIT, so that it is added up exactly, in any
+order. A weight is rounded to a UNIT, and one above 0 to no less than that. They hold for up to
+2³⁴ reads of one slot with weight 1.
+"""
 
 import math
 from typing import NamedTuple
 
+import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Bool, Float, Int32
+from jaxtyping import Array, Bool, Int32, UInt32
 
 from pkm_jax.memory.layer import MemoryReads
-
+from pkm_jax.refusal import Refusal
 
 NEVER = jnp.iinfo(jnp.int32).min     # the step at which a slot not read so far was last read
+UNIT_BITS = 30
+UNIT = 2. ** -UNIT_BITS
 
 
 class SlotCounts(NamedTuple):
-    """Of each of the S slots: how often it was read, how often it was a head's best, its mass."""
-    selected: Int32[Array, 'S']
-    best: Int32[Array, 'S']
-    mass: Float[Array, 'S']     # Σ of the weights it was read with, z' of Lample et al. 2019
+    """Of each of the S slots: how often it was read, how often it was a head's best, its mass.
+
+    Low and high words on the device, [2, S]; as numbers [S] from `host_counts`.
+    """
+    selected: UInt32[Array, '2 S']
+    best: UInt32[Array, '2 S']
+    mass: UInt32[Array, '2 S']      # Σ of the weights it was read with, z' of Lample et al. 2019
 
 
 def no_counts(slots: int) -> SlotCounts:
     """Counts before the first token."""
-    zeros = jnp.zeros(slots, jnp.int32)
-    return SlotCounts(zeros, zeros, jnp.zeros(slots, jnp.float32))
+    return SlotCounts(*(jnp.zeros((2, slots), jnp.uint32) for _ in SlotCounts._fields))
 
 
 def count_slots(counts: SlotCounts, reads: MemoryReads, real: Bool[Array, 'T']) -> SlotCounts:
     """`counts` with the reads of the real tokens added; padding counts nowhere."""
-    slots, is_real = reads.slots, real[:, None, None].astype(jnp.int32)
-    return SlotCounts(
-        counts.selected.at[slots].add(jnp.broadcast_to(is_real, slots.shape)),
-        counts.best.at[slots[:, :, 0]].add(jnp.broadcast_to(is_real[:, :, 0], slots.shape[:2])),
-        counts.mass.at[slots].add(reads.weights))
+    slots, is_real = reads.slots, real[:, None, None]
+    once = jnp.broadcast_to(is_real, slots.shape).astype(jnp.uint32)
+    mass = counts.mass
+    for shift, digits in _digits(jnp.where(is_real, reads.weights, 0)):
+        mass = _add(mass, slots, digits, shift)
+    return SlotCounts(_add(counts.selected, slots, once),
+                      _add(counts.best, slots[:, :, 0], once[:, :, 0]), mass)
+
+
+def _digits(weights):
+    """Weights in UNITs as (place of the lowest bit, digits), lowest first.
+
+    A slot has at most one read of each token and head, so that sums of digits stay below 2³².
+    """
+    tokens, heads, _ = weights.shape
+    bits = 32 - (tokens * heads).bit_length()
+    units = jnp.round(weights * 2 ** UNIT_BITS).astype(jnp.uint32)
+    units = jnp.maximum(units, (weights > 0).astype(jnp.uint32))
+    for shift in range(0, UNIT_BITS, bits):
+        last = shift + bits >= UNIT_BITS
+        yield shift, units >> shift if last else (units >> shift) & (2 ** bits - 1)
+
+
+def _add(words, slots, amounts, shift=0):
+    """Two-word numbers with amounts · 2^shift of their slots added; sums must stay below 2³²."""
+    low, high = words
+    sums = jnp.zeros_like(low).at[slots].add(amounts)
+    new = low + (sums << shift)
+    carry = (new < low).astype(jnp.uint32) + (sums >> (32 - shift) if shift else 0)
+    return jnp.stack([new, high + carry])
+
+
+def host_counts(counts: SlotCounts) -> SlotCounts:
+    """The counts as NumPy numbers [S]: selected and best int64, mass float64.
+
+    Fields that are numbers [S] already are taken as they are.
+    """
+    def numbers(field, dtype, unit):
+        field = np.asarray(field)
+        if field.ndim == 1:
+            return field.astype(dtype)
+        low, high = field.astype(dtype)
+        return (low + high * dtype(2 ** 32)) * dtype(unit)
+
+    return SlotCounts(numbers(counts.selected, np.int64, 1), numbers(counts.best, np.int64, 1),
+                      numbers(counts.mass, np.float64, UNIT))
+
+
+@jax.jit
+def used_shares(counts: SlotCounts) -> tuple[Array, Array]:
+    """top_1_usage and top_k_usage of `usage_metrics`, on the device."""
+    return (jnp.mean(jnp.any(counts.best > 0, axis=0)), jnp.mean(jnp.any(counts.mass > 0, axis=0)))
 
 
 def mark_selected(
@@ -57,20 +114,21 @@ def usage_metrics(counts: SlotCounts) -> dict[str, float]:
 
     top_k_usage and top_1_usage are shares of slots with any mass, and best for some token; kl is
     log S + Σ z log z in nats (0: uniform, log S: one slot); gini is within [0, 1]; slots_P is the
-    share of slots that hold P % of the mass.
+    share of slots that hold P % of the mass. Counts of a device, or of `host_counts`.
 
     Raises:
-      ValueError: nothing was counted.
+      Refusal: nothing was counted.
     """
-    mass = np.sort(np.asarray(counts.mass, np.float64))[::-1]
+    counts = host_counts(counts)
+    mass = np.sort(counts.mass)[::-1]
     if not mass.sum() > 0:
-        raise ValueError('No real token was counted: memory usage needs at least one.')
+        raise Refusal('No real token was counted: memory usage needs at least one.')
     z, slots = mass / mass.sum(), mass.size
     used = z[z > 0]
     cumulated = np.cumsum(z)
     metrics = {
         'top_k_usage': used.size / slots,
-        'top_1_usage': float(np.mean(np.asarray(counts.best) > 0)),
+        'top_1_usage': float(np.mean(counts.best > 0)),
         'kl': float(np.log(slots) + np.sum(used * np.log(used))),
         'gini': float((2 * cumulated.sum() - slots - 1) / slots),
     }

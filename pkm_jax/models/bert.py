@@ -11,13 +11,13 @@ from flax import nnx
 from jaxtyping import Array, Float, Int, Key
 
 from pkm_jax.fields import setting
-from pkm_jax.memory import sharding
-from pkm_jax.memory.dropout import dropout
 from pkm_jax.memory.layer import MemoryReads, ProductKeyMemory
-from pkm_jax.models.add_norm import add_norm
-from pkm_jax.models.attention import attend
-from pkm_jax.models.operations import gelu, logits, thirds
+from pkm_jax.memory.sharded import embedding_lookup
 from pkm_jax.models.transformer import TransformerConfig
+from pkm_jax.ops.add_norm import add_norm
+from pkm_jax.ops.attention import attend
+from pkm_jax.ops.dropout import dropout
+from pkm_jax.ops.elementwise import gelu, logits, split_qkv
 from pkm_jax.refusal import Refusal
 
 HEADS = ('mlm', 'pooler', 'nsp', 'classifier', 'span')
@@ -59,9 +59,10 @@ class Bert(nnx.Module):
     """The encoder and the heads named in the configuration.
 
     A call encodes tokens [B, L] with their segments, of which the first `lengths` of each row are
-    real, and a dropout key (None: evaluation). It returns the states [B, L, D] in the compute
-    dtype and, by layer, what each memory read over the B·L tokens. Heads are methods over states.
-    `deltas`, from `no_deltas`, stand for the value rows that a sparse update is to change.
+    real. It returns the states [B, L, D] in the compute dtype and, by layer, what each memory read
+    over the B·L tokens. Heads are methods over states. Unless `deterministic`, there is dropout,
+    by the key `rngs`, and the memories' running statistics are updated. `deltas`
+    stand for the value rows that a sparse update is to change.
     """
 
     def __init__(self, config: BertConfig, rngs: nnx.Rngs):
@@ -87,25 +88,32 @@ class Bert(nnx.Module):
 
     def __call__(
         self, tokens: Int[Array, 'B L'], segments: Int[Array, 'B L'], lengths: Int[Array, 'B'],
-        key: Key[Array, ''] | None = None, deltas: dict[int, Float[Array, 'rows V']] = {},
+        *, deterministic: bool = True, rngs: Key[Array, ''] | None = None,
+        deltas: dict[int, Float[Array, 'rows V']] = {},
     ) -> tuple[Float[Array, 'B L D'], dict[int, MemoryReads]]:
         if tokens.shape[1] > self.config.max_length:
-            raise ValueError(f'Sequences of {tokens.shape[1]} tokens, but model.max_length = '
-                             f'{self.config.max_length}: shorten them or enlarge it.')
-        keys = _split(key, self.config.layers + 1)
+            raise Refusal(f'Sequences of {tokens.shape[1]} tokens, but model.max_length = '
+                          f'{self.config.max_length}: shorten them or enlarge it.')
+        keys = _split(self._key(deterministic, rngs), self.config.layers + 1)
         states = self.embeddings(tokens, segments, keys[0])
         reads = {}
         for layer, block in enumerate(self.layers):
-            run = jax.checkpoint(block) if self.config.remat else block
+            run = functools.partial(block, deterministic=deterministic)
+            run = jax.checkpoint(run) if self.config.remat else run
             states, read = run(states, lengths, keys[layer + 1], deltas.get(layer))
             if read is not None:
                 reads[layer] = read
+                block.memory.update_batch_stats(read.batch_stats)
         return states, reads
 
-    def no_deltas(self, tokens: int) -> dict[int, Float[Array, 'rows V']]:
-        """By layer, the `delta` of each memory for calls with that many tokens (see `layer.py`)."""
-        return {layer: block.memory.no_delta(tokens)
-                for layer, block in enumerate(self.layers) if block.memory is not None}
+    def _key(self, deterministic, rngs):
+        config = self.config
+        if deterministic:
+            return None
+        if rngs is None and (config.dropout or config.attention_dropout
+                             or config.memory_layers and config.memory.has_dropout):
+            raise Refusal('A model with dropout needs a key, rngs, where it is not deterministic.')
+        return rngs
 
     def mlm_logits(
         self, states: Float[Array, 'B L D'], positions: Int[Array, 'B P'],
@@ -150,7 +158,7 @@ class Embeddings(nnx.Module):
     def __call__(self, tokens, segments, key):
         # A gather's gradient is a scatter-add: slow where most tokens share a row, and on a GPU
         # different each time. The memory's read is neither, and one-hot products are none.
-        words = sharding.lookup(self.word.embedding[...], tokens.reshape(-1))
+        words = embedding_lookup(self.word.embedding[...], tokens.reshape(-1))
         table = self.segment.embedding[...]
         segment = jax.nn.one_hot(segments, len(table)) @ table
         total = words.reshape(segment.shape) + segment
@@ -173,7 +181,7 @@ class Block(nnx.Module):
                              else None)
         self.output_norm = _layer_norm(config, rngs)
 
-    def __call__(self, states, lengths, key, delta=None):
+    def __call__(self, states, lengths, key, delta=None, *, deterministic=True):
         rate, keys = self.config.dropout, _split(key, 4)
         attended = self.attention(states, lengths, keys[0])
         states = add_norm(self.attention_norm, states, self.attention.output, attended, rate,
@@ -181,7 +189,7 @@ class Block(nnx.Module):
         residual, reads = states, None
         if self.memory is not None:
             # Summed in float32, so that a memory scaled by zero changes no bit in any dtype.
-            read, reads = self._read_memory(states, lengths, keys[3], delta)
+            read, reads = self._read_memory(states, lengths, keys[3], delta, deterministic)
             residual = states.astype(jnp.float32) + read
         if self.feed_forward is None:
             return self.output_norm(residual), reads
@@ -189,12 +197,11 @@ class Block(nnx.Module):
                           self.feed_forward(states), rate, keys[2])
         return states, reads
 
-    def _read_memory(self, states, lengths, key, delta):
-        batch, length, _ = states.shape
-        real = jnp.arange(length)[None] < lengths[:, None]
-        read, reads = self.memory(rearrange(states, 'b l d -> (b l) d'), real.reshape(-1), key,
-                                  delta)
-        read = rearrange(read, '(b l) d -> b l d', b=batch).astype(jnp.float32)
+    def _read_memory(self, states, lengths, key, delta, deterministic):
+        real = jnp.arange(states.shape[1])[None] < lengths[:, None]
+        read, reads = self.memory.read(states, real, deterministic=deterministic, rngs=key,
+                                       delta=delta)
+        read = read.astype(jnp.float32)
         if self.memory_scale is not None:
             read *= self.memory_scale[...]
         return read, reads
@@ -215,7 +222,7 @@ class Attention(nnx.Module):
             *((projection.kernel[...], projection.bias[...]) for projection in projections)))
         query, keys, value = (
             rearrange(part, 'b l (h d) -> b l h d', h=self.config.attention_heads)
-            for part in thirds(states @ kernel + bias[None, None]))
+            for part in split_qkv(states @ kernel + bias[None, None]))
         attended = attend(query, keys, value, lengths, self.config.attention_dropout, key)
         return rearrange(attended, 'b l h d -> b l (h d)')
 

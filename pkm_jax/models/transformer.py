@@ -15,6 +15,7 @@ import jax.numpy as jnp
 from pkm_jax.fields import check_settings, setting
 from pkm_jax.memory.layer import MemoryConfig
 from pkm_jax.models.interface import MemorySite, Path
+from pkm_jax.ops.dropout import HIGHEST_RATE
 from pkm_jax.refusal import Refusal
 
 PLACEMENTS = ('none', 'replace', 'add')
@@ -33,10 +34,10 @@ class TransformerConfig:
     attention_heads: int = setting(12, 'attention heads of a block', least=1)
     feed_forward_width: int = setting(3072, 'features inside a feed-forward layer', least=1)
     max_length: int = setting(512, 'tokens of the longest sequence', least=1)
-    dropout: float = setting(0.1, 'share of features dropped', least=0, below=1)
+    dropout: float = setting(0.1, 'share of features dropped', least=0, most=HIGHEST_RATE)
     attention_dropout: float = setting(
         0.1, 'share of attention weights dropped; 0 makes attention fused on GPUs: faster',
-        least=0, below=1)
+        least=0, most=HIGHEST_RATE)
     norm_epsilon: float = setting(1e-12, 'added to the variance in a layer norm', least=0)
     dtype: str = setting('float32', 'of the computation; parameters are float32',
                          choices=('float32', 'bfloat16'))

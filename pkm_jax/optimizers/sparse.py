@@ -14,7 +14,7 @@ import jax.numpy as jnp
 import optax
 from jaxtyping import Array, BFloat16, Float, Int32, Key, UInt32
 
-from pkm_jax.memory.sharding import put_rows, take_rows
+from pkm_jax.memory.sharded import put_rows, take_rows
 from pkm_jax.memory.sparse_rows import is_rows, rows_of
 
 Rate = float | optax.Schedule

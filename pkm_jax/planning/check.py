@@ -9,7 +9,7 @@ import jax
 import ml_collections
 from jax.experimental.compilation_cache import compilation_cache
 
-from pkm_jax.memory.sharding import make_mesh
+from pkm_jax.mesh import make_mesh
 from pkm_jax.models.bert import BertConfig
 from pkm_jax.planning import chips, hlo, memory
 from pkm_jax.planning.chips import GIB, Topology

@@ -8,7 +8,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from pkm_jax.memory.usage import SlotCounts, no_counts, uniform_ceiling, usage_metrics
+from pkm_jax.memory.usage import (
+    SlotCounts, host_counts, no_counts, uniform_ceiling, usage_metrics, used_shares,
+)
 from pkm_jax.models.interface import MemorySite
 from pkm_jax.tasks.interface import Batch, Task
 from pkm_jax.training.state import TrainState
@@ -59,13 +61,7 @@ def _no_totals(count, state, batch, sites):
 
 def _seen(totals):
     """Tokens so far, and by memory the usage over them."""
-    return totals.tokens, {name: _shares(counts) for name, counts in totals.counts.items()}
-
-
-@jax.jit
-def _shares(counts):
-    """Top-1 and top-K usage."""
-    return jnp.mean(counts.best > 0), jnp.mean(counts.mass > 0)
+    return totals.tokens, {name: used_shares(counts) for name, counts in totals.counts.items()}
 
 
 @functools.partial(jax.jit, static_argnames='after')
@@ -83,5 +79,6 @@ def _memory_values(name, counts, seen, memory):
 
 
 def save_counts(path, counts: SlotCounts) -> None:
-    """count, top1 [S] int32 and mass [S] float32 of one memory, for the report."""
+    """count, top1 [S] int64 and mass [S] float64 of one memory, for the report."""
+    counts = host_counts(counts)
     np.savez_compressed(path, count=counts.selected, top1=counts.best, mass=counts.mass)

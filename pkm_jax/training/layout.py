@@ -11,7 +11,7 @@ from pkm_jax.configuration.run import Parts, Run
 from pkm_jax.memory.replica_exchange import replica_exchange
 from pkm_jax.mesh import Shards
 from pkm_jax.models.interface import MemorySite
-from pkm_jax.optimizers.build import check_values_optimizer, values_state_bytes
+from pkm_jax.optimizers.build import values_state_bytes
 from pkm_jax.refusal import Refusal
 
 # Float32 arrays of the touched rows in a sparse update: gradient, moment, step, new values.
@@ -54,9 +54,8 @@ def lay_out(
     tables, memory = tables_of(sites), next(iter(sites.values())).config
     tokens, reads = train.micro_batch * run.task.length, memory.heads * memory.top_k
     sparse, why_sparse = _choose_updates(run, memory, tables, train.batch * run.task.length * reads)
-    check_values_optimizer(train, sparse, run.tables.updates)
     itemsize = jnp.dtype(memory.values_dtype).itemsize
-    per_number = itemsize + values_state_bytes(train, sparse) + (0 if sparse else 4)
+    per_number = itemsize + values_state_bytes(train, sparse, tables.width) + (0 if sparse else 4)
     numbers = tables.number * tables.slots * tables.width
 
     def size(shards):

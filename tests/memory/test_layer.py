@@ -1,5 +1,7 @@
 """The whole layer against an independent NumPy implementation in float64."""
 
+import dataclasses
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -7,6 +9,7 @@ import pytest
 from flax import nnx
 
 from pkm_jax.memory.layer import MemoryConfig, ProductKeyMemory
+from pkm_jax.refusal import Refusal
 
 WIDTH, TOKENS = 12, 23
 CONFIG = MemoryConfig(sub_keys=7, heads=3, top_k=4, query_width=10, query_norm='none')
@@ -61,12 +64,11 @@ def reference(config, params, statistics, states, real, training):
 def test_values_and_gradients(query_norm, value_width, training):
     graph, params, statistics = build(query_norm=query_norm, value_width=value_width)
     states, real = inputs(padding=6)
-    key = jax.random.key(0) if training else None
     direction = np.random.default_rng(5).normal(size=states.shape)
 
     def loss(params, states):
         model = nnx.merge(graph, params, statistics)
-        read, reads = model(states, real, key)
+        read, reads = model.read(states, real, deterministic=not training)
         return jnp.sum(read * jnp.asarray(direction, jnp.float32)), (read, reads)
 
     (_, (read, reads)), gradients = jax.value_and_grad(loss, (0, 1), has_aux=True)(params, states)
@@ -100,14 +102,13 @@ def test_batch_norm_does_not_see_padding():
     padded = jnp.concatenate([states, jnp.full((9, WIDTH), 1e3)])
     real = jnp.arange(len(padded)) < len(states)
     model = nnx.merge(graph, params, statistics)
-    key = jax.random.key(0)
-    alone, alone_reads = model(states, jnp.ones(len(states), bool), key)
-    read, reads = model(padded, real, key)
+    alone, alone_reads = model.read(states)
+    read, reads = model.read(padded, real)
     np.testing.assert_allclose(read[:len(states)], alone, atol=1e-5)
     np.testing.assert_array_equal(read[len(states):], 0)
     np.testing.assert_array_equal(reads.weights[len(states):], 0)
-    for ours, theirs in zip(jax.tree.leaves(reads.statistics),
-                            jax.tree.leaves(alone_reads.statistics)):
+    for ours, theirs in zip(jax.tree.leaves(reads.batch_stats),
+                            jax.tree.leaves(alone_reads.batch_stats)):
         np.testing.assert_allclose(ours, theirs, rtol=1e-5, atol=1e-6)
 
 
@@ -115,14 +116,14 @@ def test_running_statistics_are_those_of_torch():
     """new = 0.9 · old + 0.1 · batch, the variance unbiased."""
     graph, params, statistics = build(query_norm='batch')
     states, real = inputs(padding=4)
-    reads = nnx.merge(graph, params, statistics)(states, real, jax.random.key(0))[1]
+    reads = nnx.merge(graph, params, statistics).read(states, real)[1]
     weights = jax.tree.map(np.asarray, params['query'])
     query = np.asarray(states) @ weights['kernel'] + weights['bias']
     query = query.reshape(TOKENS, 3, 2, 5)[:-4]
     old = statistics['query_norm']
-    np.testing.assert_allclose(reads.statistics['mean'], .9 * old['mean'] + .1 * query.mean(0),
+    np.testing.assert_allclose(reads.batch_stats['mean'], .9 * old['mean'] + .1 * query.mean(0),
                                rtol=1e-4, atol=1e-5)
-    np.testing.assert_allclose(reads.statistics['var'],
+    np.testing.assert_allclose(reads.batch_stats['var'],
                                .9 * old['var'] + .1 * query.var(0, ddof=1), rtol=1e-4)
 
 
@@ -142,8 +143,8 @@ def test_dropout_acts_on_input_query_and_value_and_keeps_the_mean():
         graph, params, statistics = build(**{name: 0.5})
         states, real = inputs()
         model = nnx.merge(graph, params, statistics)
-        plain, _ = model(states, real, None)
-        reads = jnp.stack([model(states, real, jax.random.key(i))[0] for i in range(3)])
+        plain = model(states, real, deterministic=True)
+        reads = jnp.stack([model(states, real, rngs=jax.random.key(i)) for i in range(3)])
         assert all(not np.allclose(plain, r) for r in reads)
         if name == 'value_dropout':
             zero = np.asarray(reads == 0)
@@ -153,13 +154,28 @@ def test_dropout_acts_on_input_query_and_value_and_keeps_the_mean():
 
 
 @pytest.mark.parametrize('field, value, message', [
-    ('top_k', 8, 'top_k = 8 .* sub_keys is 7'), ('query_width', 9, 'query_width = 9 must be even'),
-    ('query_norm', 'group', "query_norm = 'group'"), ('heads', 0, 'heads = 0'),
-    ('value_dropout', 1.0, r'value_dropout = 1.0'),
+    ('top_k', 8, 'memory.top_k = 8 must lie within 1..sub_keys, and memory.sub_keys is 7.'),
+    ('top_k', 0, 'memory.top_k = 0 must be 1 or more.'),
+    ('query_width', 9, 'memory.query_width = 9 must be even: each half of a query searches one '
+     'codebook.'),
+    ('query_norm', 'group', "memory.query_norm = 'group' is none of ('none', 'layer', 'batch')."),
+    ('heads', 0, 'memory.heads = 0 must be 1 or more.'),
+    ('value_width', -1, 'memory.value_width = -1 must be 0 or more.'),
+    ('value_dropout', 1.0, 'memory.value_dropout = 1.0 must be 0 or more and at most '
+     '0.9999847412109375.'),
+    ('query_dropout', 0.999999, 'memory.query_dropout = 0.999999 must be 0 or more and at most '
+     '0.9999847412109375.'),
+    ('values_dtype', 'float16', "memory.values_dtype = 'float16' is none of "
+     "('float32', 'bfloat16')."),
 ])
-def test_bad_sizes_are_refused(field, value, message):
-    with pytest.raises(ValueError, match=message):
+def test_bad_settings_are_refused_by_name(field, value, message):
+    with pytest.raises(Refusal) as refused:
         MemoryConfig(**{**CONFIG.__dict__, field: value})
+    assert str(refused.value) == message
+
+
+def test_every_setting_says_what_it_is():
+    assert all(field.metadata['help'] for field in dataclasses.fields(MemoryConfig))
 
 
 def test_temporaries_of_the_whole_layer():
@@ -171,7 +187,7 @@ def test_temporaries_of_the_whole_layer():
 
     def loss(params, states):
         model = nnx.merge(graph, params, statistics)
-        return jnp.sum(model(states, jnp.ones(4096, bool), jax.random.key(0))[0] ** 2)
+        return jnp.sum(model.read(states)[0] ** 2)
 
     states = jax.ShapeDtypeStruct((4096, 768), jnp.float32)
     statistics = jax.tree.map(lambda a: jnp.zeros(a.shape), statistics)

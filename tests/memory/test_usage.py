@@ -1,12 +1,14 @@
 """Usage metrics against cases worked out by hand."""
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
 from pkm_jax.memory.layer import MemoryReads
-from pkm_jax.memory.usage import (NEVER, SlotCounts, count_slots, mark_selected, no_counts,
-                                  uniform_ceiling, usage_metrics)
+from pkm_jax.memory.usage import (NEVER, SlotCounts, count_slots, host_counts, mark_selected,
+                                  no_counts, uniform_ceiling, usage_metrics, used_shares)
+from pkm_jax.refusal import Refusal
 
 
 def reads(slots, weights):
@@ -21,11 +23,15 @@ REAL = jnp.asarray([True, True, False])
 
 def test_counts_by_hand():
     counts = count_slots(no_counts(6), READS, REAL)
+    twice = host_counts(count_slots(counts, READS, REAL))
+    shares = used_shares(counts)
+    counts = host_counts(counts)
     np.testing.assert_array_equal(counts.selected, [4, 2, 1, 1, 0, 0])
     np.testing.assert_array_equal(counts.best, [3, 0, 1, 0, 0, 0])
-    np.testing.assert_allclose(counts.mass, [2.75, .75, .5, 0, 0, 0])
-    twice = count_slots(counts, READS, REAL)
+    np.testing.assert_array_equal(counts.mass, [2.75, .75, .5, 0, 0, 0])
     np.testing.assert_array_equal(twice.selected, [8, 4, 2, 2, 0, 0])
+    np.testing.assert_array_equal(twice.mass, 2 * counts.mass)
+    np.testing.assert_allclose(shares, [2 / 6, 3 / 6], rtol=1e-6)
 
 
 def test_metrics_by_hand():
@@ -49,14 +55,67 @@ def test_extremes():
     assert (one['top_1_usage'], one['slots_99'], one['gini']) == (.25, .25, .75)
 
 
-def test_counts_pass_the_integers_that_float32_has():
-    start = no_counts(2)._replace(selected=jnp.asarray([2 ** 24, 0], jnp.int32))
-    one = reads([[[0]]], [[[1.]]])
-    assert int(count_slots(start, one, jnp.asarray([True])).selected[0]) == 2 ** 24 + 1
+def test_counts_of_numpy_and_of_the_device_give_the_same_metrics():
+    counts = count_slots(no_counts(6), READS, REAL)
+    assert usage_metrics(host_counts(counts)) == usage_metrics(counts)
+    assert usage_metrics(SlotCounts(*map(np.asarray, counts))) == usage_metrics(counts)
+
+
+@pytest.mark.slow
+def test_counts_of_more_reads_than_float32_can_count():
+    """40 batches of 2^19 tokens: one head reads slot 0 with weight 1, the other any of 64."""
+    batch, batches = 2 ** 19, 40
+    slots = np.zeros((batch, 2, 1), np.int32)
+    slots[:, 1, 0] = np.arange(batch) % 64
+    read = reads(slots, np.ones(slots.shape))
+    counts = jax.jit(lambda counts: jax.lax.fori_loop(
+        0, batches, lambda _, c: count_slots(c, read, jnp.ones(batch, bool)), counts))(
+            no_counts(64))
+    expected = np.full(64, batch // 64 * batches, np.int64)
+    expected[0] += batch * batches
+    assert expected[0] > 2 ** 24
+    for got in host_counts(counts):
+        np.testing.assert_array_equal(got, expected)
+    z = expected / expected.sum()
+    np.testing.assert_allclose(usage_metrics(counts)['kl'], np.log(64) + np.sum(z * np.log(z)),
+                               rtol=1e-12)
+
+
+@pytest.mark.parametrize('name, weight', [('selected', 1.), ('best', 1.), ('mass', 1.),
+                                          ('mass', .3125)])
+@pytest.mark.parametrize('before', [2 ** 24, 2 ** 31 - 1, 2 ** 32 - 1, 2 ** 33 + 5])
+def test_one_more_is_counted_wherever_the_count_stands(name, weight, before):
+    units = before << 30 if name == 'mass' else before
+    start = no_counts(2)
+    words = np.asarray([[units & 0xffffffff, 0], [units >> 32, 0]], np.uint32)
+    counts = count_slots(start._replace(**{name: jnp.asarray(words)}),
+                         reads([[[0]]], [[[weight]]]), jnp.asarray([True]))
+    got = getattr(host_counts(counts), name)
+    assert got.dtype == (np.float64 if name == 'mass' else np.int64)
+    np.testing.assert_array_equal(got, [before + weight, 0])
+
+
+def test_mass_is_that_of_a_float64_count():
+    """Softmax weights of many scales over few slots, in batches of several sizes."""
+    rng = np.random.default_rng(0)
+    counts, mass = no_counts(16), np.zeros(16)
+    for tokens in (3, 700, 5000, 40000):
+        slots = np.argsort(rng.random((tokens, 2, 16)))[..., :3].astype(np.int32)
+        weights = np.asarray(jax.nn.softmax(jnp.asarray(rng.normal(0, 8, slots.shape))))
+        real = rng.random(tokens) < .8
+        counts = jax.jit(count_slots)(counts, reads(slots, weights * real[:, None, None]),
+                                      jnp.asarray(real))
+        np.add.at(mass, slots[real], weights[real].astype(np.float64))
+    np.testing.assert_allclose(host_counts(counts).mass, mass, rtol=1e-9)
+
+
+def test_the_smallest_weight_counts_as_use():
+    tiny = count_slots(no_counts(3), reads([[[0, 1]]], [[[1., 1e-30]]]), jnp.asarray([True]))
+    assert usage_metrics(tiny)['top_k_usage'] == 2 / 3
 
 
 def test_nothing_counted_is_an_error():
-    with pytest.raises(ValueError, match='No real token'):
+    with pytest.raises(Refusal, match='No real token'):
         usage_metrics(no_counts(4))
 
 

@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import pytest
 from jax.sharding import PartitionSpec as P
 
-from pkm_jax.memory.sharding import Shards, make_mesh
+from pkm_jax.mesh import Shards, make_mesh
 from pkm_jax.planning import hlo
 
 SHAPE = {'data': 2, 'rows': 2, 'columns': 2}

@@ -9,9 +9,8 @@ import jax
 import numpy as np
 import pytest
 
-from pkm_jax.memory import sharding
 from pkm_jax.memory.layer import MemoryConfig
-from pkm_jax.memory.sharding import Shards
+from pkm_jax.mesh import OWN, Shards
 from pkm_jax.models.bert import BertConfig
 from pkm_jax.training.checkpoints import Checkpoints
 from pkm_jax.training.optimizer import make_optimizer
@@ -49,7 +48,7 @@ class Training:
                  model=MODEL, values_optimizer='adam'):
         config.train.update(warmup=1, clip=.5, values_optimizer=values_optimizer)
         devices = jax.devices()[:np.prod(shards)]
-        self.mesh = jax.make_mesh(shards, sharding.AXES, devices=devices,
+        self.mesh = jax.make_mesh(shards, OWN.names, devices=devices,
                                   axis_types=(jax.sharding.AxisType.Auto,) * 3)
         optimizer = make_optimizer(config.train, sparse)
         self.initialise = functools.partial(initial_state, config=model, optimizer=optimizer,

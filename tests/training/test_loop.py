@@ -8,7 +8,7 @@ import jax
 import numpy as np
 import pytest
 
-from pkm_jax.memory import sharding
+from pkm_jax.mesh import OWN
 from pkm_jax.training import checkpoints, loop
 from pkm_jax.training.loop import train
 
@@ -183,7 +183,7 @@ def test_several_devices_and_one_agree(config, tmp_path, monkeypatch):
     several = weights(train(config))
     assert jax.device_count() == 8
     config.workdir = str(tmp_path / 'one')
-    mesh = jax.make_mesh((1, 1, 1), sharding.AXES, devices=jax.devices()[:1],
+    mesh = jax.make_mesh((1, 1, 1), OWN.names, devices=jax.devices()[:1],
                          axis_types=(jax.sharding.AxisType.Auto,) * 3)
     monkeypatch.setattr(loop, 'make_mesh', lambda shards: mesh)
     for name, array in weights(train(config)).items():

@@ -3,7 +3,7 @@
 import pytest
 
 from configs import bert_base_pkm
-from pkm_jax.memory.sharding import Shards
+from pkm_jax.mesh import Shards
 from pkm_jax.training import settings
 from pkm_jax.training.plan import make_plan
 

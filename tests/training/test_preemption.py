@@ -8,7 +8,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from pkm_jax.memory.sharding import Shards, make_mesh
+from pkm_jax.mesh import Shards, make_mesh
 from pkm_jax.training import checkpoints, loop, preemption
 from pkm_jax.training.loop import train
 from pkm_jax.training.preemption import Stopped, StopRequests

@@ -1,11 +1,15 @@
 """The retrieval's kernels, interpreted, against float64 scores of all slots."""
+import functools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from pkm_jax.memory import product_keys
-from pkm_jax.memory.kernels import networks, retrieval, retrieval_forward
+from pkm_jax.memory.kernels.gpu import networks, retrieval, retrieval_forward
+from pkm_jax.memory.product_keys import top_k_product_keys
+
+search = functools.partial(top_k_product_keys, implementation='gpu')
 
 
 @pytest.fixture(autouse=True)
@@ -37,8 +41,8 @@ def all_scores(query, codebooks):
 ])
 def test_finds_the_best_slots(tokens, heads, n_keys, k, dtype):
     query, codebooks = make(tokens, heads, n_keys, dtype)
-    scores, slots = retrieval.top_k_product_keys(query, codebooks, k)
-    want_scores, want_slots = product_keys.reference(query, codebooks, k)
+    scores, slots = search(query, codebooks, k)
+    want_scores, want_slots = top_k_product_keys(query, codebooks, k)
     np.testing.assert_array_equal(slots, want_slots)
     np.testing.assert_allclose(scores, want_scores, rtol=1e-5, atol=1e-5)
     best = -np.sort(-all_scores(query, codebooks))[..., :k]
@@ -48,7 +52,7 @@ def test_finds_the_best_slots(tokens, heads, n_keys, k, dtype):
 def test_ties_leave_the_scores_exact_and_the_slots_distinct():
     query, codebooks = make(16, 1, 64, whole_numbers=True)
     query, codebooks = jnp.clip(query, -1, 1), jnp.clip(codebooks, -1, 1)
-    scores, slots = retrieval.top_k_product_keys(query, codebooks, 8)
+    scores, slots = search(query, codebooks, 8)
     everything = all_scores(query, codebooks)
     np.testing.assert_array_equal(scores, -np.sort(-everything)[..., :8])
     np.testing.assert_array_equal(np.take_along_axis(everything, np.asarray(slots), -1), scores)
@@ -58,9 +62,32 @@ def test_ties_leave_the_scores_exact_and_the_slots_distinct():
 
 def test_all_equal_scores():
     query, codebooks = jnp.zeros((16, 1, 2, 16)), jnp.ones((1, 2, 32, 16))
-    scores, slots = retrieval.top_k_product_keys(query, codebooks, 4)
+    scores, slots = search(query, codebooks, 4)
     assert not np.asarray(scores).any()
     assert (np.diff(np.sort(slots)) > 0).all() and slots.min() >= 0 and slots.max() < 32 ** 2
+
+
+@pytest.mark.parametrize('implementation', [None, 'gpu'])
+@pytest.mark.parametrize('value', [-np.inf, np.inf, np.nan])
+@pytest.mark.parametrize('k', [3, 4])
+def test_slots_are_distinct_whatever_the_scores(implementation, value, k):
+    """All sub-keys' scores the same, or all but one or two."""
+    query, codebooks = make(16, 2, 32)
+    query = query.at[:].set(1.)
+    codebooks = codebooks.at[0].set(value / 16).at[1, :, 2:].set(value / 16)
+    scores, slots = top_k_product_keys(query, codebooks, k, implementation=implementation)
+    assert (np.diff(np.sort(slots)) > 0).all() and slots.min() >= 0 and slots.max() < 32 ** 2
+    assert not np.isfinite(scores[:, 0]).any()
+
+
+def test_scores_beyond_the_floats_end_are_those_of_the_reference():
+    query, codebooks = make(16, 1, 32)
+    query, codebooks = jnp.abs(query) * 1e20, codebooks.at[:, :, 1:].set(-1e20)
+    want, _ = top_k_product_keys(query, codebooks, 4)
+    got, slots = search(query, codebooks, 4)
+    assert np.isneginf(want).any() and np.isfinite(want).any()
+    np.testing.assert_allclose(got, want, rtol=1e-5)
+    assert (np.diff(np.sort(slots)) > 0).all()
 
 
 @pytest.mark.parametrize('dtype, limit', [('float32', 1e-6), ('bfloat16', 5e-3)])
@@ -69,7 +96,7 @@ def test_gradients_agree_with_float64(dtype, limit, k):
     """Tiles of two tokens, the last of which overlaps; lists padded to a power of two."""
     query, codebooks = make(21, 2, 32, dtype)
     (_, slots), pull = jax.vjp(
-        lambda q, c: retrieval.top_k_product_keys(q, c, k), query, codebooks)
+        lambda q, c: search(q, c, k), query, codebooks)
     gradient = np.random.default_rng(1).normal(size=slots.shape).astype(np.float32)
     got = pull((jnp.asarray(gradient), np.zeros(slots.shape, jax.dtypes.float0)))
     slots, spread = np.asarray(slots), np.zeros((21, 2, 2, 32))
@@ -117,5 +144,5 @@ def test_sorts_zeros_and_ones(size):
 def test_says_what_it_does_not_support(change, word):
     sizes = {'tokens': 16, 'n_keys': 64, 'half': 16, 'k': 8, 'dtype': 'float32'} | change
     k = sizes.pop('k')
-    reason = retrieval.unsupported(*make(heads=1, **sizes), k)
+    reason = retrieval.unsupported(*make(heads=1, **sizes), k=k)
     assert (reason is None) if word is None else word in reason

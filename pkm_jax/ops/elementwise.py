@@ -1,4 +1,4 @@
-"""Operations of a BERT whose derivatives are written by hand: fewer bytes, faster products."""
+"""Operations of a transformer whose derivatives are written by hand: fewer bytes, faster products."""
 
 import math
 
@@ -33,20 +33,20 @@ def _normal_cdf(x):
 
 
 @jax.custom_vjp
-def thirds(x: Float[Array, 'B L width']) -> list[Float[Array, 'B L third']]:
-    """Three equal parts of the last axis, whose derivative XLA joins once for all that use it."""
+def split_qkv(x: Float[Array, 'B L width']) -> list[Float[Array, 'B L third']]:
+    """Queries, keys and values: equal parts of the last axis, whose derivatives XLA joins once."""
     return jnp.split(x, 3, axis=-1)
 
 
-def _thirds_forward(x):
-    return thirds(x), None
+def _split_qkv_forward(x):
+    return split_qkv(x), None
 
 
-def _thirds_backward(_, gradients):
+def _split_qkv_backward(_, gradients):
     return jax.lax.optimization_barrier(jnp.concatenate(gradients, axis=-1)),
 
 
-thirds.defvjp(_thirds_forward, _thirds_backward)
+split_qkv.defvjp(_split_qkv_forward, _split_qkv_backward)
 
 
 @jax.custom_vjp

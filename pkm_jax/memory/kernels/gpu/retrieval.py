@@ -1,20 +1,17 @@
 """Exact top-K over N² slots and its derivative on an NVIDIA GPU, in the place of the reference."""
 
-import functools
-
-import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int32
 
-from pkm_jax.memory.kernels.retrieval_backward import query_and_codebook_gradients
-from pkm_jax.memory.kernels.retrieval_forward import best_slots
+from pkm_jax.memory.kernels.gpu.retrieval_backward import query_and_codebook_gradients
+from pkm_jax.memory.kernels.gpu.retrieval_forward import best_slots
 
 DTYPES = (jnp.float32, jnp.bfloat16)
 TOP_K = 32          # what the registers of a thread hold twice
 FEWEST = 16         # tokens, sub-keys and query width of the smallest matrix product
 
 
-def unsupported(query: Array, codebooks: Array, k: int) -> str | None:
+def unsupported(query: Array, codebooks: Array, *_: Array, k: int) -> str | None:
     """Why the kernels cannot search these codebooks for these queries; None if they can."""
     tokens, _, _, half = query.shape
     n_keys = codebooks.shape[2]
@@ -30,22 +27,17 @@ def unsupported(query: Array, codebooks: Array, k: int) -> str | None:
     return None
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(2,))
-def top_k_product_keys(
-    query: Float[Array, 'T H 2 half'], codebooks: Float[Array, 'H 2 N half'], k: int,
+def forward(
+    query: Float[Array, 'T H 2 half'], codebooks: Float[Array, 'H 2 N half'], *, k: int,
+    interpret: bool,
 ) -> tuple[Float[Array, 'T H {k}'], Int32[Array, 'T H {k}']]:
-    """`pkm_jax.memory.product_keys.top_k_product_keys` by kernels."""
-    return best_slots(query, codebooks, k)
+    """Scores and slots, see `best_slots`."""
+    return best_slots(query, codebooks, k, interpret=interpret)
 
 
-def _forward(query, codebooks, k):
-    scores, slots = best_slots(query, codebooks, k)
-    return (scores, slots), (query, codebooks, slots)
-
-
-def _backward(k, residuals, gradients):
-    query, codebooks, slots = residuals
-    return query_and_codebook_gradients(query, codebooks, slots, gradients[0])
-
-
-top_k_product_keys.defvjp(_forward, _backward)
+def backward(
+    query: Float[Array, 'T H 2 half'], codebooks: Float[Array, 'H 2 N half'],
+    slots: Int32[Array, 'T H {k}'], gradient: Float[Array, 'T H {k}'], *, k: int, interpret: bool,
+) -> tuple[Float[Array, 'T H 2 half'], Float[Array, 'H 2 N half']]:
+    """Gradients of query and codebooks, see `query_and_codebook_gradients`."""
+    return query_and_codebook_gradients(query, codebooks, slots, gradient, interpret=interpret)

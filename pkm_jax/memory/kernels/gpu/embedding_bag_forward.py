@@ -18,15 +18,16 @@ import jax.numpy as jnp
 from jax.experimental import pallas as pl
 from jaxtyping import Array, Float, Int32
 
-from pkm_jax.memory.kernels import call
-from pkm_jax.memory.kernels.pairs import join, multiply_add, pack, parts_of, unpack
+from pkm_jax.memory.kernels.gpu.pairs import join, multiply_add, pack, parts_of, unpack
+from pkm_jax.ops.gpu import call
 
 STRIPE_BYTES = 256      # of one row in one stripe
 ROWS_IN_FLIGHT = 4
 
 
-def read_rows(
-    values: Float[Array, 'S V'], slots: Int32[Array, 'T R'], weights: Float[Array, 'T R'],
+def sum_rows(
+    values: Float[Array, 'S V'], slots: Int32[Array, 'T R'], weights: Float[Array, 'T R'], *,
+    interpret: bool,
 ) -> Float[Array, 'T V']:
     """Σ_r weights[t, r] · values[slots[t, r]], summed in float32, in the dtype of `values`.
 
@@ -36,13 +37,14 @@ def read_rows(
     width = values.shape[1]
     columns = STRIPE_BYTES // values.dtype.itemsize
     rows = math.gcd(reads, ROWS_IN_FLIGHT)
-    out, = call(functools.partial(_kernel, rows=rows, columns=columns), 'read_rows',
+    out, = call(functools.partial(_kernel, rows=rows, columns=columns, interpret=interpret),
+                'read_rows',
                 (tokens, width // columns), [jax.ShapeDtypeStruct((tokens, width), values.dtype)],
-                values, slots, weights)
+                values, slots, weights, interpret=interpret)
     return out
 
 
-def _kernel(values, slots, weights, out, *, rows, columns):
+def _kernel(values, slots, weights, out, *, rows, columns, interpret):
     token, stripe = pl.program_id(0), pl.ds(pl.program_id(1) * columns, columns)
     steps = slots.shape[1] // rows
 
@@ -56,7 +58,7 @@ def _kernel(values, slots, weights, out, *, rows, columns):
         totals, following, tile = carry
         weight = weights[token, pl.ds(step * rows, rows)].astype(jnp.float32)
         upcoming, after_next = fetch(following), slots_of(step + 2)
-        totals = [multiply_add(weight[:, None], part, total)
+        totals = [multiply_add(weight[:, None], part, total, interpret=interpret)
                   for part, total in zip(unpack(tile), totals)]
         return totals, after_next, upcoming
 

@@ -5,8 +5,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from pkm_jax.memory import value_bag as bag
-from pkm_jax.memory.value_bag import value_bag
+from pkm_jax.memory import embedding_bag as bag
+from pkm_jax.memory.embedding_bag import compact_gradients, embedding_bag
 
 
 def draw(seed, n_slots=11, width=5, tokens=7, reads=6, same_slot=False):
@@ -34,7 +34,7 @@ def expected(values, slots, weights, gradient):
 def test_values_and_gradients(seed, same_slot, dtype, tolerance):
     values, slots, weights, gradient = draw(seed, same_slot=same_slot)
     values, gradient = values.astype(dtype), gradient.astype(dtype)
-    result, pull = jax.vjp(lambda v, w: value_bag(v, slots, w), values, weights)
+    result, pull = jax.vjp(lambda v, w: embedding_bag(v, slots, w), values, weights)
     for ours, theirs in zip((result, *pull(gradient)), expected(values, slots, weights, gradient)):
         np.testing.assert_allclose(np.asarray(ours, np.float64), theirs, atol=tolerance * 10,
                                    rtol=tolerance)
@@ -43,7 +43,7 @@ def test_values_and_gradients(seed, same_slot, dtype, tolerance):
 def test_zero_weights_contribute_nothing():
     values, slots, weights, gradient = draw(4)
     weights = weights.at[3:].set(0)
-    result, pull = jax.vjp(lambda v: value_bag(v, slots, weights), values)
+    result, pull = jax.vjp(lambda v: embedding_bag(v, slots, weights), values)
     np.testing.assert_array_equal(result[3:], 0)
     np.testing.assert_array_equal(pull(gradient)[0], pull(gradient.at[3:].set(100.))[0])
 
@@ -57,7 +57,7 @@ def test_temporaries_stay_under_an_eighth_of_the_gathered_rows(dtype):
                  jax.ShapeDtypeStruct((tokens, reads), jnp.float32))
 
     def loss(values, slots, weights):
-        return jnp.sum(value_bag(values, slots, weights).astype(jnp.float32) ** 2)
+        return jnp.sum(embedding_bag(values, slots, weights).astype(jnp.float32) ** 2)
 
     compiled = jax.jit(jax.value_and_grad(loss, (0, 2))).lower(*arguments).compile()
     gathered = tokens * reads * width * jnp.dtype(dtype).itemsize
@@ -69,8 +69,9 @@ def test_tokens_in_blocks_give_what_they_give_together(monkeypatch):
     values, slots, weights, gradient = draw(5)
 
     def results():
-        result, pull = jax.vjp(lambda v, w: bag.reference(v, slots, w), values, weights)
-        rows, by_read = bag.compact_reference(values, slots, weights, gradient)
+        result, pull = jax.vjp(lambda v, w: embedding_bag(v, slots, w, implementation='xla'), values, weights)
+        rows, by_read = compact_gradients(values, slots, weights, gradient,
+                                          implementation='xla')
         return result, *pull(gradient), *rows, by_read
 
     together = results()

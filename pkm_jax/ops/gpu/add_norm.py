@@ -15,16 +15,16 @@ import functools
 import jax
 import jax.numpy as jnp
 from jax.experimental import pallas as pl
-from jaxtyping import Array, Float, Int32, UInt32
+from jaxtyping import Array, Float, Int32, UInt8, UInt32
 
-from pkm_jax.memory.dropout import DRAWS, stays
-from pkm_jax.memory.kernels import call, column_blocks
+from pkm_jax.ops.dropout import DRAWS, stays
+from pkm_jax.ops.gpu import call, column_blocks
 
 GROUPS = 4              # of DRAWS rows that a program of the backward pass sums over
 ROTATIONS = ((13, 15, 26, 6), (17, 29, 16, 24))
 
 
-def unsupported(branch: Array) -> str | None:
+def unsupported(residual: Array, branch: Array, *_, **__) -> str | None:
     """Why the kernel cannot do this branch; None if it can."""
     tokens, width = branch.shape
     if width % 128 or width > 1024:
@@ -34,50 +34,45 @@ def unsupported(branch: Array) -> str | None:
     return None
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(7, 8))
-def add_norm(
+def forward(
     residual: Float[Array, 'T D'], branch: Float[Array, 'T D'], branch_bias: Float[Array, 'D'],
     scale: Float[Array, 'D'], bias: Float[Array, 'D'], words: UInt32[Array, '2'],
-    first: Int32[Array, ''] | int, rate: float, epsilon: float,
-) -> Float[Array, 'T D']:
-    """`pkm_jax.models.add_norm.reference` by kernels; its gradient is deterministic."""
-    return _forward(residual, branch, branch_bias, scale, bias, words, first, rate, epsilon)[0]
-
-
-def _forward(residual, branch, branch_bias, scale, bias, words, first, rate, epsilon):
+    part: Int32[Array, ''], *, rate: float, epsilon: float, interpret: bool,
+) -> tuple[Float[Array, 'T D'], Float[Array, 'T D'], UInt8[Array, 'groups D']]:
+    """The norm, the sum that it is of, and a bit for each row of a group that dropout keeps."""
     tokens, width = branch.shape
-    first = jnp.reshape(jnp.int32(first), 1)
-    normed, total, kept = call(
+    kept = jax.ShapeDtypeStruct((tokens // DRAWS, width), jnp.uint8)
+    return tuple(call(
         functools.partial(_forward_kernel, blocks=column_blocks(width), rate=rate,
                           epsilon=epsilon),
-        'add_norm', (tokens // DRAWS,),
-        [branch, branch, jax.ShapeDtypeStruct((tokens // DRAWS, width), jnp.uint8)],
-        residual, branch, branch_bias, scale, bias, words, first)
-    return normed, (total, scale, kept, jnp.zeros((), residual.dtype))
+        'add_norm', (tokens // DRAWS,), [branch, branch, kept],
+        residual, branch, branch_bias, scale, bias, words,
+        jnp.reshape(part * (tokens // DRAWS), 1), interpret=interpret))
 
 
-def _backward(rate, epsilon, residuals, gradient):
-    total, scale, kept, like_residual = residuals
+def backward(
+    gradient: Float[Array, 'T D'], total: Float[Array, 'T D'], kept: UInt8[Array, 'groups D'],
+    residual: Float[Array, 'T D'], branch: Float[Array, 'T D'], branch_bias: Float[Array, 'D'],
+    scale: Float[Array, 'D'], *_: Array, rate: float, epsilon: float, interpret: bool,
+) -> tuple[Array, ...]:
+    """Gradients of residual, branch, its bias, scale and bias; deterministic."""
     tokens, width = total.shape
     programs = pl.cdiv(tokens, DRAWS * GROUPS)
     by_residual, by_branch, sums = call(
         functools.partial(_backward_kernel, blocks=column_blocks(width), rate=rate,
                           epsilon=epsilon),
         'add_norm_backward', (programs,),
-        [jax.ShapeDtypeStruct(total.shape, like_residual.dtype), total,
+        [jax.ShapeDtypeStruct(total.shape, residual.dtype), total,
          jax.ShapeDtypeStruct((programs, 3, width), jnp.float32)],
-        total, gradient, scale, kept)
+        total, gradient, scale, kept, interpret=interpret)
     by_scale, by_bias, by_branch_bias = jnp.sum(sums, axis=0)
-    return by_residual, by_branch, by_branch_bias, by_scale, by_bias, None, None
+    return by_residual, by_branch, by_branch_bias, by_scale, by_bias
 
 
-add_norm.defvjp(_forward, _backward)
-
-
-def _forward_kernel(residual, branch, branch_bias, scale, bias, words, first, out, total, kept, *,
-                    blocks, rate, epsilon):
+def _forward_kernel(residual, branch, branch_bias, scale, bias, words, first_group, out, total,
+                    kept, *, blocks, rate, epsilon):
     group = pl.program_id(0)
-    keep = [_keep(words, first, group, block, rate) for block in blocks]
+    keep = [_keep(words, first_group, group, block, rate) for block in blocks]
     if rate:
         for block, masks in zip(blocks, keep):
             kept[group, block] = sum(mask.astype(jnp.uint8) << n for n, mask in enumerate(masks))
@@ -100,14 +95,14 @@ def _backward_kernel(total, gradient, scale, kept, by_residual, by_branch, sums,
         for draw in range(DRAWS):
             row = group * DRAWS + draw
             g = [gradient[row, block].astype(jnp.float32) for block in blocks]
-            normed, deviation = _normed([total[row, block].astype(jnp.float32)
+            normed, inverse_std = _normed([total[row, block].astype(jnp.float32)
                                          for block in blocks], epsilon)
             scaled = [part * scale[block] for part, block in zip(g, blocks)]
             mean = _mean(scaled)
             projection = _mean([a * b for a, b in zip(scaled, normed)])
             new = []
             for n, block in enumerate(blocks):
-                part = (scaled[n] - mean - normed[n] * projection) * deviation
+                part = (scaled[n] - mean - normed[n] * projection) * inverse_std
                 by_residual[row, block] = part.astype(by_residual.dtype)
                 if rate:
                     part = jnp.where((masks[n] >> draw) & 1 == 1, part * (1 / (1 - rate)), 0)
@@ -126,22 +121,22 @@ def _backward_kernel(total, gradient, scale, kept, by_residual, by_branch, sums,
 
 
 def _normed(parts, epsilon):
-    """A row, in parts, less its mean and over its deviation; and one over the deviation."""
+    """A row, in parts, less its mean and over its standard deviation; and one over that."""
     mean = _mean(parts)
     centred = [part - mean for part in parts]
-    deviation = jax.lax.rsqrt(_mean([part * part for part in centred]) + epsilon)
-    return [part * deviation for part in centred], deviation
+    inverse_std = jax.lax.rsqrt(_mean([part * part for part in centred]) + epsilon)
+    return [part * inverse_std for part in centred], inverse_std
 
 
 def _mean(parts):
     return sum(jnp.sum(part) for part in parts) / (len(parts) * parts[0].size)
 
 
-def _keep(words, first, group, block, rate):
+def _keep(words, first_group, group, block, rate):
     """For each row of a group, which elements of a block dropout keeps; None without it."""
     if not rate:
         return None
-    group = (first[0] // DRAWS + group).astype(jnp.uint32)
+    group = (first_group[0] + group).astype(jnp.uint32)
     columns = jnp.uint32(block.start) + jax.lax.iota(jnp.uint32, block.size)
     return stays(_threefry(words[0], words[1], group, columns), rate)
 

@@ -14,6 +14,7 @@ kernels and 8·T·H·K for the result. Floor: the vector instructions (T = 16,38
 
 Exact: scores are sums of the same float32 dot products as the reference's. Results are
 deterministic; which of several slots of the same score comes first, or is kept, is unspecified.
+Whatever the scores, infinite or NaN, a token's slots are different ones.
 """
 
 import jax
@@ -22,21 +23,23 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import triton as plt
 from jaxtyping import Array, Float, Int32
 
-from pkm_jax.memory.kernels import call, networks
+from pkm_jax.memory.kernels.gpu import networks
+from pkm_jax.ops.gpu import call
 
 TOKENS = 128        # of one program: one a thread
 MATRIX_COLUMNS = 16     # the fewest that the matrix unit takes
 
 
 def best_slots(
-    query: Float[Array, 'T H 2 half'], codebooks: Float[Array, 'H 2 N half'], k: int,
+    query: Float[Array, 'T H 2 half'], codebooks: Float[Array, 'H 2 N half'], k: int, *,
+    interpret: bool,
 ) -> tuple[Float[Array, 'T H {k}'], Int32[Array, 'T H {k}']]:
     """The k best of the N² slots of every head, in descending order of score."""
-    best, sub_keys = _best_sub_keys(query, codebooks, k)
-    return _best_pairs(best, sub_keys, codebooks.shape[2], k)
+    best, sub_keys = _best_sub_keys(query, codebooks, k, interpret)
+    return _best_pairs(best, sub_keys, codebooks.shape[2], k, interpret)
 
 
-def _best_sub_keys(query, codebooks, k):
+def _best_sub_keys(query, codebooks, k, interpret):
     """Scores and indices [T, H, 2, size ≥ k] of the best sub-keys of each half, descending."""
     tokens, heads, _, half = query.shape
     n_keys = codebooks.shape[2]
@@ -69,10 +72,10 @@ def _best_sub_keys(query, codebooks, k):
     shape = (tokens, heads, 2, size)
     return call(kernel, 'best_sub_keys', (pl.cdiv(tokens, _tile_size(tokens)), heads, 2),
                 [jax.ShapeDtypeStruct(shape, jnp.float32), jax.ShapeDtypeStruct(shape, jnp.int32)],
-                query, codebooks, warps=TOKENS // 32)
+                query, codebooks, warps=TOKENS // 32, interpret=interpret)
 
 
-def _best_pairs(best, sub_keys, n_keys, k):
+def _best_pairs(best, sub_keys, n_keys, k, interpret):
     """Scores and slots [T, H, k] of the k best sums of the two lists of every token and head."""
     tokens, heads, _, size = best.shape
 
@@ -88,7 +91,7 @@ def _best_pairs(best, sub_keys, n_keys, k):
     scores, slots = call(
         kernel, 'best_pairs', (pl.cdiv(tokens, _tile_size(tokens)), heads),
         [jax.ShapeDtypeStruct(shape, jnp.float32), jax.ShapeDtypeStruct(shape, jnp.int32)],
-        best, sub_keys, warps=TOKENS // 32)
+        best, sub_keys, warps=TOKENS // 32, interpret=interpret)
     return scores[..., :k], slots[..., :k]
 
 

@@ -32,7 +32,8 @@ def sort(wires: list[Wire]) -> list[Wire]:
 def best_of_two(a: list[Wire], b: list[Wire]) -> list[Wire]:
     """The best len(a) wires of two descending lists, descending; b is as long as a, or shorter.
 
-    One of each pair a[i], b[-1 - i] is among the best; together they form a bitonic sequence.
+    One of each pair a[i], b[-1 - i] is among the best; together they form a bitonic sequence. Of
+    equal scores, and where one is NaN, that of b stays: what fills a list at first never does.
     """
     kept = list(a)
     for i, wire in enumerate(b):
@@ -80,4 +81,4 @@ def _compare(a, b):
 
 
 def _larger(a, b):
-    return jnp.maximum(a[0], b[0]), jnp.where(a[0] < b[0], b[1], a[1])
+    return jnp.maximum(a[0], b[0]), jnp.where(a[0] > b[0], a[1], b[1])

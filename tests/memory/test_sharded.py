@@ -7,9 +7,11 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from pkm_jax.memory import product_keys, sharding, value_bag as bag
-from pkm_jax.memory.sharding import Shards, make_mesh
+from pkm_jax.memory import embedding_bag as bag
+from pkm_jax.memory import product_keys, sharded
+from pkm_jax.memory.replica_exchange import replica_exchange
 from pkm_jax.memory.sparse_rows import SparseRows
+from pkm_jax.mesh import OWN, Axes, Shards, make_mesh
 
 TOKENS, READS, SLOTS, WIDTH = 16, 6, 32, 16
 # data × memory: 1×1, 1×8, 2×4, 4×2 and 8×1, the memory by rows, by columns and by both.
@@ -21,7 +23,7 @@ layouts = pytest.mark.parametrize('shards', LAYOUTS, ids=lambda s: '×'.join(map
 def mesh_of(shards):
     """Eight devices, or the first one alone."""
     if shards == Shards():
-        return jax.make_mesh(shards, sharding.AXES, devices=jax.devices()[:1],
+        return jax.make_mesh(shards, OWN.names, devices=jax.devices()[:1],
                              axis_types=(jax.sharding.AxisType.Auto,) * 3)
     return make_mesh(shards)
 
@@ -40,18 +42,18 @@ def draw():
 
 def dense(values, slots, weights, direction):
     """The read, and the gradients of values and weights."""
-    read, pull = jax.vjp(lambda v, w: sharding.value_bag(v, slots, w), values, weights)
+    read, pull = jax.vjp(lambda v, w: sharded.embedding_bag(v, slots, w), values, weights)
     return read, *pull(direction)
 
 
 def sparse(values, slots, weights, direction):
     """The same, the gradient of the values as SparseRows."""
-    delta = sharding.no_rows(*values.shape, slots.size)
-    read, pull = jax.vjp(lambda d, w: sharding.sparse_value_bag(values, d, slots, w), delta,
-                         weights)
+    delta = sharded.no_delta(*values.shape, slots.size)
+    read, pull, touched = jax.vjp(
+        lambda d, w: sharded.sparse_embedding_bag(values, d, slots, w), delta, weights,
+        has_aux=True)
     rows, by_weight = pull(direction)
-    ids, count = sharding.touched_rows(slots, weights, len(values))
-    return read, SparseRows(ids, rows, count), by_weight
+    return read, SparseRows(touched.ids, rows, touched.count), by_weight
 
 
 def spread(rows):
@@ -66,8 +68,8 @@ def spread(rows):
 @functools.cache
 def expected():
     return jax.jit(lambda *arrays: (
-        bag.value_bag(*arrays[:3]),
-        *jax.vjp(lambda v, w: bag.value_bag(v, arrays[1], w), arrays[0], arrays[2])[1](arrays[3])
+        bag.embedding_bag(*arrays[:3]),
+        *jax.vjp(lambda v, w: bag.embedding_bag(v, arrays[1], w), arrays[0], arrays[2])[1](arrays[3])
     ))(*draw())
 
 
@@ -92,23 +94,14 @@ def test_compact_gradients_equal_the_dense_ones_of_one_device(shards):
     used = weights != 0
     np.testing.assert_allclose(by_weight[used], theirs[2][used], atol=1e-5)
     assert set(np.asarray(rows.ids)) - {SLOTS} == set(slots[used])
-    exchanged = sharding.exchange(shards, TOKENS, READS, SLOTS, WIDTH, 4, 4).what
+    exchanged = replica_exchange(shards, TOKENS, READS, SLOTS, WIDTH, 4, 4).what
     if exchanged != 'rows':
         np.testing.assert_array_equal(spread(rows), theirs[1])
 
 
 def test_both_exchanges_occur_in_these_tests():
-    assert {sharding.exchange(shards, TOKENS, READS, SLOTS, WIDTH, 4, 4).what for shards in LAYOUTS
+    assert {replica_exchange(shards, TOKENS, READS, SLOTS, WIDTH, 4, 4).what for shards in LAYOUTS
             } == {'nothing', 'tokens', 'rows'}
-
-
-def test_the_cheaper_exchange_by_hand():
-    """2 replicas of 4 × 8: each receives 5 tokens of 3 reads, or the rows they can touch."""
-    few = sharding.exchange(Shards(data=2), 10, 3, 4, 8, 4, 2)
-    assert few.bytes == {'tokens': 5 * 8 * 4 + 15 * 6, 'rows': 4 * 9 * 4 + 15 * 4}
-    assert few.what == 'rows'
-    many = sharding.exchange(Shards(data=2), 10, 3, 64, 8, 4, 2)
-    assert many.bytes['rows'] == 15 * 9 * 4 + 15 * 4 and many.what == 'tokens'
 
 
 @pytest.mark.parametrize('shards', [Shards(2, 2, 2), Shards(4, 1, 2)])
@@ -117,10 +110,10 @@ def test_rows_are_taken_put_and_merged_where_they_live(shards):
     def run(values, slots, weights, direction):
         parts = [sparse(values, (slots + shift) % SLOTS, weights, direction)[1]
                  for shift in (0, 1)]
-        merged = sharding.merge(jax.tree.map(lambda *leaves: jnp.stack(leaves), *parts), SLOTS)
-        taken = sharding.take_rows(values, merged.ids)
-        marks = sharding.put_rows(jnp.zeros(SLOTS), merged.ids, merged.ids.astype(jnp.float32))
-        return parts, merged, sharding.put_rows(values, merged.ids, taken + merged.rows), marks
+        merged = sharded.merge(jax.tree.map(lambda *leaves: jnp.stack(leaves), *parts), SLOTS)
+        taken = sharded.take_rows(values, merged.ids)
+        marks = sharded.put_rows(jnp.zeros(SLOTS), merged.ids, merged.ids.astype(jnp.float32))
+        return parts, merged, sharded.put_rows(values, merged.ids, taken + merged.rows), marks
 
     with jax.set_mesh(make_mesh(shards)):
         parts, merged, added, marks = jax.jit(run)(*draw())
@@ -147,7 +140,7 @@ def test_retrieval_equals_that_of_one_device(shards):
 
     theirs = run(product_keys.top_k_product_keys)
     with jax.set_mesh(make_mesh(shards)):
-        ours = run(sharding.top_k_product_keys)
+        ours = run(sharded.top_k_product_keys)
     for array, other in zip(jax.tree.leaves(ours), jax.tree.leaves(theirs)):
         np.testing.assert_allclose(array, other, rtol=1e-4, atol=1e-5)
 
@@ -156,10 +149,10 @@ def collectives(function, shards, slots=2 ** 20, tokens=64):
     """The compiled text of a function of `draw`'s arguments, for a large table."""
     mesh = make_mesh(shards)
     with jax.set_mesh(mesh):
-        shapes = [((slots, WIDTH), jnp.float32, sharding.TABLE),
-                  ((tokens, READS), jnp.int32, sharding.TOKENS),
-                  ((tokens, READS), jnp.float32, sharding.TOKENS),
-                  ((tokens, WIDTH), jnp.float32, sharding.TOKENS)]
+        shapes = [((slots, WIDTH), jnp.float32, OWN.table),
+                  ((tokens, READS), jnp.int32, OWN.tokens),
+                  ((tokens, READS), jnp.float32, OWN.tokens),
+                  ((tokens, WIDTH), jnp.float32, OWN.tokens)]
         return jax.jit(function).lower(*(
             jax.ShapeDtypeStruct(shape, dtype, sharding=jax.NamedSharding(mesh, spec))
             for shape, dtype, spec in shapes)).compile()

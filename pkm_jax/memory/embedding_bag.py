@@ -1,11 +1,12 @@
 """Weighted sum of value rows, and its derivative (METHOD.md section 1, step 5)."""
 
+import functools
+
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int32
 
-from pkm_jax.memory import kernels
-from pkm_jax.memory.kernels import read, read_backward
+from pkm_jax.dispatch import Choice, Implementation, Kernel
 from pkm_jax.memory.sparse_rows import SparseRows, distinct, take_rows
 
 # Tokens that plain jnp reads for at a time: their sums stay in the on-chip memory of a TPU, and a
@@ -13,31 +14,36 @@ from pkm_jax.memory.sparse_rows import SparseRows, distinct, take_rows
 BLOCK = 16_384
 
 
-def value_bag(
+def embedding_bag(
     values: Float[Array, 'S V'],
     slots: Int32[Array, 'T R'],
     weights: Float[Array, 'T R'],
+    *,
+    implementation: Implementation | None = None,
 ) -> Float[Array, 'T V']:
     """Σ_r weights[t, r] · values[slots[t, r]], summed in float32, returned in the dtype of `values`.
 
     No [T, R, V] array exists, forward or backward. Slots must lie in [0, S). The gradient of
-    `values` is dense and in their dtype; it is deterministic, except in plain jnp on a GPU.
+    `values` is dense and in their dtype; it is deterministic, except in plain jnp on a GPU. For
+    `implementation` see `pkm_jax.dispatch.Choice`.
+
+    Raises:
+      Refusal: the implementation cannot take these arrays.
     """
-    if kernels.chosen('read', read.unsupported(values, slots)):
-        return read.value_bag(values, slots, weights)
-    return reference(values, slots, weights)
+    return _bag(values, slots, weights, implementation)
 
 
-@jax.custom_vjp
+@functools.partial(jax.custom_vjp, nondiff_argnums=(3,))
+def _bag(values, slots, weights, implementation):
+    return _forward_choice(implementation, values, slots, weights)
+
+
 def reference(
     values: Float[Array, 'S V'],
     slots: Int32[Array, 'T R'],
     weights: Float[Array, 'T R'],
 ) -> Float[Array, 'T V']:
-    """`value_bag` in plain jnp, for any device: one read of every token at a time.
-
-    The gradient of `values` is deterministic where the device's scatter-add is (CPU and TPU).
-    """
+    """`embedding_bag` in plain jnp, for any device: one read of every token at a time."""
     def read_block(block):
         def add_read(total, read):
             slot, weight = read
@@ -51,21 +57,18 @@ def reference(
     return _joined(jax.lax.map(read_block, _blocks(slots, weights)), len(slots))
 
 
-def _forward(values, slots, weights):
-    return reference(values, slots, weights), (values, slots, weights)
-
-
-def _backward(residuals, gradient):
-    values, slots, weights = residuals
-
+def reference_backward(
+    values: Float[Array, 'S V'],
+    slots: Int32[Array, 'T R'],
+    weights: Float[Array, 'T R'],
+    gradient: Float[Array, 'T V'],
+) -> tuple[Float[Array, 'S V'], Float[Array, 'T R']]:
+    """Gradients of values and weights; deterministic where a scatter-add is (CPU and TPU)."""
     def add(table, slot, changes):
         return table.at[slot].add(changes), values[slot]
 
     table, by_read = _add_reads(add, jnp.zeros(values.shape, jnp.float32), slots, weights, gradient)
-    return table.astype(values.dtype), None, by_read
-
-
-reference.defvjp(_forward, _backward)
+    return table.astype(values.dtype), by_read
 
 
 def compact_gradients(
@@ -73,23 +76,15 @@ def compact_gradients(
     slots: Int32[Array, 'T R'],
     weights: Float[Array, 'T R'],
     gradient: Float[Array, 'T V'],
+    *,
+    implementation: Implementation | None = None,
 ) -> tuple[SparseRows, Float[Array, 'T R']]:
     """The gradient of `values` as the rows that were read, and the gradient of the weights.
 
     Slots may be S too: nothing is read there, with a weight of 0, whose gradient is 0. No array
     has S rows, and none is [T, R, V].
     """
-    if not kernels.chosen('read', read.unsupported(values, slots)):
-        return compact_reference(values, slots, weights, gradient)
-    # The kernel reads everywhere: slot S - 1 for S.
-    last = len(values) - 1
-    ids, rows, _, by_read = read_backward.compact_gradients(
-        values, jnp.minimum(slots, last), weights, gradient)
-    in_use = ids < jnp.where(jnp.any(slots == last), last + 1, last)
-    return (SparseRows(jnp.where(in_use, ids, last + 1),
-                       jnp.where(in_use[:, None], rows.astype(jnp.float32), 0),
-                       jnp.sum(in_use, dtype=jnp.int32)[None]),
-            jnp.where(slots <= last, by_read, 0))
+    return _compact_choice(implementation, values, slots, weights, gradient)
 
 
 def compact_reference(
@@ -143,3 +138,35 @@ def _blocks(*arrays):
 
 def _joined(blocks, tokens):
     return blocks.reshape(-1, blocks.shape[-1])[:tokens]
+
+
+def _load_forward():
+    from pkm_jax.memory.kernels.gpu import embedding_bag as kernel
+    return Kernel(kernel.forward, kernel.unsupported)
+
+
+def _load_backward():
+    from pkm_jax.memory.kernels.gpu import embedding_bag as kernel
+    return Kernel(kernel.backward, kernel.unsupported)
+
+
+def _load_compact_backward():
+    from pkm_jax.memory.kernels.gpu import embedding_bag as kernel
+    return Kernel(kernel.compact_backward, kernel.unsupported)
+
+
+_forward_choice = Choice('embedding bag', reference, _load_forward)
+_backward_choice = Choice('embedding bag', reference_backward, _load_backward)
+_compact_choice = Choice('embedding bag', compact_reference, _load_compact_backward)
+
+
+def _forward(values, slots, weights, implementation):
+    return _forward_choice(implementation, values, slots, weights), (values, slots, weights)
+
+
+def _backward(implementation, residuals, gradient):
+    by_values, by_weights = _backward_choice(implementation, *residuals, gradient)
+    return by_values, None, by_weights
+
+
+_bag.defvjp(_forward, _backward)

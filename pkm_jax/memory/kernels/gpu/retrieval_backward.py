@@ -20,17 +20,17 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import triton as plt
 from jaxtyping import Array, Float, Int32
 
-from pkm_jax.memory.kernels import call, column_blocks
+from pkm_jax.ops.gpu import call, column_blocks
 
 TOKENS = 2      # of one program: one a warp
 
 
 def query_and_codebook_gradients(
     query: Float[Array, 'T H 2 half'], codebooks: Float[Array, 'H 2 N half'],
-    slots: Int32[Array, 'T H k'], gradient: Float[Array, 'T H k'],
+    slots: Int32[Array, 'T H k'], gradient: Float[Array, 'T H k'], *, interpret: bool,
 ) -> tuple[Float[Array, 'T H 2 half'], Float[Array, 'H 2 N half']]:
     """Gradients of query and codebooks from those of the scores of the chosen slots."""
-    by_key = _spread(slots, gradient, codebooks.shape[2], query.dtype)
+    by_key = _spread(slots, gradient, codebooks.shape[2], query.dtype, interpret)
     product = functools.partial(
         jnp.einsum, preferred_element_type=jnp.float32,
         precision=jax.lax.Precision.HIGHEST if query.dtype == jnp.float32 else None)
@@ -38,7 +38,7 @@ def query_and_codebook_gradients(
             product('hptn,hptd->hpnd', by_key, jnp.moveaxis(query, 0, 2)).astype(codebooks.dtype))
 
 
-def _spread(slots, gradient, n_keys, dtype):
+def _spread(slots, gradient, n_keys, dtype, interpret):
     """Gradient of every sub-key score, [H, 2, T, N]: sums over the chosen slots of a sub-key."""
     tokens, heads, k = slots.shape
     width = pl.next_power_of_2(k)
@@ -60,11 +60,11 @@ def _spread(slots, gradient, n_keys, dtype):
         by_rank = jnp.where(rank < k, gradient[chosen].astype(jnp.float32), 0)
         same = key[:, :, None] == key[:, None, :]
         total = jnp.sum(jnp.where(same, by_rank[:, :, None], 0), axis=1)
-        if jax.default_backend() == 'gpu':      # interpreted, a program is one thread
+        if not interpret:           # then a program is one thread
             plt.debug_barrier()     # the zeros come from other threads than the sums
         by_key[jnp.full(shape, head), jnp.full(shape, part), token, key] = total.astype(dtype)
 
     by_key, = call(kernel, 'spread_score_gradients', (pl.cdiv(tokens, TOKENS), heads, 2),
                    [jax.ShapeDtypeStruct((heads, 2, tokens, n_keys), dtype)],
-                   slots, gradient, warps=TOKENS)
+                   slots, gradient, warps=TOKENS, interpret=interpret)
     return by_key

@@ -8,9 +8,10 @@ import numpy as np
 import pytest
 from flax import nnx
 
-from pkm_jax.memory import kernels, sharding
-from pkm_jax.memory.dropout import keep_mask
-from pkm_jax.models import add_norm, add_norm_kernel
+from pkm_jax.mesh import Shards, make_mesh
+from pkm_jax.ops.add_norm import add_norm, add_norm_of_part
+from pkm_jax.ops.dropout import keep_mask
+from pkm_jax.ops.gpu import add_norm as kernel
 
 WORDS, EPSILON = jnp.array([5, 2 ** 31 + 9], jnp.uint32), 1e-12
 LIMIT = {'float32': 2e-6, 'bfloat16': 5e-3}
@@ -41,8 +42,9 @@ def expected(residual, branch, branch_bias, scale, bias, gradient, keep, rate):
             (gradient * normed).sum(0), gradient.sum(0))
 
 
-def run(function, arguments, first, rate):
-    out, pull = jax.vjp(lambda *a: function(*a, WORDS, first, rate, EPSILON), *arguments[:5])
+def run(implementation, arguments, part, rate):
+    out, pull = jax.vjp(lambda *a: add_norm_of_part(*a, WORDS, jnp.int32(part), rate, EPSILON,
+                                                    implementation), *arguments[:5])
     return out, *pull(arguments[5])
 
 
@@ -51,14 +53,14 @@ def error(got, want):
     return np.linalg.norm(got - want) / np.linalg.norm(want)
 
 
-@pytest.mark.parametrize('function', [add_norm.reference, add_norm_kernel.add_norm])
-@pytest.mark.parametrize('tokens, width, dtype, rate, first', [
-    (12, 256, 'float32', 0.1, 0), (40, 384, 'float32', 0.5, 80), (12, 768, 'bfloat16', 0.1, 4),
-    (8, 128, 'float32', 0., 0), (20, 1024, 'bfloat16', 0.3, 20)])
-def test_agrees_with_float64(function, tokens, width, dtype, rate, first):
+@pytest.mark.parametrize('implementation', ['xla', 'gpu'])
+@pytest.mark.parametrize('tokens, width, dtype, rate, part', [
+    (12, 256, 'float32', 0.1, 0), (40, 384, 'float32', 0.5, 2), (12, 768, 'bfloat16', 0.1, 3),
+    (8, 128, 'float32', 0., 0), (20, 1024, 'bfloat16', 0.3, 1)])
+def test_agrees_with_float64(implementation, tokens, width, dtype, rate, part):
     arguments = make(tokens, width, dtype)
-    keep = keep_mask(WORDS, first, tokens, width, rate) if rate else True
-    got = run(function, arguments, first, rate)
+    keep = keep_mask(WORDS, part, tokens, width, rate) if rate else True
+    got = run(implementation, arguments, part, rate)
     for name, one, want in zip(('out', 'residual', 'branch', 'branch bias', 'scale', 'bias'),
                                got, expected(*arguments, keep, rate)):
         assert error(one, want) < LIMIT[dtype], name
@@ -67,8 +69,8 @@ def test_agrees_with_float64(function, tokens, width, dtype, rate, first):
 
 def test_kernel_takes_a_float32_residual_beside_a_bfloat16_branch():
     arguments = make(8, 128, 'bfloat16', residual_dtype='float32')
-    want = run(add_norm.reference, arguments, 0, 0.1)
-    for one, other in zip(run(add_norm_kernel.add_norm, arguments, 0, 0.1), want):
+    want = run('xla', arguments, 0, 0.1)
+    for one, other in zip(run('gpu', arguments, 0, 0.1), want):
         assert one.dtype == other.dtype
         assert error(one, np.asarray(other, np.float64)) < LIMIT['bfloat16']
 
@@ -78,21 +80,20 @@ def test_rows_far_from_zero_keep_their_norm():
     arguments = make(4, 256, 'float32')
     arguments = arguments[0] + 1e3, *arguments[1:]
     want = expected(*arguments, True, 0.)[0]
-    assert error(run(add_norm_kernel.add_norm, arguments, 0, 0.)[0], want) < 1e-4
+    assert error(run('gpu', arguments, 0, 0.)[0], want) < 1e-4
 
 
 @pytest.mark.parametrize('shape, message', [
     ((8, 192), 'a width of 192'), ((8, 1152), 'a width of 1152'), ((6, 128), '6 tokens')])
 def test_shapes_without_a_kernel_say_why(shape, message):
-    assert message in add_norm_kernel.unsupported(jnp.zeros(shape))
-    assert add_norm_kernel.unsupported(jnp.zeros((8, 768))) is None
+    assert message in kernel.unsupported(jnp.zeros(shape), jnp.zeros(shape))
+    assert kernel.unsupported(*[jnp.zeros((8, 768))] * 2) is None
 
 
 @pytest.mark.parametrize('shards', [(8, 1, 1), (2, 2, 2)])
-@pytest.mark.parametrize('kernel, length', [(False, 8), (False, 9), (True, 8)])
-def test_same_over_a_mesh_as_on_one_device(shards, kernel, length, monkeypatch):
+@pytest.mark.parametrize('implementation, length', [(None, 8), (None, 9), ('gpu', 8)])
+def test_same_over_a_mesh_as_on_one_device(shards, implementation, length):
     """Values, masks and gradients of eight devices; those of the parameters are summed."""
-    monkeypatch.setattr(kernels, 'chosen', lambda *_: kernel)
     rng = np.random.default_rng(0)
     inputs, residual = (jnp.asarray(rng.normal(size=(8, length, n)), jnp.float32)
                         for n in (16, 128))
@@ -102,13 +103,13 @@ def test_same_over_a_mesh_as_on_one_device(shards, kernel, length, monkeypatch):
 
     def loss(params, residual, inputs):
         norm, projection = nnx.merge(graph, params)
-        out = add_norm.add_norm(norm, residual, projection, inputs, 0.5, jax.random.key(1))
+        out = add_norm(norm, residual, projection, inputs, 0.5, jax.random.key(1),
+                       implementation=implementation)
         return jnp.sum(jnp.sin(out))
 
     differentiate = functools.partial(jax.jit(jax.value_and_grad(loss, (0, 1, 2))), params,
                                       residual, inputs)
     want = differentiate()
-    jax.clear_caches()
-    with jax.set_mesh(sharding.make_mesh(sharding.Shards(*shards))):
+    with jax.set_mesh(make_mesh(Shards(*shards))):
         got = differentiate()
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=2e-5, atol=1e-5), got, want)

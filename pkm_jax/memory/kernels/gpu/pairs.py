@@ -7,6 +7,7 @@ one by one they would be split and joined again in each step. Widening a pair ta
 import jax
 import jax.numpy as jnp
 from jax.experimental.pallas import triton as plt
+from jax.typing import DTypeLike
 from jaxtyping import Array, Float, UInt32
 
 
@@ -27,7 +28,7 @@ def unpack(packed: Float[Array, '... n'] | UInt32[Array, '... n']) -> list[Float
             for bits in (packed << 16, packed & jnp.uint32(0xffff0000))]
 
 
-def parts_of(dtype) -> int:
+def parts_of(dtype: DTypeLike) -> int:
     """How many parts `unpack` makes of a tile of `dtype`."""
     return 4 // jnp.dtype(dtype).itemsize
 
@@ -39,10 +40,12 @@ def join(parts: list[Array]) -> Array:
     return jnp.stack(parts, axis=-1).reshape(*parts[0].shape[:-1], -1)
 
 
-def multiply_add(a: Array, b: Array, c: Float[Array, '...']) -> Float[Array, '...']:
+def multiply_add(
+    a: Array, b: Array, c: Float[Array, '...'], *, interpret: bool,
+) -> Float[Array, '...']:
     """a · b + c, a and b broadcast to c, float32; in one instruction (XLA would emit two)."""
     a, b = jnp.broadcast_to(a, c.shape), jnp.broadcast_to(b, c.shape)
-    if jax.default_backend() != 'gpu':
+    if interpret:
         return a * b + c
     result, = plt.elementwise_inline_asm(
         'fma.rn.f32 $0, $1, $2, $3;', args=[a, b, c], constraints='=f,f,f,f', pack=1,

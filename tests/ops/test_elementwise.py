@@ -5,7 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from pkm_jax.models.operations import gelu, logits, thirds
+from pkm_jax.ops.elementwise import gelu, logits, split_qkv
 
 
 def close(got, want, dtype):
@@ -44,9 +44,9 @@ def test_logits_and_their_gradients(vocab, dtype):
         assert error < dict(float32=1e-6, bfloat16=5e-3)[dtype]
 
 
-def test_thirds_are_put_together_again():
+def test_parts_of_qkv_are_put_together_again():
     x = jnp.arange(24.).reshape(1, 2, 12)
-    first, second, third = thirds(x)
+    first, second, third = split_qkv(x)
     np.testing.assert_array_equal(jnp.concatenate([first, second, third], axis=-1), x)
-    by_x, = jax.vjp(thirds, x)[1]([first * 2, second * 3, third * 5])
+    by_x, = jax.vjp(split_qkv, x)[1]([first * 2, second * 3, third * 5])
     np.testing.assert_array_equal(by_x, x * np.repeat([2, 3, 5], 4)[None, None])

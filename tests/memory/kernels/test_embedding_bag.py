@@ -1,12 +1,18 @@
 """The read's kernels, interpreted, against float64 sums."""
+import functools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from pkm_jax.memory import kernels, value_bag
-from pkm_jax.memory.kernels import read, read_backward
-from pkm_jax.memory.kernels.read_backward import compact_gradients, dense_gradients
+from pkm_jax.memory.embedding_bag import compact_gradients, embedding_bag
+from pkm_jax.memory.kernels.gpu import embedding_bag as kernel
+from pkm_jax.memory.kernels.gpu import embedding_bag_backward
+from pkm_jax.memory.kernels.gpu.embedding_bag_backward import rows_that_were_read
+
+bag = functools.partial(embedding_bag, implementation='gpu')
+dense_gradients = functools.partial(kernel.backward, interpret=True)
 
 LIMIT = {'float32': 1e-6, 'bfloat16': 5e-3}
 
@@ -14,9 +20,9 @@ LIMIT = {'float32': 1e-6, 'bfloat16': 5e-3}
 @pytest.fixture(autouse=True)
 def short_chunks(monkeypatch):
     """Tiny cases with slots that are hot, chunks without a segment's start, and uneven ends."""
-    monkeypatch.setattr(read_backward, 'SHORTEST_CHUNK', 8)
+    monkeypatch.setattr(embedding_bag_backward, 'SHORTEST_CHUNK', 8)
     for sizes in 'TILE', 'PIECES':
-        monkeypatch.setattr(read_backward, sizes, 4)
+        monkeypatch.setattr(embedding_bag_backward, sizes, 4)
     jax.clear_caches()
 
 
@@ -65,7 +71,7 @@ def test_agrees_with_float64(case):
     values, slots, weights, gradient = make(*CASES[case])
     limit = LIMIT[str(values.dtype)]
     sums, table, by_weight = expected(values, slots, weights, gradient)
-    out, pull = jax.vjp(lambda v, w: read.value_bag(v, slots, w), values, weights)
+    out, pull = jax.vjp(lambda v, w: bag(v, slots, w), values, weights)
     by_value, by_read = pull(gradient)
     assert out.dtype == values.dtype and by_value.dtype == values.dtype
     assert error(out, sums) < limit
@@ -78,8 +84,8 @@ def test_agrees_with_float64(case):
 @pytest.mark.parametrize('slots', [random_slots(9, 7, 20), MIXED[:9, :7]])
 def test_chunks_grow_with_the_number_of_reads(monkeypatch, slots):
     """21 reads a chunk, which is no power of two; weights in bfloat16."""
-    monkeypatch.setattr(read_backward, 'PROGRAMS', 3)
-    assert read_backward._chunk_size(slots) == 21
+    monkeypatch.setattr(embedding_bag_backward, 'PROGRAMS', 3)
+    assert embedding_bag_backward._chunk_size(slots) == 21
     values, slots, weights, gradient = make(slots, 20, 128)
     weights = weights.astype(jnp.bfloat16)
     _, table, by_weight = expected(values, slots, weights, gradient)
@@ -93,7 +99,8 @@ def test_chunks_grow_with_the_number_of_reads(monkeypatch, slots):
 def test_compact_rows_are_those_of_the_dense_gradient(case):
     values, slots, weights, gradient = make(*CASES[case])
     table, by_read = dense_gradients(values, slots, weights, gradient)
-    row_slots, rows, count, compact_by_read = compact_gradients(values, slots, weights, gradient)
+    row_slots, rows, count, compact_by_read = rows_that_were_read(
+        values, slots, weights, gradient, interpret=True)
     distinct = np.unique(slots)
     assert int(count) == len(distinct)
     assert len(rows) == len(row_slots) == min(len(values), slots.size)
@@ -106,7 +113,7 @@ def test_compact_rows_are_those_of_the_dense_gradient(case):
 
 @pytest.mark.parametrize('case', ['no padding', 'padding', 'padding, last slot read'])
 @pytest.mark.parametrize('n_slots', [10, 100])
-def test_rows_of_a_sparse_gradient_are_those_of_the_reference(monkeypatch, case, n_slots):
+def test_rows_of_a_sparse_gradient_are_those_of_the_reference(case, n_slots):
     """Slots of S, which nobody reads, beside the last slot; more rows than reads, and fewer."""
     slots = random_slots(7, 4, n_slots - 1)
     if 'padding,' in case:
@@ -115,9 +122,8 @@ def test_rows_of_a_sparse_gradient_are_those_of_the_reference(monkeypatch, case,
         slots[4:, 1:] = n_slots
     values, slots, weights, gradient = make(slots, n_slots, 128)
     weights = jnp.where(slots < n_slots, weights, 0)
-    want, want_by_read = value_bag.compact_reference(values, slots, weights, gradient)
-    monkeypatch.setattr(kernels, 'chosen', lambda *_: True)
-    got, by_read = value_bag.compact_gradients(values, slots, weights, gradient)
+    want, want_by_read = compact_gradients(values, slots, weights, gradient)
+    got, by_read = compact_gradients(values, slots, weights, gradient, implementation='gpu')
     np.testing.assert_array_equal(got.ids, want.ids)
     np.testing.assert_array_equal(got.count, want.count)
     np.testing.assert_allclose(got.rows, want.rows, rtol=1e-5, atol=1e-5)
@@ -127,7 +133,7 @@ def test_rows_of_a_sparse_gradient_are_those_of_the_reference(monkeypatch, case,
 def test_padding_reads_nothing_but_has_a_weight_gradient():
     values, slots, weights, gradient = make(random_slots(6, 4, 10), 10, 128)
     weights = weights.at[4:].set(0)
-    out, pull = jax.vjp(lambda v, w: read.value_bag(v, slots, w), values, weights)
+    out, pull = jax.vjp(lambda v, w: bag(v, slots, w), values, weights)
     by_value, by_weight = pull(gradient)
     _, table, wanted = expected(values, slots, weights, gradient)
     assert not np.asarray(out[4:]).any()
@@ -137,8 +143,8 @@ def test_padding_reads_nothing_but_has_a_weight_gradient():
 
 def test_same_result_as_the_reference_it_replaces():
     values, slots, weights, gradient = make(random_slots(6, 4, 10), 10, 128)
-    want, pull = jax.vjp(lambda v, w: value_bag.reference(v, slots, w), values, weights)
-    got, pull_kernel = jax.vjp(lambda v, w: read.value_bag(v, slots, w), values, weights)
+    want, pull = jax.vjp(lambda v, w: embedding_bag(v, slots, w), values, weights)
+    got, pull_kernel = jax.vjp(lambda v, w: bag(v, slots, w), values, weights)
     for a, b in zip((got, *pull_kernel(gradient)), (want, *pull(gradient))):
         np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-5)
 
@@ -147,18 +153,5 @@ def test_same_result_as_the_reference_it_replaces():
     ((9, 96), 'float32', 'width of 96'), ((9, 128), 'float16', 'float16'),
     ((9, 128), 'bfloat16', None)])
 def test_says_what_it_does_not_support(shape, dtype, word):
-    reason = read.unsupported(jnp.zeros(shape, dtype), jnp.zeros((2, 2), jnp.int32))
+    reason = kernel.unsupported(jnp.zeros(shape, dtype), jnp.zeros((2, 2), jnp.int32))
     assert (reason is None) if word is None else word in reason
-
-
-def test_is_chosen_on_nvidia_gpus_and_logs_a_reason_against_once(monkeypatch):
-    assert not kernels.chosen('read', None)     # this is a CPU
-    device = type('Device', (), {'device_kind': 'NVIDIA H200'})()
-    monkeypatch.setattr(jax, 'default_backend', lambda: 'gpu')
-    monkeypatch.setattr(jax, 'devices', lambda: [device])
-    logged = []
-    monkeypatch.setattr(kernels.logging, 'warning', lambda *text: logged.append(text[0] % text[1:]))
-    assert kernels.chosen('read', None)
-    for _ in range(2):
-        assert not kernels.chosen('read', 'a value width of 96')
-    assert len(logged) == 1 and 'width of 96' in logged[0]

@@ -9,6 +9,7 @@ from jax.extend.random import threefry2x32_p
 from jaxtyping import Array, Bool, Float, Int32, Key, UInt32
 
 LEVELS = 2 ** 16        # of the rate: 16 random bits decide on an element
+HIGHEST_RATE = 1 - 1 / LEVELS   # above it a rate rounds to 1, and nothing would stay
 DRAWS = 4               # rows, one below the other, that share the 64 bits of a Threefry block
 
 
@@ -21,11 +22,11 @@ def dropout(x: Array, rate: float, key: Key[Array, ''] | None) -> Array:
 
 
 def drop(
-    x: Float[Array, 'rows columns'], words: UInt32[Array, '2'], first: Int32[Array, ''] | int,
+    x: Float[Array, 'rows columns'], words: UInt32[Array, '2'], part: Int32[Array, ''] | int,
     rate: float,
 ) -> Float[Array, 'rows columns']:
-    """What `keep_mask` keeps of a matrix, scaled to keep its mean."""
-    return jnp.where(keep_mask(words, first, *x.shape, rate), x / (1 - rate), 0)
+    """What `keep_mask` keeps of a part of a matrix, scaled to keep its mean."""
+    return jnp.where(keep_mask(words, part, *x.shape, rate), x / (1 - rate), 0)
 
 
 def words_of(key: Key[Array, '']) -> UInt32[Array, '2']:
@@ -34,14 +35,15 @@ def words_of(key: Key[Array, '']) -> UInt32[Array, '2']:
 
 
 def keep_mask(
-    words: UInt32[Array, '2'], first: Int32[Array, ''] | int, rows: int, columns: int, rate: float,
+    words: UInt32[Array, '2'], part: Int32[Array, ''] | int, rows: int, columns: int, rate: float,
 ) -> Bool[Array, '{rows} {columns}']:
-    """Which elements of a matrix stay, whose first row is number `first` of a longer one.
+    """Which elements stay of part number `part` of a matrix that is cut into parts of `rows` rows.
 
-    Row i, column j stays if the 16 bits number i % DRAWS of Threefry-2x32 (Salmon et al. 2011) of
+    Of the whole matrix, row i, column j stays if the 16 bits number i % DRAWS of Threefry-2x32 (Salmon et al. 2011) of
     (i // DRAWS, j) are not below the rate. `jax.random` would spend a block on each element.
     """
-    aligned = rows % DRAWS == 0     # and so is `first`, that of an equal part of the longer one
+    first = part * rows
+    aligned = rows % DRAWS == 0     # and so is the first row, whichever part it is
     shape = (rows // DRAWS + (0 if aligned else 2), columns)
     group, column = (jax.lax.broadcasted_iota(jnp.uint32, shape, axis) for axis in range(2))
     group += jnp.uint32(first // DRAWS)

@@ -23,8 +23,8 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import triton as plt
 from jaxtyping import Array, Float, Int32
 
-from pkm_jax.memory.kernels import call, column_blocks
-from pkm_jax.memory.kernels.pairs import join, multiply_add, pack, parts_of, unpack
+from pkm_jax.memory.kernels.gpu.pairs import join, multiply_add, pack, parts_of, unpack
+from pkm_jax.ops.gpu import call, column_blocks
 
 PROGRAMS = 8192             # over which the sorted reads are spread in chunks,
 SHORTEST_CHUNK = 32         # which are no shorter than this
@@ -37,19 +37,21 @@ PIECE_COLUMNS = 64          # in so many columns
 
 def dense_gradients(
     values: Float[Array, 'S V'], slots: Int32[Array, 'T R'], weights: Float[Array, 'T R'],
-    gradient: Float[Array, 'T V'],
+    gradient: Float[Array, 'T V'], *, interpret: bool,
 ) -> tuple[Float[Array, 'S V'], Float[Array, 'T R']]:
     """Gradients of `values` and `weights`; rows without a read are zero."""
     n_slots, width = values.shape
-    row_slots, rows, by_read = _gradients(values, _sort(slots), weights, gradient, n_slots, None)
+    row_slots, rows, by_read = _gradients(values, _sort(slots), weights, gradient, n_slots, None,
+                                          interpret)
     rows, = call(functools.partial(_clear, blocks=column_blocks(width)), 'read_backward_clear',
-                 (pl.cdiv(n_slots, TILE),), [rows], rows, row_slots, aliases={0: 0})
+                 (pl.cdiv(n_slots, TILE),), [rows], rows, row_slots, aliases={0: 0},
+                 interpret=interpret)
     return rows, by_read
 
 
-def compact_gradients(
+def rows_that_were_read(
     values: Float[Array, 'S V'], slots: Int32[Array, 'T R'], weights: Float[Array, 'T R'],
-    gradient: Float[Array, 'T V'],
+    gradient: Float[Array, 'T V'], *, interpret: bool,
 ) -> tuple[Int32[Array, 'rows'], Float[Array, 'rows V'], Int32[Array, ''], Float[Array, 'T R']]:
     """Slots read (ascending), their gradient rows, how many they are, and the weights' gradient.
 
@@ -62,7 +64,8 @@ def compact_gradients(
     until = jnp.cumsum(jnp.sum(first, axis=1, dtype=jnp.int32))
     before = jnp.concatenate([jnp.zeros(1, jnp.int32), until])
     capacity = min(len(values), slots.size)
-    row_slots, rows, by_read = _gradients(values, reads, weights, gradient, capacity, before)
+    row_slots, rows, by_read = _gradients(values, reads, weights, gradient, capacity, before,
+                                          interpret)
     return row_slots, rows, before[-1], by_read
 
 
@@ -78,33 +81,36 @@ def _chunk_size(slot):
     return min(max(SHORTEST_CHUNK, slot.size // PROGRAMS), LONGEST_CHUNK)
 
 
-def _gradients(values, reads, weights, gradient, n_rows, rows_before):
+def _gradients(values, reads, weights, gradient, n_rows, rows_before, interpret):
     """Slot of each gradient row (S: none, and the row not set), the rows, the weights' gradients.
 
     `rows_before` counts the distinct slots before each chunk; None: a slot is its own row.
     """
     order, slot = reads
     width, n_slots = values.shape[1], len(values)
-    cut, segment_end = _cuts(slot)
+    cut, segment_end = _cuts(slot, interpret)
     chunks = len(cut) - 1
     compact = [] if rows_before is None else [rows_before]
     no_slot = jnp.full((n_rows,), n_slots, jnp.int32)
     like = jax.ShapeDtypeStruct
     row_slots, rows, by_read, pieces = call(
         functools.partial(_stream, blocks=column_blocks(width), compact=bool(compact),
+                          interpret=interpret,
                           reads_a_step=1 + (values.nbytes // n_slots <= PAIRED_ROW_BYTES)),
         'read_backward', (chunks,),
         [no_slot, like((n_rows, width), values.dtype), like((slot.size,), jnp.float32),
          like((chunks, 2, parts_of(values.dtype), width // parts_of(values.dtype)), jnp.float32)],
-        no_slot, values, gradient, weights.reshape(-1), order, slot, cut, *compact, aliases={0: 0})
+        no_slot, values, gradient, weights.reshape(-1), order, slot, cut, *compact, aliases={0: 0},
+        interpret=interpret)
     rows, = call(
         functools.partial(_add_pieces, chunks=chunks, compact=bool(compact)), 'read_backward_add',
         (pl.cdiv(chunks, PIECES), width // PIECE_COLUMNS), [rows],
-        rows, pieces, slot, cut, segment_end, *compact, aliases={0: 0}, warps=4)
+        rows, pieces, slot, cut, segment_end, *compact, aliases={0: 0}, warps=4,
+        interpret=interpret)
     return row_slots, rows, by_read.reshape(weights.shape).astype(weights.dtype)
 
 
-def _cuts(slot):
+def _cuts(slot, interpret):
     """First sorted read of each chunk (and the end), and where the segment at n·chunk size ends.
 
     A chunk starts at n·chunk size if a segment starts there or a hot one is to be cut, and
@@ -135,18 +141,19 @@ def _cuts(slot):
 
     padded = jax.ShapeDtypeStruct((pl.cdiv(chunks + 1, TILE) * TILE,), jnp.int32)
     cut, segment_end = call(kernel, 'read_backward_cuts', (padded.shape[0] // TILE,),
-                            [padded, padded], slot)
+                            [padded, padded], slot, interpret=interpret)
     return cut[:chunks + 1], segment_end
 
 
 def _stream(_no_slot, values, gradient, weights, order, slot, cut, *rest,
-            blocks, compact, reads_a_step):
+            blocks, compact, reads_a_step, interpret):
     """One chunk: see the module. `blocks` are the column ranges that a row is held in."""
     rows_before, (row_slots, rows, by_read, pieces) = rest[0], rest[-4:]
     chunk, size = pl.program_id(0), slot.shape[0]
     first, last = cut[chunk], cut[chunk + 1]
     head_cut, tail_cut = _is_cut(slot, first), _is_cut(slot, last)
     reads_per_token = size // gradient.shape[0]
+    add_product = functools.partial(multiply_add, interpret=interpret)
 
     def index(at):
         at = jnp.minimum(at, last - 1)
@@ -176,10 +183,10 @@ def _stream(_no_slot, values, gradient, weights, order, slot, cut, *rest,
         g, value = ([unpack(block) for block in row] for row in (g, value))
         inner = jnp.zeros_like(g[0][0])
         for part, other in zip(sum(g, []), sum(value, [])):
-            inner = multiply_add(part, other, inner)
+            inner = add_product(part, other, inner)
         by_read[read] = jnp.sum(inner)
         weight = jnp.where(first + n < last, weight, 0)     # the last one may come twice
-        sums = jax.tree.map(functools.partial(multiply_add, weight), g, sums)
+        sums = jax.tree.map(functools.partial(add_product, weight), g, sums)
         return following, after_next, upcoming, held, sums, row, in_head
 
     def start_segment(here, held, sums, row, in_head):

@@ -1,0 +1,166 @@
+"""One way to choose a kernel: by the platform that a program is lowered for.
+
+An operation has a plain jnp reference, which runs everywhere, and can have a kernel for NVIDIA
+GPUs. The choice is a primitive of its own, which is traced as the reference's shapes and lowered as
+one of the two. So a program that is lowered for a GPU on a machine without one has the kernels, and
+a kernel's module is imported only where a program for its device is lowered.
+"""
+
+import dataclasses
+import functools
+import logging
+from collections.abc import Callable
+from typing import Any, Literal, NamedTuple
+
+import jax
+from jax.core import ShapedArray
+from jax.extend.core import Primitive
+from jax.interpreters import batching, mlir
+
+from pkm_jax.refusal import Refusal
+
+Implementation = Literal['xla', 'gpu', 'tpu']
+
+
+class Kernel(NamedTuple):
+    """Two functions of a reference's arguments."""
+    run: Callable           # and of `interpret: bool`; returns what the reference does
+    unsupported: Callable   # why the kernel cannot take arguments of these shapes; None if it can
+
+
+@dataclasses.dataclass(frozen=True)
+class Choice:
+    """A function of arrays and of static settings that is the reference or a kernel.
+
+    A call takes an implementation and the function's arguments. None: the kernel where the program
+    is lowered for a device that has one and the kernel can take the arguments, and otherwise the
+    reference, which is logged once for each operation and reason. 'xla': the reference. 'gpu': the
+    kernel, interpreted where the program is lowered for another platform.
+
+    Derivatives are the caller's; under `jax.vmap` the choice is the reference.
+
+    Raises:
+      Refusal: that kernel does not exist, or cannot take the arguments.
+    """
+    operation: str                  # for messages
+    reference: Callable
+    load: Callable[[], Kernel]      # imports the kernel for NVIDIA GPUs
+
+    def __call__(self, implementation: Implementation | None, *arrays: Any, **static: Any) -> Any:
+        check_implementation(implementation)
+        if implementation == 'xla':
+            return self.reference(*arrays, **static)
+        if implementation == 'gpu':
+            reason = self.load().unsupported(*arrays, **static)
+            if reason:
+                raise _refused(self.operation, reason)
+        shapes = jax.eval_shape(functools.partial(self.reference, **static), *arrays)
+        leaves = choice_p.bind(*arrays, choice=self, forced=implementation == 'gpu',
+                               static=tuple(sorted(static.items())), batched=())
+        return jax.tree.unflatten(jax.tree.structure(shapes), leaves)
+
+
+def check_implementation(implementation: str | None) -> None:
+    """Refuses what is no implementation.
+
+    Raises:
+      Refusal: the name is unknown, or there are no such kernels yet.
+    """
+    if implementation == 'tpu':
+        raise Refusal("implementation = 'tpu': there are no kernels for TPUs yet. Leave it None, "
+                      "which is plain XLA on a TPU.")
+    if implementation not in (None, 'xla', 'gpu'):
+        raise Refusal(f"implementation = {implementation!r} is none of None, 'xla', 'gpu', 'tpu'.")
+
+
+def _refused(operation, reason):
+    return Refusal(f"implementation = 'gpu': the kernel of the {operation} does not support "
+                   f"{reason}. Leave it None for plain jnp there.")
+
+
+choice_p = Primitive('kernel_choice')
+choice_p.multiple_results = True
+
+
+def _plain(choice, static, batched):
+    """The reference as a function of arrays that returns a list, mapped over what was batched."""
+    function = functools.partial(choice.reference, **dict(static))
+    for axes in batched:
+        function = jax.vmap(function, axes)
+    return lambda *arrays: jax.tree.leaves(function(*arrays))
+
+
+@choice_p.def_abstract_eval
+def _abstract(*arrays, choice, forced, static, batched):
+    shapes = jax.eval_shape(_plain(choice, static, batched),
+                            *(jax.ShapeDtypeStruct(a.shape, a.dtype) for a in arrays))
+    return [ShapedArray(shape.shape, shape.dtype) for shape in shapes]
+
+
+@choice_p.def_impl
+def _run(*arrays, **settings):
+    return _compiled(tuple(sorted(settings.items())))(*arrays)
+
+
+@functools.cache
+def _compiled(settings):
+    return jax.jit(functools.partial(choice_p.bind, **dict(settings)))
+
+
+def _batch(arrays, axes, *, choice, forced, static, batched):
+    if forced:
+        raise _refused(choice.operation, 'jax.vmap')
+    results = choice_p.bind(*arrays, choice=choice, forced=False, static=static,
+                            batched=(*batched, tuple(axes)))
+    return results, [0] * len(results)
+
+
+batching.primitive_batchers[choice_p] = _batch
+
+
+def _lower(context, *values, choice, forced, static, batched):
+    function = _plain(choice, static, batched)
+    if forced:
+        function = _kernel(choice.load(), static, interpret=True)
+    return mlir.lower_fun(function)(context, *values)
+
+
+def _lower_for_cuda(context, *values, choice, forced, static, batched):
+    kernel, reason = _supported(choice, context.avals_in, static, batched)
+    if reason:
+        _say_once(choice.operation, reason)
+        function = _plain(choice, static, batched)
+    else:
+        function = _kernel(kernel, static, interpret=False)
+    return mlir.lower_fun(function)(context, *values)
+
+
+mlir.register_lowering(choice_p, _lower)
+mlir.register_lowering(choice_p, _lower_for_cuda, platform='cuda')
+
+
+def _supported(choice, arrays, static, batched):
+    """The kernel, and why not to use it."""
+    if batched:
+        return None, 'jax.vmap'
+    try:
+        kernel = choice.load()
+    except (ImportError, AttributeError) as error:      # a backend that this jax lacks
+        return None, f'jax {jax.__version__} ({error})'
+    return kernel, kernel.unsupported(*arrays, **dict(static))
+
+
+def _kernel(kernel, static, interpret):
+    return lambda *arrays: jax.tree.leaves(
+        kernel.run(*arrays, **dict(static), interpret=interpret))
+
+
+def _say_once(operation, reason):
+    if (operation, reason) not in _said:
+        _said.add((operation, reason))
+        logging.getLogger(__name__).warning(
+            'The kernel of the %s does not support %s: plain jnp instead, slower.', operation,
+            reason)
+
+
+_said: set[tuple[str, str]] = set()

@@ -1,0 +1,55 @@
+"""Weighted sum of value rows and its derivative on an NVIDIA GPU, in the place of the reference."""
+
+import jax.numpy as jnp
+from jaxtyping import Array, Float, Int32
+
+from pkm_jax.memory.kernels.gpu.embedding_bag_backward import dense_gradients, rows_that_were_read
+from pkm_jax.memory.kernels.gpu.embedding_bag_forward import sum_rows
+from pkm_jax.memory.sparse_rows import SparseRows
+
+DTYPES = (jnp.float32, jnp.bfloat16)
+
+
+def unsupported(values: Array, slots: Array, *_: Array) -> str | None:
+    """Why the kernels cannot read this table with these slots; None if they can."""
+    if values.dtype not in DTYPES:
+        return f'values of {values.dtype} (float32 or bfloat16)'
+    if values.shape[1] % 128:
+        return f'a value width of {values.shape[1]} (a multiple of 128)'
+    if slots.size >= 2**31:
+        return f'{slots.size} reads (fewer than 2^31)'
+    return None
+
+
+def forward(
+    values: Float[Array, 'S V'], slots: Int32[Array, 'T R'], weights: Float[Array, 'T R'], *,
+    interpret: bool,
+) -> Float[Array, 'T V']:
+    """The sum, in the dtype of `values`."""
+    if slots.shape[1] == 1:     # a gather
+        return (values[slots[:, 0]] * weights.astype(jnp.float32)).astype(values.dtype)
+    return sum_rows(values, slots, weights, interpret=interpret)
+
+
+def backward(
+    values: Float[Array, 'S V'], slots: Int32[Array, 'T R'], weights: Float[Array, 'T R'],
+    gradient: Float[Array, 'T V'], *, interpret: bool,
+) -> tuple[Float[Array, 'S V'], Float[Array, 'T R']]:
+    """Dense gradients of values, in their dtype, and of weights; deterministic."""
+    return dense_gradients(values, slots, weights, gradient, interpret=interpret)
+
+
+def compact_backward(
+    values: Float[Array, 'S V'], slots: Int32[Array, 'T R'], weights: Float[Array, 'T R'],
+    gradient: Float[Array, 'T V'], *, interpret: bool,
+) -> tuple[SparseRows, Float[Array, 'T R']]:
+    """The rows of the values' gradient that were read, and the weights' gradient; deterministic."""
+    # The kernel reads everywhere: slot S - 1 for S.
+    last = len(values) - 1
+    ids, rows, _, by_read = rows_that_were_read(
+        values, jnp.minimum(slots, last), weights, gradient, interpret=interpret)
+    in_use = ids < jnp.where(jnp.any(slots == last), last + 1, last)
+    return (SparseRows(jnp.where(in_use, ids, last + 1),
+                       jnp.where(in_use[:, None], rows.astype(jnp.float32), 0),
+                       jnp.sum(in_use, dtype=jnp.int32)[None]),
+            jnp.where(slots <= last, by_read, 0))

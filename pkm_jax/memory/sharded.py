@@ -1,0 +1,254 @@
+"""Retrieval, read and value rows over the mesh in use (`jax.set_mesh`), as on one device.
+
+Tokens and tables are split by the axes of the mesh that `axes` names (`pkm_jax.mesh`). The devices
+of a memory group exchange the slots and weights of their tokens, each reads what it holds for all
+of them, and the partial reads go back to the tokens' owners. Codebooks are replicated. Never
+gathered: a table, its gradient, its optimiser state.
+"""
+
+import functools
+import math
+
+import jax
+import jax.numpy as jnp
+from jax.sharding import PartitionSpec as P
+from jax.typing import DTypeLike
+from jaxtyping import Array, Float, Int32
+
+from pkm_jax.dispatch import Implementation
+from pkm_jax.memory import embedding_bag as bag
+from pkm_jax.memory import product_keys, sparse_rows
+from pkm_jax.memory.replica_exchange import replica_exchange
+from pkm_jax.memory.sparse_rows import SparseRows, Touched
+from pkm_jax.mesh import OWN, Axes, on_shards, over_tokens, shards_in_use
+
+
+def top_k_product_keys(
+    query: Float[Array, 'T H 2 half'], codebooks: Float[Array, 'H 2 N half'], k: int, *,
+    axes: Axes = OWN, implementation: Implementation | None = None,
+) -> tuple[Float[Array, 'T H {k}'], Int32[Array, 'T H {k}']]:
+    """`product_keys.top_k_product_keys`, each device searching for its own tokens."""
+    search = functools.partial(product_keys.top_k_product_keys, k=k, implementation=implementation)
+    return over_tokens(search, 1, axes)(query, codebooks)
+
+
+def embedding_bag(
+    values: Float[Array, 'S V'], slots: Int32[Array, 'T R'], weights: Float[Array, 'T R'],
+    dtype: DTypeLike | None = None, *,
+    axes: Axes = OWN, implementation: Implementation | None = None,
+) -> Float[Array, 'T V']:
+    """`embedding_bag.embedding_bag` of the values rounded to `dtype`; their gradient is dense, and
+    split as they are. Each device's is rounded to `dtype`; the sum over replicas is in the values'
+    own."""
+    def read(values, slots, weights):
+        values = values.astype(dtype or values.dtype)
+        slots, mine = _in_shard(_gather(slots, axes.memory), len(values), axes)
+        weights = jnp.where(mine, _gather(weights, axes.memory), 0)
+        partial = bag.embedding_bag(values, jnp.where(mine, slots, 0), weights,
+                                    implementation=implementation)
+        return _to_owners(partial, axes)
+
+    return on_shards(read, (axes.table, axes.tokens, axes.tokens), axes.tokens, axes)(
+        values, slots, weights)
+
+
+def embedding_lookup(
+    table: Float[Array, 'rows V'], ids: Int32[Array, 'T'], *,
+    axes: Axes = OWN, implementation: Implementation | None = None,
+) -> Float[Array, 'T V']:
+    """Rows of a table that every device has, as an `embedding_bag` of one read a token."""
+    def read(ids, table):
+        return bag.embedding_bag(table, ids[:, None], jnp.ones((len(ids), 1)),
+                                 implementation=implementation)
+
+    return over_tokens(read, 1, axes)(ids, table)
+
+
+def sparse_embedding_bag(
+    values: Float[Array, 'S V'], delta: Float[Array, 'rows V'], slots: Int32[Array, 'T R'],
+    weights: Float[Array, 'T R'], *,
+    axes: Axes = OWN, implementation: Implementation | None = None,
+) -> tuple[Float[Array, 'T V'], Touched]:
+    """`embedding_bag`, and the rows that it touched; the gradient of `delta` is that of these rows.
+
+    `values` are a constant of the derivative. `delta` is zeros of the shape of `no_delta`: the read
+    is Σ w · (values[slot] + delta[rank of slot]), of which no delta is ever added, and row i of its
+    gradient belongs to row `ids[i]` of the table. Reads of weight 0 touch nothing.
+    """
+    return _sparse_bag(values, delta, slots, weights, axes, implementation)
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(4, 5))
+def _sparse_bag(values, delta, slots, weights, axes, implementation):
+    return (embedding_bag(values, slots, weights, axes=axes, implementation=implementation),
+            _touched(slots, weights, len(values), axes))
+
+
+def _sparse_forward(values, delta, slots, weights, axes, implementation):
+    return (_sparse_bag(values, delta, slots, weights, axes, implementation),
+            (values, slots, weights))
+
+
+def _sparse_backward(axes, implementation, residuals, gradients):
+    rows, by_weights = compact_gradients(*residuals, gradients[0], axes=axes,
+                                         implementation=implementation)
+    return None, rows.rows, None, by_weights
+
+
+_sparse_bag.defvjp(_sparse_forward, _sparse_backward)
+
+
+def no_delta(
+    n_slots: int, width: int, reads: int, *, axes: Axes = OWN,
+) -> Float[Array, 'rows {width}']:
+    """Zeros in place of every row that `reads` reads can touch."""
+    rows = shards_in_use(axes).rows * _capacity(n_slots, reads, axes)
+    return jnp.zeros((rows, width), jnp.float32)
+
+
+def _touched(slots, weights, n_slots, axes):
+    """The ids, in ascending order, and the number of all slots read with a weight other than 0."""
+    capacity = _capacity(n_slots, slots.size, axes)
+
+    def find(slots, weights):
+        size = n_slots // shards_in_use(axes).rows
+        slots = _gather(_read_slots(slots, weights, n_slots), axes.names)
+        ids, count = sparse_rows.distinct(_in_shard(slots, size, axes)[0], size, capacity)
+        return Touched(_in_table(ids, size, n_slots, axes), count)
+
+    rows = _rows(axes)
+    return on_shards(find, (axes.tokens, axes.tokens), Touched(rows.ids, rows.count), axes)(
+        slots, weights)
+
+
+def compact_gradients(
+    values: Float[Array, 'S V'], slots: Int32[Array, 'T R'], weights: Float[Array, 'T R'],
+    gradient: Float[Array, 'T V'], *,
+    axes: Axes = OWN, implementation: Implementation | None = None,
+) -> tuple[SparseRows, Float[Array, 'T R']]:
+    """`embedding_bag.compact_gradients` of all slots read with a weight other than 0, summed over
+    the replicas, which exchange their tokens or their rows, whichever is less."""
+    shards, n_slots = shards_in_use(axes), len(values)
+    capacity = _capacity(n_slots, slots.size, axes)
+    exchanged = replica_exchange(shards, *slots.shape, *values.shape, gradient.dtype.itemsize,
+                                 weights.dtype.itemsize).what
+    along = axes.names if exchanged == 'tokens' else axes.memory
+
+    def differentiate(values, slots, weights, gradient):
+        slots = _gather(_read_slots(slots, weights, n_slots), along)
+        slots, mine = _in_shard(slots, len(values), axes)
+        weights = jnp.where(mine, _gather(weights, along), 0)
+        rows, by_read = bag.compact_gradients(
+            values, slots, weights, _to_readers(gradient, along, axes),
+            implementation=implementation)
+        if exchanged == 'rows':
+            rows = sparse_rows.merge(jax.lax.all_gather(rows, axes.data), len(values), capacity)
+        elif shards.data > 1:
+            by_read = by_read.reshape(shards.data, -1, *by_read.shape[1:])
+            by_read = by_read[jax.lax.axis_index(axes.data)]
+        return (rows._replace(ids=_in_table(rows.ids, len(values), n_slots, axes)),
+                _sum_to_owners(by_read, axes.memory))
+
+    split = axes.table, axes.tokens, axes.tokens, axes.tokens
+    return on_shards(differentiate, split, (_rows(axes), axes.tokens), axes)(
+        values, slots, weights, gradient)
+
+
+def merge(parts: SparseRows, n_slots: int, *, axes: Axes = OWN) -> SparseRows:
+    """`sparse_rows.merge` of stacked parts, each row where it lives."""
+    capacity = _capacity(n_slots, parts.ids.size // shards_in_use(axes).rows, axes)
+    rows = _rows(axes)
+    stacked = SparseRows(*(P(None, *spec) for spec in rows))
+
+    def add(parts):
+        return sparse_rows.merge(parts, n_slots, capacity)
+
+    return on_shards(add, (stacked,), rows, axes)(parts)
+
+
+def take_rows(table: Array, ids: Int32[Array, 'rows'], *, axes: Axes = OWN) -> Array:
+    """Rows of `table` ([S, V] or [S], split as values are) with these ids; zeros for ids of S."""
+    def take(table, ids):
+        return sparse_rows.take_rows(table, _in_shard(ids, len(table), axes)[0])
+
+    spec = P(*axes.table[:table.ndim])
+    return on_shards(take, (spec, _rows(axes).ids), spec, axes)(table, ids)
+
+
+def put_rows(
+    table: Array, ids: Int32[Array, 'rows'], rows: Array, *, axes: Axes = OWN,
+) -> Array:
+    """`table` ([S, V] or [S], split as values are) with these rows set, in place where possible."""
+    def put(table, ids, rows):
+        return sparse_rows.put_rows(table, _in_shard(ids, len(table), axes)[0], rows)
+
+    spec = P(*axes.table[:table.ndim])
+    return on_shards(put, (spec, _rows(axes).ids, spec), spec, axes)(table, ids, rows)
+
+
+def _rows(axes):
+    """How SparseRows are split."""
+    by_rows = P(axes.table[0])
+    return SparseRows(ids=by_rows, rows=axes.table, count=by_rows)
+
+
+def _capacity(n_slots, reads, axes):
+    """Rows that `reads` reads can touch in one row shard."""
+    return min(n_slots // shards_in_use(axes).rows, reads)
+
+
+def _read_slots(slots, weights, n_slots):
+    """Slots, or S for reads of weight 0 (padding, above all): they touch nothing."""
+    return jnp.where(weights != 0, slots, n_slots)
+
+
+# What follows runs within a shard, of `size` rows.
+
+def _in_shard(slots, size, axes):
+    """Slots of the table as rows of this shard, `size` where they are in another; and which are."""
+    split = shards_in_use(axes).rows > 1
+    slots = slots - (jax.lax.axis_index(axes.rows) * size if split else 0)
+    mine = (slots >= 0) & (slots < size)
+    return jnp.where(mine, slots, size), mine
+
+
+def _in_table(ids, size, n_slots, axes):
+    """Rows of this shard as slots of the table; `size`, which is none, as S."""
+    start = jax.lax.axis_index(axes.rows) * size if shards_in_use(axes).rows > 1 else 0
+    return jnp.where(ids < size, ids + start, n_slots)
+
+
+def _gather(array, names):
+    """The tokens of all devices along some axes of the mesh, in their order."""
+    if _devices(names) == 1:
+        return array
+    return jax.lax.all_gather(array, names, tiled=True)
+
+
+def _to_owners(reads, axes):
+    """Partial reads of a group's tokens [T, V / columns], summed, to the tokens' owners."""
+    if shards_in_use(axes).rows > 1:
+        total = _sum_to_owners(reads.astype(jnp.float32), axes.rows)
+        reads = total.astype(reads.dtype)
+    if shards_in_use(axes).columns > 1:
+        reads = jax.lax.all_to_all(reads, axes.columns, split_axis=0, concat_axis=1, tiled=True)
+    return reads
+
+
+def _to_readers(gradient, names, axes):
+    """Gradients of own reads [T, V], to the devices along some axes that read parts of them."""
+    if shards_in_use(axes).columns > 1:
+        gradient = jax.lax.all_to_all(gradient, axes.columns, split_axis=1, concat_axis=0,
+                                      tiled=True)
+    return _gather(gradient, tuple(name for name in names if name not in axes.columns))
+
+
+def _sum_to_owners(array, names):
+    """Summed over the devices along some axes, each keeping what belongs to its tokens."""
+    if _devices(names) == 1:
+        return array
+    return jax.lax.psum_scatter(array, names, scatter_dimension=0, tiled=True)
+
+
+def _devices(names):
+    return math.prod(shards_in_use(Axes(names, (), ())))

@@ -1,0 +1,146 @@
+"""Meshes of devices, and which of their axes split tokens and tables.
+
+Tokens are split over all axes that are named here. A value table [S, V] is split by rows and
+columns, and replicated over the data axes; devices that differ in rows and columns alone form a
+memory group.
+"""
+
+import logging
+import math
+from collections.abc import Callable, Sequence
+from typing import NamedTuple
+
+import jax
+from jax.experimental import mesh_utils
+from jax.sharding import AbstractMesh, AxisType, Mesh, PartitionSpec as P
+from jaxtyping import Array, Int32
+
+from pkm_jax.refusal import Refusal
+
+
+class Axes(NamedTuple):
+    """The axes of the mesh that split tokens and tables; () where nothing does."""
+    data: tuple[str, ...] = ('data',)
+    rows: tuple[str, ...] = ('rows',)
+    columns: tuple[str, ...] = ('columns',)
+
+    @property
+    def memory(self) -> tuple[str, ...]:
+        """Those that a table is split over."""
+        return *self.rows, *self.columns
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        """All, in the order of the tokens."""
+        return *self.data, *self.memory
+
+    @property
+    def tokens(self) -> P:
+        """Of arrays with a leading axis of tokens or sequences."""
+        return P(_entry(self.names))
+
+    @property
+    def table(self) -> P:
+        """[S, V], and compact rows of it; without the second axis: [S]."""
+        return P(_entry(self.rows), _entry(self.columns))
+
+
+def _entry(names):
+    return names[0] if len(names) == 1 else names or None
+
+
+OWN = Axes()
+NONE = Axes((), (), ())
+
+
+class Shards(NamedTuple):
+    """How many parts tokens and tables are split into; all devices are data · rows · columns."""
+    data: int = 1
+    rows: int = 1
+    columns: int = 1
+
+
+def make_mesh(shards: Shards, devices: Sequence[jax.Device] | None = None) -> Mesh:
+    """A mesh with the axes 'data', 'rows' and 'columns'; a memory group's devices are adjacent.
+
+    Of all devices, or of those given, which need not be there (planning/). Unlike `jax.make_mesh`
+    it also splits the axes of a TPU's torus, where a layout is not a product of whole ones.
+    """
+    placed = mesh_utils.create_device_mesh(shards, devices, allow_split_physical_axes=True)
+    return Mesh(placed, OWN.names, axis_types=(AxisType.Auto,) * 3)
+
+
+def mesh_in_use() -> AbstractMesh | None:
+    """The mesh in use (`jax.set_mesh`); None without one, and within a `jax.shard_map` over it."""
+    mesh = jax.sharding.get_abstract_mesh()
+    return None if mesh.empty or AxisType.Manual in mesh.axis_types else mesh
+
+
+def shards_in_use(axes: Axes = OWN) -> Shards:
+    """Of the mesh in use; 1 × 1 × 1 without one.
+
+    Raises:
+      Refusal: the mesh lacks one of the axes.
+    """
+    mesh = jax.sharding.get_abstract_mesh()
+    if mesh.empty:
+        return Shards()
+    lacking = [name for name in axes.names if name not in mesh.shape]
+    if lacking:
+        raise Refusal(f'The mesh in use has the axes {mesh.axis_names}, but not {lacking}, which '
+                      f'axes = {axes} names: name axes of the mesh, or leave axes None.')
+    return Shards(*(math.prod(mesh.shape[name] for name in names) for names in axes))
+
+
+def axes_of(axes: Axes | None) -> tuple[Axes, bool]:
+    """The axes that a layer splits its arrays over, and whether XLA is to split them instead.
+
+    None: nothing without a mesh; OWN where the mesh has them; else, of a mesh of somebody else's,
+    nothing: a table is on every device, and what goes token by token is left to the partitioner,
+    which cannot split a kernel. That is logged once for a mesh.
+
+    Raises:
+      Refusal: the mesh lacks one of the axes.
+    """
+    mesh = mesh_in_use()
+    if mesh is None or mesh.size == 1 and axes is None:
+        return NONE, False
+    if axes is not None:
+        shards_in_use(axes)
+        return axes, not axes.names
+    if set(OWN.names) <= set(mesh.axis_names):
+        return OWN, False
+    if mesh.axis_names not in _said:
+        _said.add(mesh.axis_names)
+        logging.getLogger(__name__).warning(
+            "A memory under a mesh with the axes %s: its table is on every device, its work is "
+            "left to XLA's partitioner, without kernels. To split both: axes=Axes(data, rows, "
+            "columns).", mesh.axis_names)
+    return NONE, True
+
+
+_said: set[tuple[str, ...]] = set()
+
+
+def on_shards(function: Callable, in_specs, out_specs, axes: Axes = OWN) -> Callable:
+    """`function` of each device's parts; of the whole where one device has everything."""
+    shards_in_use(axes)
+    mesh = mesh_in_use()
+    if mesh is None or mesh.size == 1 or not axes.names:
+        return function
+    return jax.shard_map(function, in_specs=in_specs, out_specs=out_specs, check_vma=False)
+
+
+def over_tokens(function: Callable, split: int, axes: Axes = OWN) -> Callable:
+    """`function` of each device's tokens: the first `split` arguments and all results are split,
+    other arguments are whole on every device."""
+    def run(*arrays):
+        specs = tuple(axes.tokens if n < split else P() for n in range(len(arrays)))
+        return on_shards(function, specs, axes.tokens, axes)(*arrays)
+
+    return run
+
+
+def device_index(axes: Axes = OWN) -> Int32[Array, ''] | int:
+    """Within a shard, the number of this device in the order of its tokens."""
+    return 0 if shards_in_use(axes) == Shards() else jax.lax.axis_index(axes.names)

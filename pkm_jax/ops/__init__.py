@@ -1,0 +1,1 @@
+"""Operations of a backbone whose derivatives or kernels are written by hand."""

@@ -1,0 +1,49 @@
+"""Scaled dot-product attention, fused where the device has it."""
+
+import logging
+import math
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float, Int, Key
+
+from pkm_jax.ops.dropout import dropout
+
+
+def attend(
+    query: Float[Array, 'B L H d'],
+    key: Float[Array, 'B L H d'],
+    value: Float[Array, 'B L H d'],
+    lengths: Int[Array, 'B'],
+    rate: float,
+    dropout_key: Key[Array, ''] | None,
+    *,
+    causal: bool = False,
+) -> Float[Array, 'B L H d']:
+    """softmax(QKᵀ/√d)·V over the first `lengths` tokens of each row; softmax in float32.
+
+    `causal`: of these a token attends to itself and those before it only. With dropout of the
+    attention weights (`rate` and a key) the weights are materialised, [B, H, L, L], since no public
+    fused implementation has it; otherwise cuDNN's is used for bfloat16 on a GPU, and XLA's
+    elsewhere. A row of length 0 attends to its first token.
+    """
+    lengths = jnp.maximum(lengths, 1).astype(jnp.int32)
+    if rate and dropout_key is not None:
+        return _with_dropout(query, key, value, lengths, rate, dropout_key, causal)
+    # Of this process's devices: cuDNN's can be traced only where there are GPUs.
+    fused = jax.default_backend() == 'gpu' and query.dtype == jnp.bfloat16
+    return jax.nn.dot_product_attention(query, key, value, key_value_seq_lengths=lengths,
+                                        is_causal=causal,
+                                        implementation='cudnn' if fused else 'xla')
+
+
+def _with_dropout(query, key, value, lengths, rate, dropout_key, causal):
+    logging.getLogger(__name__).info('Attention with dropout %s: not fused.', rate)
+    scores = jnp.einsum('bqhd,bkhd->bhqk', query, key, preferred_element_type=jnp.float32)
+    position = jnp.arange(key.shape[1])
+    seen = (position[None] < lengths[:, None])[:, None, None]
+    if causal:
+        seen = seen & (position[None] <= position[:, None])[None, None]
+    scores = jnp.where(seen, scores / math.sqrt(query.shape[-1]), -jnp.inf)
+    weights = dropout(jax.nn.softmax(scores).astype(value.dtype), rate, dropout_key)
+    return jnp.einsum('bhqk,bkhd->bqhd', weights, value)
