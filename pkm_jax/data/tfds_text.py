@@ -2,6 +2,7 @@
 
 import importlib.util
 import itertools
+import os
 from collections.abc import Iterator
 
 import tensorflow_datasets as tfds
@@ -30,14 +31,14 @@ def named(name: str, hashes: ContentHashes) -> Corpus:
         builder = tfds.builder(name)
     except (tfds.core.registered.DatasetNotFoundError, ValueError) as error:
         raise Refusal(f"the corpus 'tfds:{name}' is no dataset of TFDS ({error})") from error
-    if not isinstance(builder.info.features.get('text'), tfds.features.Text):
+    if not _has_text(builder):
         raise Refusal(f"the corpus 'tfds:{name}' has no field \"text\": its fields are "
                       f'{list(builder.info.features)}')
     builder.download_and_prepare()
     return _articles(builder, hashes)
 
 
-def open_builder(path: str) -> tfds.core.DatasetBuilder:
+def open_builder(path: str | os.PathLike) -> tfds.core.DatasetBuilder:
     """The dataset in a directory that TFDS prepared, local or gs://.
 
     Raises:
@@ -58,13 +59,18 @@ def directory(path: str, hashes: ContentHashes) -> Corpus | None:
       Refusal: it is damaged, or its files are not ArrayRecord and TensorFlow is missing.
     """
     builder = open_builder(path)
-    if not isinstance(builder.info.features.get('text'), tfds.features.Text):
+    if not _has_text(builder):
         return None
     if not _random_access(builder) and importlib.util.find_spec('tensorflow') is None:
         raise Refusal(f'{path} holds {builder.info.file_format.value} files, which only '
                       "TensorFlow reads: pip install 'pkm-jax[tensorflow]', or prepare it with "
                       "file_format='array_record'")
     return _articles(builder, hashes)
+
+
+def _has_text(builder: tfds.core.DatasetBuilder) -> bool:
+    features = builder.info.features
+    return 'text' in features and isinstance(features['text'], tfds.features.Text)
 
 
 def _articles(builder: tfds.core.DatasetBuilder, hashes: ContentHashes) -> Corpus:
@@ -86,7 +92,7 @@ def _articles(builder: tfds.core.DatasetBuilder, hashes: ContentHashes) -> Corpu
                   identity=f'{builder.info.full_name} {train.num_examples} {content}')
 
 
-def _content(file: str, hashes: ContentHashes) -> str:
+def _content(file: epath.PathLike, hashes: ContentHashes) -> str:
     """The hash of a local file; of one in a bucket, its size and time."""
     if '://' not in str(file):
         return hashes.of(file)

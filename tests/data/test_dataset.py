@@ -3,8 +3,10 @@ import lzma
 import numpy as np
 import pytest
 
-from pkm_jax.data import dataset, tokenizer
-from pkm_jax.data.dataset import Packer
+from pkm_jax.data import corpus as corpora, dataset, packing, tokenizer, vocabulary as vocabularies
+from pkm_jax.data.corpus import Splits
+from pkm_jax.data.packing import SPLITS, Packer
+from pkm_jax.refusal import Refusal
 
 OPTIONS = dict(vocab_size=250, length=32, validation_fraction=0.2)
 
@@ -36,10 +38,11 @@ def test_all_text_is_in_the_records_of_exactly_one_split(prepared, paragraphs):
     vocabulary = tokenizer.load(prepared.vocab_path)
     ordinary = {split: [token for record in prepared.records(split)
                         for token in record['tokens'].tolist() if token not in (2, 3)]
-                for split in dataset.SPLITS}
-    expected = {split: [] for split in dataset.SPLITS}
-    for split, paragraph in dataset.corpora.assign_splits(paragraphs, 0.2):
-        expected[split] += vocabulary.tokenizer().encode(paragraph).ids
+                for split in SPLITS}
+    expected = {split: [] for split in SPLITS}
+    for split, paragraph in Splits(0.2).assign(paragraphs):
+        expected[split] += vocabulary.tokenizer().encode(
+            paragraph, add_special_tokens=False).ids
     assert ordinary == expected
     assert all(ordinary.values())
 
@@ -54,7 +57,7 @@ def test_the_numbers_reported_are_those_of_the_records(prepared):
 
 
 def test_the_second_call_reads_nothing(prepared, text_file, monkeypatch):
-    monkeypatch.setattr(dataset.corpora.Corpus, 'paragraphs', None)
+    monkeypatch.setattr(corpora.Corpus, 'paragraphs', None)
     cache = dataset.Path(prepared.path).parent
     assert dataset.prepare(str(text_file), **OPTIONS, cache=cache) == prepared
     assert dataset.prepare(prepared.path, length=32) == prepared
@@ -91,47 +94,40 @@ def test_the_vocabulary_used_is_stored_beside_the_records(tmp_path, prepared, pa
 
 
 def test_a_directory_of_other_length_or_vocabulary_is_refused(tmp_path, prepared, paragraphs):
-    with pytest.raises(ValueError, match='records of 32 tokens, not 64'):
+    with pytest.raises(Refusal, match='records of 32 tokens, not 64'):
         dataset.prepare(prepared.path, length=64)
-    tokenizer.train(paragraphs, 200).save(tmp_path / 'vocab.txt')
-    with pytest.raises(ValueError, match='another vocabulary'):
+    vocabularies.train(paragraphs, 200).save(tmp_path)
+    with pytest.raises(Refusal, match='another vocabulary'):
         dataset.prepare(prepared.path, length=32, vocab=str(tmp_path))
     assert dataset.prepare(prepared.path, length=32, vocab=prepared.vocab_path) == prepared
 
 
 def test_a_directory_of_another_format_is_refused(prepared, monkeypatch):
     monkeypatch.setattr(dataset, 'FORMAT', 99)
-    with pytest.raises(ValueError, match='not one of packed tokens that this version prepared'):
+    with pytest.raises(Refusal, match='not one of packed tokens that this version prepared'):
         dataset.open_prepared(prepared.path)
 
 
 def test_a_failure_leaves_no_folder(tmp_path, text_file, monkeypatch):
     def fail(*_):
         raise OSError('disk full')
-    monkeypatch.setattr(dataset, '_packed', fail)
+    monkeypatch.setattr(packing, 'packed', fail)
     with pytest.raises(OSError, match='disk full'):
         dataset.prepare(str(text_file), **OPTIONS, cache=tmp_path / 'cache')
-    assert [path.suffix for path in (tmp_path / 'cache').iterdir()] == ['.txt']  # the vocabulary
+    assert [path.name[-11:] for path in (tmp_path / 'cache').iterdir()] == ['-vocabulary']
 
 
 def test_bad_input_is_refused_before_anything_is_written(tmp_path, text_file):
     cache = tmp_path / 'cache'
-    with pytest.raises(FileNotFoundError, match='missing.txt'):
+    with pytest.raises(Refusal, match='missing.txt'):
         dataset.prepare(str(tmp_path / 'missing.txt'), cache=cache)
-    with pytest.raises(ValueError, match='length is 4'):
+    with pytest.raises(Refusal, match='length is 4'):
         dataset.prepare(str(text_file), length=4, cache=cache)
-    with pytest.raises(ValueError, match='validation_fraction is 0.0'):
+    with pytest.raises(Refusal, match='validation_fraction is 0.0'):
         dataset.prepare(str(text_file), validation_fraction=0.0, cache=cache)
-    with pytest.raises(FileNotFoundError, match='no vocabulary'):
+    with pytest.raises(Refusal, match='no vocabulary'):
         dataset.prepare(str(text_file), vocab=str(tmp_path / 'none'), cache=cache)
     assert not cache.exists()
-
-
-def test_a_split_without_text_is_refused(tmp_path):
-    text = tmp_path / 'tiny.txt'
-    text.write_text('one paragraph\nand another')
-    with pytest.raises(ValueError, match='no text fell into the .* split: tiny has 2 paragraphs'):
-        dataset.prepare(str(text), vocab_size=100, length=16, cache=tmp_path / 'cache')
 
 
 def test_progress_is_logged_in_plain_lines_without_a_terminal(tmp_path, text_file):
