@@ -2,7 +2,8 @@
 
 from typing import Any
 
-LEAST_TRANSFORMERS = '4.40'     # also in modeling_pkm_bert.py
+LEAST_TRANSFORMERS = '4.40'     # which modeling_pkm_bert.py checks
+TRIED = '4.40.2, 4.46.3, 4.53.3, 4.57.1 and 5.24.0'
 
 
 def model_card(content: dict[str, Any]) -> str:
@@ -15,8 +16,8 @@ def model_card(content: dict[str, Any]) -> str:
         slots = memory['sub_keys'] ** 2
         lines += [f'A BERT with product-key memories of {slots:,} slots in layers '
                   f'{memory["layers"]} (placement: {memory["placement"]}).', '',
-                  f'Needs **transformers {LEAST_TRANSFORMERS} or later** and PyTorch. Its code, '
-                  '`modeling_pkm_bert.py`, travels along:', '']
+                  f'Needs **transformers {LEAST_TRANSFORMERS} or later** (tried with {TRIED}) '
+                  'and PyTorch. Its code, `modeling_pkm_bert.py`, travels along:', '']
     else:
         lines += ['An ordinary BERT for transformers.', '']
     remote = ', trust_remote_code=True' if memory else ''
