@@ -73,7 +73,7 @@ def _score(sample: bytes, name: str) -> float:
     text = sample.decode(name, 'replace')
     beyond = Counter(re.findall('[^\x00-\x7f]', text))
     if beyond['\N{REPLACEMENT CHARACTER}'] > 1 or not beyond:       # one: the sample's cut end
-        return 0
+        return 0.0
     share = sum(beyond[character] for character in _COMMON[name]) / beyond.total()
     return share + 0.5 if name in _PAIRS and share > 0.1 else share
 
