@@ -239,7 +239,7 @@ def _write_folder(folder: Path, text: Corpus, vocabulary: Vocabulary, length: in
         hashes = ContentHashes(partial)
         files = {path.name: [path.stat().st_size, hashes.of(path)]
                  for path in sorted(partial.iterdir())}
-        (partial / _FILES).write_text(json.dumps(files, indent=1) + '\n')
+        (partial / _FILES).write_text(json.dumps(files, indent=1))
         log(f'text: {counts.summary()}')
 
 

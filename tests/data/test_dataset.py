@@ -136,3 +136,151 @@ def test_progress_is_logged_in_plain_lines_without_a_terminal(tmp_path, text_fil
     assert any('tokenising and packing: 100%' in line for line in lines)
     assert any('1,000 paragraphs' in line for line in lines)
     assert prepared.path in lines[-1] and f'{prepared.train_tokens:,} training tokens' in lines[-1]
+
+
+SPECIAL = ['[PAD]', '[UNK]', '[CLS]', '[SEP]', '[MASK]']
+LETTERS = [*SPECIAL, *'abcdefghijklmnopqrstuvwxyz0123456789',
+           *(f'##{letter}' for letter in 'abcdefghijklmnopqrstuvwxyz0123456789')]
+AMHARIC = 'ሰላም ኢትዮጵያ መጽሐፍ ቤት ውሃ'
+
+
+@pytest.fixture
+def letters(tmp_path):
+    """A vocab.txt of Latin letters and digits."""
+    (tmp_path / 'letters.txt').write_text('\n'.join(LETTERS))
+    return str(tmp_path / 'letters.txt')
+
+
+@pytest.fixture
+def prepare(tmp_path):
+    """Prepares lines of text in a cache of the test."""
+    def run(lines, **options):
+        text = tmp_path / 'given.txt'
+        text.write_text('\n'.join(lines))
+        options = dict(vocab_size=250, length=16, validation_fraction=0.2) | options
+        return dataset.prepare(str(text), cache=tmp_path / 'cache', **options)
+    return run
+
+
+def test_a_text_without_a_token_to_predict_is_refused(prepare, letters):
+    for allow in (False, True):
+        with pytest.raises(Refusal, match='no token of the train text can be predicted: 100% .*ሰላም'):
+            prepare([AMHARIC] + [f'{AMHARIC} {AMHARIC[:n]}' for n in range(1, 20)], vocab=letters,
+                    allow_unknown=allow)
+
+
+def test_unknown_words_are_counted_named_and_refused_where_they_are_most(prepare, letters):
+    lines, mostly = [], [f'{AMHARIC} {n}' for n in range(10, 100)]
+    with pytest.raises(Refusal, match=r'7\d% of the tokens are unknown words.*ሰላም.*allow_unknown'):
+        prepare(mostly, vocab=letters)
+    allowed = prepare(mostly, vocab=letters, allow_unknown=True, log=lines.append)
+    assert allowed.unknown_share == 5 / 7 and set(allowed.unknown_words) == set(AMHARIC.split())
+    assert any(line.startswith('WARNING: 71.4% of the tokens') for line in lines)
+    with pytest.raises(Refusal, match='71% of the tokens'):     # prepared already, and still refused
+        prepare(mostly, vocab=letters)
+
+
+@pytest.mark.parametrize('words, warned', [(1, False), (4, True)])
+def test_a_share_of_unknown_words_is_a_warning(prepare, letters, words, warned):
+    lines = []
+    prepared = prepare([f'{AMHARIC.split()[0]} ' * words + 'a b c d e f g h i j k l m n o p q r s t '
+                        f'u v w x {n}' for n in range(10, 200)], vocab=letters, log=lines.append)
+    assert prepared.unknown_share == pytest.approx(words / (words + 26), rel=0.1)
+    assert any('WARNING' in line and AMHARIC.split()[0] in line for line in lines) == warned
+
+
+@pytest.mark.parametrize('number', [2, 5, 17, 600])
+def test_a_small_text_is_split_into_two(prepare, number):
+    prepared = prepare([f'one of some paragraphs, number {n}' for n in range(number)],
+                       validation_fraction=0.01)
+    assert prepared.num_train and prepared.num_validation
+
+
+def test_a_single_paragraph_is_refused_with_the_true_reason(prepare):
+    with pytest.raises(Refusal, match='has one paragraph.*give more text'):
+        prepare(['one'])
+
+
+def test_two_texts_of_the_same_names_sizes_and_times_are_two(tmp_path):
+    prepared = []
+    for folder, word in (('one', 'apple'), ('two', 'peach')):
+        (tmp_path / folder).mkdir()
+        text = tmp_path / folder / 'text.txt'
+        text.write_text('\n'.join(f'{word} {n}' for n in range(100)))
+        dataset.os.utime(text, (0, 0))
+        prepared.append(dataset.prepare(str(text), **OPTIONS, cache=tmp_path / 'cache'))
+    assert prepared[0].fingerprint != prepared[1].fingerprint
+    assert prepared[0].path != prepared[1].path
+
+
+def test_the_text_is_named_in_the_log(prepare):
+    lines = []
+    prepare([f'paragraph {n}' for n in range(50)], log=lines.append)
+    assert any(line.startswith('text: given.txt (1 files, 0.0 MB), content ') for line in lines)
+
+
+def damages(folder):
+    """Every file of a prepared folder, and what may happen to it."""
+    for path in sorted(folder.iterdir()):
+        content = path.read_bytes()
+        yield path, content, content[:-1]
+        yield path, content, b''
+        yield path, content, None
+        if len(content) > 2:
+            yield path, content, content[:-2] + bytes([content[-2] ^ 1]) + content[-1:]
+
+
+def test_prepared_text_that_was_damaged_is_named_and_prepared_again(prepare, tmp_path):
+    lines = [f'a paragraph of the text, number {n}' for n in range(100)]
+    whole = prepare(lines)
+    folder = dataset.Path(whole.path)
+    number = 0
+    for path, content, damaged in damages(folder):
+        path.unlink() if damaged is None else path.write_bytes(damaged)
+        if damaged is None or len(damaged) < len(content):
+            with pytest.raises(Refusal, match=f'{path.name}|dataset_info.json|is a folder'):
+                dataset.prepare(whole.path, length=16)
+        said = []
+        assert prepare(lines, log=said.append) == whole
+        assert any(path.name in line and 'prepared again' in line for line in said), (path, said)
+        number += 1
+    assert number > 20
+    assert len(list((tmp_path / 'cache').iterdir())) == 3   # text, vocabulary, hashes
+
+
+def test_a_trained_vocabulary_that_was_damaged_is_trained_again(prepare, tmp_path):
+    lines = [f'a paragraph of the text, number {n}' for n in range(100)]
+    whole = prepare(lines)
+    (folder,) = (tmp_path / 'cache').glob('*-vocabulary')
+    (folder / 'tokenizer.json').write_text('{"cut')
+    said = []
+    assert prepare(lines, log=said.append) == whole
+    assert any('tokenizer.json is damaged' in line and 'trained again' in line for line in said)
+
+
+def test_a_tilde_is_expanded_in_every_path(tmp_path, monkeypatch, paragraphs):
+    monkeypatch.setenv('HOME', str(tmp_path))
+    (tmp_path / 'text.txt').write_text('\n'.join(paragraphs))
+    prepared = dataset.prepare('~/text.txt', **OPTIONS, cache='~/cache')
+    assert prepared.path.startswith(str(tmp_path / 'cache'))
+    inside = '~' + prepared.path.removeprefix(str(tmp_path))
+    assert dataset.prepare(inside, length=32, vocab=inside).fingerprint == prepared.fingerprint
+
+
+def test_case_accents_and_encoding_are_settings(tmp_path):
+    text = tmp_path / 'text.txt'
+    text.write_bytes('\n'.join(f'Schöne Bücher {n}' for n in range(100)).encode('latin-1'))
+    def tokens(**options):
+        prepared = dataset.prepare(str(text), vocab_size=80, length=16, encoding='latin-1',
+                                   cache=tmp_path / 'cache', **options)
+        return {token for token in tokenizer.load(prepared.vocab_path).tokens if token in 'Ssöou'}
+    assert {'s', 'ö'} <= tokens() and 'S' not in tokens()
+    assert 'S' in tokens(lowercase=False) and 'ö' not in tokens(strip_accents=True)
+    with pytest.raises(Refusal, match="data.encoding='cp1252'"):
+        dataset.prepare(str(text), cache=tmp_path / 'cache')
+
+
+def test_long_names_are_prepared(tmp_path):
+    text = tmp_path / ('文' * 80 + '.txt')
+    text.write_text('\n'.join(f'paragraph {n}' for n in range(50)))
+    assert dataset.prepare(str(text), **OPTIONS, cache=tmp_path / 'cache').num_train
