@@ -120,14 +120,17 @@ def open_prepared(path: str | os.PathLike) -> Prepared:
     Raises:
       Refusal: it is of another kind, or a file is missing or of another size than was written.
     """
+    damage = _damage(path)
+    if damage and (epath.Path(path) / _FILES).exists():
+        raise Refusal(f'{damage}: copy the folder again, or name its text as corpus to prepare it')
     facts = tfds_text.open_builder(path).info.metadata or {}
     names = {field.name for field in dataclasses.fields(Prepared)} - {'path'}
     if facts.get('format') != FORMAT or not names <= facts.keys():
         raise Refusal(f'{path} is a TFDS dataset, but not one of packed tokens that '
                       f'this version prepared (format {FORMAT}): name its text as corpus '
                       'to prepare it')
-    if damage := _damage(path):
-        raise Refusal(f'{damage}: copy the folder again, or name its text as corpus to prepare it')
+    if damage:
+        raise Refusal(f'{damage} Copy the folder again, or name its text as corpus to prepare it')
     return Prepared(path=os.fspath(path), **{name: facts[name] for name in names})
 
 

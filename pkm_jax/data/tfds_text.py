@@ -45,9 +45,12 @@ def open_builder(path: str | os.PathLike) -> tfds.core.DatasetBuilder:
       Refusal: its description is damaged.
     """
     try:
-        return tfds.builder_from_directory(path)
-    except Exception as error:      # what a damaged description raises depends on where it breaks
-        raise Refusal(f'{path}/dataset_info.json or features.json is damaged ({error!r:.200}): copy '
+        builder = tfds.builder_from_directory(path)
+        builder.info.metadata       # is read here, from a file of its own
+        return builder
+    except Exception as error:      # a damaged description can raise nearly anything
+        raise Refusal(f'{path}: its dataset_info.json, features.json or metadata.json is damaged '
+                      f'({error!r:.200}): copy '
                       'the folder again, or name its text as corpus to prepare it') from error
 
 
