@@ -22,6 +22,9 @@ _NAMES = {'pad': ('pad_token',), 'unk': ('unk_token',), 'cls': ('cls_token', 'bo
           'sep': ('sep_token', 'eos_token'), 'mask': ('mask_token',)}
 _USUAL = {'pad': ('[PAD]', '<pad>'), 'unk': ('[UNK]', '<unk>'), 'cls': ('[CLS]', '<cls>', '<s>'),
           'sep': ('[SEP]', '<sep>', '</s>'), 'mask': ('[MASK]', '<mask>')}
+# What BERT's tokenizer reads in tokenizer_config.json.
+_SETTINGS = {'do_lower_case': bool, 'strip_accents': bool, 'tokenize_chinese_chars': bool,
+             'wordpieces_prefix': str}
 _OTHERS = ('vocab.json', '*.model', 'merges.txt', '*vocab*')
 _ACCENTED_WORDS = 0.0005    # of a vocabulary, that show that it keeps accents
 
@@ -162,6 +165,10 @@ def _from_words(file: epath.Path, words: list[str], config: dict[str, Any],
                 log: Callable[[str], None]) -> Vocabulary:
     """The vocabulary of a vocab.txt, cut as BERT's tokenizer does with the settings beside it."""
     _refuse_other_classes(config, folder)
+    for name, kind in _SETTINGS.items():
+        if not isinstance(config.get(name), kind | None):
+            raise Refusal(f'the tokenizer_config.json beside it has {name} = {config[name]!r}: '
+                          f'{kind.__name__} or null is expected')
     names = _special_tokens(config, {word: 0 for word in words}, {})
     lowercase, strip_accents = _case_and_accents(file, words, names, config, wanted, log)
     vocabulary = word_pieces(
@@ -191,14 +198,14 @@ def _case_and_accents(file: epath.Path, words: list[str], names: SpecialTokens,
                       log: Callable[[str], None]) -> tuple[bool, bool]:
     """Whether BERT's tokenizer lowers text and strips its accents, with the words of a vocab.txt."""
     if config.keys() & {'tokenizer_class', 'do_lower_case', 'strip_accents'}:
-        lowercase = config.get('do_lower_case', True)
+        lowercase = config.get('do_lower_case') is not False
         stated = config.get('strip_accents')
         stated = {'lowercase': lowercase, 'strip_accents': lowercase if stated is None else stated}
         for setting, wish in wanted.items():
             if wish is not None and wish != stated[setting]:
                 raise Refusal(f'data.{setting} = {wish}, but the tokenizer_config.json beside '
                               f'{file} says {stated[setting]}: leave data.{setting} empty (None)')
-        return bool(stated['lowercase']), bool(stated['strip_accents'])
+        return stated['lowercase'], stated['strip_accents']
     special = {getattr(names, role) for role in ROLES}
     ordinary = [word for word in words if word not in special and not word.startswith('[')]
     capitals = next((word for word in ordinary if re.search('[A-Z]', word)), None)
@@ -227,26 +234,35 @@ def _with_added(vocabulary: Vocabulary, config: dict[str, Any],
 
     Raises Refusal where their ids do not follow those of vocab.txt.
     """
-    added: dict[int, AddedToken] = {}
-    if folder and (folder / 'added_tokens.json').exists():
-        added |= {number: AddedToken(token, normalized=False)
-                  for token, number in read_json(folder / 'added_tokens.json').items()}
-    decoder = config.get('added_tokens_decoder')
-    for number, token in (decoder.items() if isinstance(decoder, dict) else ()):
-        if isinstance(token, dict) and isinstance(token.get('content'), str):
-            flags = {name: token[name] for name in ('single_word', 'lstrip', 'rstrip', 'normalized',
-                                                    'special') if isinstance(token.get(name), bool)}
-            added[number] = AddedToken(token['content'], **flags)
-    added = {number: token for number, token in added.items()
+    added = {number: token for number, token in _added_tokens(config, folder).items()
              if token.content not in vocabulary.ids}
     if not added:
         return vocabulary
-    if sorted(map(str, added)) != sorted(
-            str(len(vocabulary.tokens) + extra) for extra in range(len(added))):
+    size = len(vocabulary.tokens)
+    if sorted(added) != list(range(size, size + len(added))):
         raise Refusal(f'the tokens {[token.content for token in added.values()][:5]} that its '
-                      'folder adds have ids that do not follow those of vocab.txt')
+                      f'folder adds have ids that do not follow the {size:,} of vocab.txt')
     tokenizer = vocabulary.tokenizer()
-    for number in sorted(added, key=int):
+    for number in sorted(added):
         add = tokenizer.add_special_tokens if added[number].special else tokenizer.add_tokens
         add([added[number]])
     return Vocabulary(tokenizer.to_str(), vocabulary.special_tokens)
+
+
+def _added_tokens(config: dict[str, Any], folder: epath.Path | None) -> dict[int, AddedToken]:
+    """The tokens in added_tokens.json and in tokenizer_config.json, by their ids."""
+    added: dict[int, AddedToken] = {}
+    if folder and (folder / 'added_tokens.json').exists():
+        for token, number in read_json(folder / 'added_tokens.json').items():
+            if not isinstance(number, int):
+                raise Refusal(f'{folder / "added_tokens.json"} gives {token!r} the id {number!r}: '
+                              'fetch it again')
+            added[number] = AddedToken(token, normalized=False)
+    decoder = config.get('added_tokens_decoder')
+    for number, token in (decoder.items() if isinstance(decoder, dict) else ()):
+        if (number.isdecimal() and isinstance(token, dict)
+                and isinstance(token.get('content'), str)):
+            flags = {name: token[name] for name in ('single_word', 'lstrip', 'rstrip', 'normalized',
+                                                    'special') if isinstance(token.get(name), bool)}
+            added[int(number)] = AddedToken(token['content'], **flags)
+    return added
