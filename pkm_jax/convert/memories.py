@@ -80,9 +80,10 @@ def _understand(prefix: str, stored: dict[str, StoredTensor],
                 ) -> tuple[dict[str, str], dict[str, Any]]:
     """{path in a memory here: name there} of the memory under `prefix`, and its sizes."""
     keys, values = (stored[prefix + name].shape for name in ('keys', 'values.weight'))
-    half, sub_keys = keys[-1], math.isqrt(values[0])
-    heads = math.prod(keys[:-1]) // (2 * sub_keys)
-    if sub_keys ** 2 != values[0] or keys not in (
+    half = keys[-1] if keys else 0
+    sub_keys = math.isqrt(values[0]) if len(values) == 2 else 0
+    heads = math.prod(keys[:-1]) // (2 * sub_keys) if sub_keys else 0
+    if not heads or sub_keys ** 2 != values[0] or keys not in (
             (heads, 2, sub_keys, half), (2 * heads * sub_keys, half)):
         raise Refusal(f'{prefix}keys {keys} and {prefix}values.weight {values} fit neither '
                       f'layout of a memory with a square number of slots.')

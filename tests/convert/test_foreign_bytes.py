@@ -74,6 +74,7 @@ def test_a_folder_is_read_or_refused(tmp_path, content):
     assert all(np.isfinite(array).all() for array in flatten(found.params).values())
 
 
+BACKBONE = huggingface.load(GOLDENS / 'masked_lm')
 NAMES = ['keys', 'values.weight', 'query_proj.weight', 'query_proj.query_mlps.0.weight',
          'query_proj.query_mlps.0.bias', 'query_proj.query_mlps.1.running_mean', 'other']
 SHAPES = st.lists(st.sampled_from([1, 2, 3, 4, 9, 12, 16]), max_size=4)
@@ -85,8 +86,7 @@ SHAPES = st.lists(st.sampled_from([1, 2, 3, 4, 9, 12, 16]), max_size=4)
 def test_memories_are_read_or_refused(tmp_path, shapes, placement, top_k):
     save_file({name: np.ones(shape, np.float32) for name, shape in shapes.items()},
               tmp_path / 'memory.safetensors')
-    backbone = huggingface.load(GOLDENS / 'masked_lm')
     try:
-        add_memories(backbone, tmp_path / 'memory.safetensors', placement, top_k)
+        add_memories(BACKBONE, tmp_path / 'memory.safetensors', placement, top_k)
     except Refusal:
         pass
