@@ -96,9 +96,7 @@ class Splits:
         """Splits that both hold text. Reads on until they do: of a small text all.
 
         A split that is empty gets the block whose hash comes next; a text of a single block is
-        split by its paragraphs.
-        Raises:
-          Refusal: there is only one paragraph.
+        split by its paragraphs, and a single paragraph is to train on.
         """
         splits = cls(validation_fraction)
         heads: dict[int, int] = {}
@@ -112,8 +110,7 @@ class Splits:
                     return splits
                 heads = dict(_extremes(heads))
         if len(first_block) < 2:
-            raise Refusal('the text has one paragraph, and cannot be split into one to train on '
-                          'and one to validate on: give more text, one paragraph a line')
+            return dataclasses.replace(splits, moved={0: 'train'})
         if len(heads) == 1:
             heads = {number: _hash(f'split {paragraph}')
                      for number, paragraph in enumerate(first_block)}

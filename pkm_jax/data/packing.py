@@ -61,12 +61,14 @@ class Packer:
 class Unknown:
     """How many of a text's tokens are [UNK], and the commonest words behind it."""
     vocabulary: Vocabulary
+    paragraphs: int = 0
     tokens: int = 0
     unknown: int = 0
     words: Counter = dataclasses.field(default_factory=Counter)
 
     def count(self, paragraphs: list[str], encoded: list[list[int]]) -> None:
         """Adds paragraphs and their tokens; words are looked at in one paragraph at a time."""
+        self.paragraphs += len(paragraphs)
         self.tokens += sum(map(len, encoded))
         unk = self.vocabulary.unk_id
         if unk is None:
@@ -96,7 +98,7 @@ def write_records(folder: Path, paragraphs: Iterable[tuple[str, str]], vocabular
     Added to the facts: fingerprint, a hash of all records and the vocabulary; of each split num_…
     records and …_tokens; unknown_share and unknown_words.
     Raises:
-      Refusal: a split has no token that can be predicted.
+      Refusal: a split has no token that can be predicted, or no text.
     """
     metadata = tfds.core.MetadataDict(facts)
     identity = tfds.core.DatasetIdentity(name='packed_text', version=tfds.core.Version('1.0.0'),
@@ -117,19 +119,25 @@ def write_records(folder: Path, paragraphs: Iterable[tuple[str, str]], vocabular
             content.update(split.encode() + record.tobytes())
     for split in SPLITS:
         if not ordinary[split]:
-            raise Refusal(
-                f'no token of the {split} text can be predicted: {unknown.share:.0%} of all are '
-                f'unknown words, such as {unknown.commonest()}. The vocabulary is of another '
-                'language or script: name another, or train one on this text (data.vocab empty)'
-                if unknown.unknown else
-                f'the {split} text becomes no tokens at all: its characters are all ones that the '
-                'tokenizer drops. Give more text')
+            raise Refusal(_why_empty(split, numbers[split], unknown))
         metadata[f'num_{split}'] = numbers[split]
         metadata[f'{split}_tokens'] = tokens[split]
     metadata['fingerprint'] = content.hexdigest()[:16]
     metadata['unknown_share'] = unknown.share
     metadata['unknown_words'] = unknown.commonest()
     writer.close_all()
+
+
+def _why_empty(split: str, records: int, unknown: Unknown) -> str:
+    if records:
+        return (f'no token of the {split} text can be predicted: {unknown.share:.0%} of all are '
+                f'[UNK], unknown words such as {unknown.commonest()}. The vocabulary is of another '
+                'language or script: name another, or train one on this text (data.vocab empty)')
+    if unknown.paragraphs == 1:
+        return ('the text has one paragraph (a repeated one counts once), and cannot be split into '
+                'one to train on and one to validate on: give more text, one paragraph a line')
+    return (f'the {split} text becomes no tokens at all: the tokenizer drops all of its characters. '
+            'Give more text, or another tokenizer')
 
 
 def packed(paragraphs: Iterable[tuple[str, str]], vocabulary: Vocabulary, length: int,

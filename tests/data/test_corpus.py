@@ -4,7 +4,6 @@ import pytest
 
 from pkm_jax.data import corpus
 from pkm_jax.data.corpus import Splits
-from pkm_jax.refusal import Refusal
 
 
 def test_splits_are_repeatable_keep_blocks_together_and_follow_the_fraction(paragraphs):
@@ -35,6 +34,5 @@ def test_a_text_with_both_splits_is_read_no_further_and_split_by_its_hashes_alon
     assert next(paragraphs) < 'paragraph 2000'
 
 
-def test_a_single_paragraph_is_refused_with_the_true_reason():
-    with pytest.raises(Refusal, match='has one paragraph.*give more text'):
-        Splits.plan(['all there is'], 0.1)
+def test_a_single_paragraph_is_trained_on():
+    assert list(Splits.plan(['all'], 0.9).assign(['all'])) == [('train', 'all')]
