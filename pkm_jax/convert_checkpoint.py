@@ -20,14 +20,14 @@ from absl import app, flags, logging
 from pkm_jax.console import survive_any_console
 from pkm_jax.convert import checkpoints, foreign, huggingface, memories
 from pkm_jax.convert.folders import appearing
-from pkm_jax.convert.tensors import Pretrained, ConversionLog
+from pkm_jax.convert.tensors import ConversionLog, Pretrained
 from pkm_jax.data import tokenizer
 from pkm_jax.data.files import expand
 from pkm_jax.data.vocabulary import Vocabulary
 from pkm_jax.models.bert import HEADS, BertConfig
+from pkm_jax.refusal import Refusal
 from pkm_jax.training.checkpoints import newest
 from pkm_jax.training.settings import model_config
-from pkm_jax.refusal import Refusal
 
 FROM = flags.DEFINE_string('from', None, 'Folder to convert.', required=True)
 TO = flags.DEFINE_string('to', None, 'Folder to write; must not exist.', required=True)

@@ -18,7 +18,7 @@ from pkm_jax.convert import configuration, names
 from pkm_jax.convert.folders import appearing
 from pkm_jax.convert.model_card import model_card
 from pkm_jax.convert.tensors import (
-    Entry, Pretrained, ConversionLog, StoredTensor, assemble, expected, flatten,
+    ConversionLog, Entry, Pretrained, StoredTensor, assemble, expected, flatten,
 )
 from pkm_jax.convert.weights import SHARD_BYTES, open_weights, write_weights
 from pkm_jax.data.vocabulary import Vocabulary
@@ -133,7 +133,8 @@ def save(folder: str | Path, config: BertConfig, params: dict, statistics: dict,
     Files have at most `shard_bytes`; a larger value table is split into blocks of rows. `params`
     may hold tables that are not in memory (`np.memmap`): they are read a block at a time.
     Raises:
-      Refusal: there is such a folder, the parameters are not those of `config`, or no architecture has its heads.
+      Refusal: there is such a folder, the parameters are not those of `config`, or no architecture
+        has its heads.
     """
     folder = Path(folder)
     leaves, report = _leaves(config, params, statistics)
@@ -164,7 +165,8 @@ def save(folder: str | Path, config: BertConfig, params: dict, statistics: dict,
     return report
 
 
-def _leaves(config: BertConfig, params: dict, statistics: dict) -> tuple[dict[str, Any], ConversionLog]:
+def _leaves(config: BertConfig, params: dict, statistics: dict,
+            ) -> tuple[dict[str, Any], ConversionLog]:
     """Parameters and statistics of `config` by path, checked; the others are heads, and left."""
     found = flatten(params) | flatten(statistics)
     shapes = {path: leaf.shape for tree in expected(config) for path, leaf in tree.items()}

@@ -25,7 +25,8 @@ def load(folder: str | Path, allow_unused: bool = False) -> Pretrained:
     The state of its optimizer is left.
     Raises:
       Refusal: TensorFlow is not installed; the folder lacks its configuration or a checkpoint, or
-        holds several; the checkpoint is damaged; a tensor is missing, has another shape or a name that is not understood (these are left with `allow_unused`).
+        holds several; the checkpoint is damaged; a tensor is missing, has another
+        shape or a name that is not understood (these are left with `allow_unused`).
     """
     folder = Path(folder)
     files = [folder / name for name in ('bert_config.json', 'config.json')]

@@ -63,7 +63,8 @@ def read_json(path: epath.PathLike) -> dict[str, Any]:
     try:
         found = json.loads(text)
     except (ValueError, RecursionError) as error:
-        raise Refusal(f'{path} is damaged or cut short: not a JSON object ({error}). Fetch it again.') from error
+        raise Refusal(f'{path} is damaged or cut short: not a JSON object ({error}). Fetch it '
+                      'again.') from error
     if not isinstance(found, dict):
         raise Refusal(f'{path} is not a JSON object but a {type(found).__name__}: fetch it again.')
     return found

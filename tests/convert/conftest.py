@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from flax import nnx
 
-from pkm_jax.convert.tensors import Pretrained, ConversionLog, expected, unflatten
+from pkm_jax.convert.tensors import ConversionLog, Pretrained, expected, unflatten
 from pkm_jax.memory.layer import MemoryConfig
 from pkm_jax.models.bert import Bert, BertConfig
 

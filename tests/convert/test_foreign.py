@@ -168,5 +168,6 @@ def test_the_model_card_says_what_loads_the_model(tmp_path, name, memory):
     model = huggingface.load(GOLDENS / name)
     huggingface.save(tmp_path / 'out', model.config, model.params, model.statistics)
     card = (tmp_path / 'out' / 'README.md').read_text()
-    assert f"AutoModelForMaskedLM.from_pretrained('FOLDER'{', trust_remote_code=True' * memory})" in card
+    remote = ', trust_remote_code=True' * memory
+    assert f"AutoModelForMaskedLM.from_pretrained('FOLDER'{remote})" in card
     assert (f'transformers 4.40 or later** (tried with {TRIED})' in card) == memory

@@ -13,7 +13,7 @@ import pytest
 from safetensors.numpy import load_file, save_file
 
 from pkm_jax.convert import huggingface
-from pkm_jax.convert.tensors import Pretrained, ConversionLog, flatten
+from pkm_jax.convert.tensors import ConversionLog, Pretrained, flatten
 from pkm_jax.memory.layer import MemoryConfig
 from pkm_jax.models.bert import BertConfig
 from pkm_jax.refusal import Refusal

@@ -162,8 +162,8 @@ def test_what_is_no_encoding_is_refused(read, tmp_path, encoding):
 
 
 def test_no_line_of_json_stops_a_corpus(read, tmp_path):
-    bad = ['{"id": ' + '9' * 4400 + ', "text": "x"}', '[' * 100_000, '{"text": 1e999}', '{"a"' * 9_000,
-           '{"text": null}', 'null', '"text"', '{"text": "\ud800"'.encode('utf-8', 'replace').decode(),
+    bad = ['{"id": ' + '9' * 4400 + ', "text": "x"}', '[' * 100_000, '{"text": 1e999}',
+           '{"a"' * 9_000, '{"text": null}', 'null', '"text"', '{"text": "?',
            '\x00', '{"text": ["list"]}']
     good = [f'{{"text": "a line {n}"}}' for n in range(400)]
     (tmp_path / 'big.jsonl').write_text('\n'.join([*good, *bad, '', '{"text": "the end"}']))
@@ -174,8 +174,8 @@ def test_no_line_of_json_stops_a_corpus(read, tmp_path):
 
 
 @pytest.mark.parametrize('name', [
-    'data [v2]/a.txt', 'a,b.txt', 'a*b.txt', 'a?b.txt', ' a.txt', 'a.TXT', 'a b.Txt', 'ü.txt', '[!a].txt',
-    'n' * 240 + '.txt', '文' * 80 + '.txt', "it's.txt", 'a\nb.txt', '-a.txt', '..a.txt', '{a}.txt',
+    'data [v2]/a.txt', 'a,b.txt', 'a*b.txt', 'a?b.txt', ' a.txt', 'a.TXT', 'a b.Txt', 'ü.txt',
+    '[!a].txt', 'n' * 240 + '.txt', '文' * 80 + '.txt', "it's.txt", 'a\nb.txt', '-a.txt', '..a.txt', '{a}.txt',
     os.fsdecode(b'latin-\xe9.txt')])
 def test_files_of_any_name_are_read(open_files, read, tmp_path, name):
     path = tmp_path / name
@@ -247,7 +247,8 @@ def test_a_long_object_is_read_in_parts(read, tmp_path, monkeypatch, text):
     paragraphs, counts = read(str(tmp_path / 'a.jsonl'))
     expected = [line for row in rows if 'text' in row for line in row['text'].split('\n')]
     expected = [' '.join(line.split()) for line in expected if line.strip()]
-    assert [line for line in paragraphs if line not in ('cut', 'bad')] == list(dict.fromkeys(expected))
+    paragraphs = [line for line in paragraphs if line not in ('cut', 'bad')]
+    assert paragraphs == list(dict.fromkeys(expected))
     assert counts.malformed_lines == 4 and 'line 3 ' in counts.first_malformed
 
 
