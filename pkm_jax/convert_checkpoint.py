@@ -17,11 +17,15 @@ from pathlib import Path
 import ml_collections
 from absl import app, flags, logging
 
-from pkm_jax.convert import checkpoints, huggingface, memories, tensorflow
+from pkm_jax.console import survive_any_console
+from pkm_jax.convert import checkpoints, foreign, huggingface, memories
 from pkm_jax.convert.folders import appearing
-from pkm_jax.convert.tensors import Pretrained, Report
+from pkm_jax.convert.tensors import ConversionLog, Pretrained
 from pkm_jax.data import tokenizer
+from pkm_jax.data.files import expand
+from pkm_jax.data.vocabulary import Vocabulary
 from pkm_jax.models.bert import HEADS, BertConfig
+from pkm_jax.refusal import Refusal
 from pkm_jax.training.checkpoints import newest
 from pkm_jax.training.settings import model_config
 
@@ -39,7 +43,8 @@ OF_MEMORIES = (MEMORY_LAYERS, PLACEMENT, TOP_K)
 
 def main(argv: list[str]) -> None:
     del argv
-    source, target = Path(FROM.value), Path(TO.value)
+    survive_any_console()
+    source, target = Path(expand(FROM.value)), Path(expand(TO.value))
     try:
         if (source / 'checkpoints').is_dir() or source.parent.name == 'checkpoints':
             _refuse('when a run is exported', ALLOW_UNUSED, MEMORIES, *OF_MEMORIES)
@@ -51,25 +56,26 @@ def main(argv: list[str]) -> None:
             pretrained = read(source)
             write_run(target, pretrained, source)
             report = pretrained.report
-    except (ValueError, OSError, ImportError) as error:
+    except (Refusal, OSError) as error:
         sys.exit(f'Not converted: {error}')
     print(report)
 
 
 def _refuse(when: str, *without_meaning: flags.FlagHolder) -> None:
-    """Raises ValueError naming those of these flags that were given: they would do nothing."""
+    """Refuses those of these flags that were given: they would do nothing."""
     if given := [f'--{flag.name}' for flag in without_meaning if flag.present]:
-        raise ValueError(f'Leave out {" and ".join(given)}: of no use {when}.')
+        raise Refusal(f'Leave out {" and ".join(given)}: of no use {when}.')
 
 
 def read(folder: Path) -> Pretrained:
     """A Hugging Face or TensorFlow folder, with the memories of `--memories` if given."""
-    load = tensorflow.load if any(folder.glob('*.index')) else huggingface.load
-    pretrained = load(folder, ALLOW_UNUSED.value)
+    pretrained = foreign.load(folder, ALLOW_UNUSED.value)
     if MEMORIES.value:
+        if not all(layer.strip().isdecimal() for layer in MEMORY_LAYERS.value):
+            raise Refusal(f'--memory_layers = {MEMORY_LAYERS.value}: numbers with "," between.')
         layers = [int(layer) for layer in MEMORY_LAYERS.value]
-        pretrained = memories.add_memories(pretrained, Path(MEMORIES.value), PLACEMENT.value,
-                                           TOP_K.value, layers)
+        pretrained = memories.add_memories(pretrained, Path(expand(MEMORIES.value)),
+                                           PLACEMENT.value, TOP_K.value, layers)
     return pretrained
 
 
@@ -77,8 +83,8 @@ def write_run(folder: Path, pretrained: Pretrained, source: Path) -> None:
     """A run of ours at step 0, for `--config.init_from`: config.json, vocab.txt, a checkpoint."""
     vocabulary = _vocabulary(source)
     if vocabulary and len(vocabulary.tokens) > pretrained.config.vocab_size:
-        raise ValueError(f'The vocabulary in {source} has {len(vocabulary.tokens)} tokens, the '
-                         f'model {pretrained.config.vocab_size}.')
+        raise Refusal(f'The vocabulary in {source} has {len(vocabulary.tokens)} tokens, the '
+                      f'model {pretrained.config.vocab_size}.')
     with appearing(folder) as partial:
         model = dataclasses.asdict(pretrained.config)
         del model['vocab_size']  # that of the embedding
@@ -87,12 +93,12 @@ def write_run(folder: Path, pretrained: Pretrained, source: Path) -> None:
         (partial / 'config.json').write_text(
             json.dumps({'model': model, 'memory': memory}, indent=1) + '\n')
         if vocabulary:
-            vocabulary.save(partial / 'vocab.txt')
+            vocabulary.save(partial)
         checkpoints.write(partial.absolute() / 'checkpoints', {
             'params': pretrained.params, 'statistics': pretrained.statistics})
 
 
-def export(source: Path, target: Path) -> Report:
+def export(source: Path, target: Path) -> ConversionLog:
     """The newest checkpoint of a run, or one of its checkpoints, as a Hugging Face folder."""
     run = source if (source / 'checkpoints').is_dir() else source.parent.parent
     model = checkpoints.open_model(newest(source))
@@ -106,17 +112,15 @@ def export(source: Path, target: Path) -> Report:
         settings['model']['classes'] = params['classifier']['kernel'].shape[1]
     config = model_config(ml_collections.ConfigDict(settings), rows)
     vocabulary = _vocabulary(run)
-    described = (dict(vocabulary=vocabulary.tokens, lowercase=vocabulary.lowercase)
-                 if vocabulary else {})
-    return huggingface.save(target, config, params, model.get('statistics') or {}, **described)
+    return huggingface.save(target, config, params, model.get('statistics') or {},
+                            vocabulary=vocabulary)
 
 
-def _vocabulary(folder: Path) -> tokenizer.Vocabulary | None:
-    try:
-        return tokenizer.load(folder)
-    except FileNotFoundError:
+def _vocabulary(folder: Path) -> Vocabulary | None:
+    if tokenizer.find(folder) is None:
         logging.warning('%s has no vocabulary: none is written.', folder)
         return None
+    return tokenizer.load(folder, log=print)
 
 
 if __name__ == '__main__':

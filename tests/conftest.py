@@ -10,11 +10,20 @@ os.environ.setdefault('XLA_FLAGS', '--xla_backend_optimization_level=0')
 import jax  # noqa: E402
 import numpy as np  # noqa: E402
 import pytest  # noqa: E402
+from hypothesis import HealthCheck, settings  # noqa: E402
 
 from configs import bert_base_pkm  # noqa: E402
 
 jax.config.update('jax_numpy_rank_promotion', 'raise')
 jax.config.update('jax_default_matmul_precision', 'highest')
+
+# Files that nobody wrote: the same few in every run; --hypothesis-profile=thorough tries many more.
+FIXTURES = [HealthCheck.function_scoped_fixture, HealthCheck.too_slow]
+settings.register_profile('default', max_examples=40, deadline=None, derandomize=True, database=None,
+                          suppress_health_check=FIXTURES)
+settings.register_profile('thorough', max_examples=5_000, deadline=None,
+                          suppress_health_check=FIXTURES)
+settings.load_profile('default')
 
 WORDS = ('memory key value query slot layer table head token model weight score usage norm '
          'batch step rate loss train text word mask row sum').split()

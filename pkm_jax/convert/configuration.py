@@ -1,13 +1,15 @@
 """A BERT's `config.json` (or `bert_config.json`) to our `BertConfig`, and back."""
 
 import dataclasses
-import json
+import math
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 from pkm_jax.convert.tensors import StoredTensor
+from pkm_jax.data.files import read_json
 from pkm_jax.models.bert import HEADS, BertConfig
+from pkm_jax.refusal import Refusal
 
 FIELDS = {
     'vocab_size': 'vocab_size', 'layers': 'num_hidden_layers', 'width': 'hidden_size',
@@ -35,57 +37,83 @@ FIXED = {'hidden_act': 'gelu', 'position_embedding_type': 'absolute', 'is_decode
 def read(path: Path) -> BertConfig:
     """The sizes in `path`; what it leaves out has the value of BERT-base, as in transformers.
 
-    Its heads are those that its architecture cannot be without.
+    Its heads are those that its architecture cannot be without; of an architecture with a head that
+    is not known here, none.
     Raises:
-      FileNotFoundError: there is no such file.
-      ValueError: it is no JSON object, of another architecture, or asks for what ours cannot do.
+      Refusal: there is no such file, it is damaged, of another model, or asks for what ours cannot
+        do.
     """
     if not path.is_file():
-        raise FileNotFoundError(f'{path.parent} has no {path.name}: without it the sizes of the '
-                                f'model are not known. Copy it there.')
-    try:
-        found = dict(json.loads(path.read_text(encoding='utf-8')))
-    except (ValueError, TypeError) as error:
-        raise ValueError(f'{path} is not a JSON object: {error}.') from error
+        raise Refusal(f'{path.parent} has no {path.name}: without it the sizes of the '
+                      f'model are not known. Copy it there.')
+    found = read_json(path)
     _refuse_others(path, found)
     fields = {ours: found[theirs] for ours, theirs in FIELDS.items() if theirs in found}
     for name, value in fields.items():
         _check(path, FIELDS[name], value, type(getattr(BertConfig, name)))
-    if memory := found.get('memory'):
-        sizes = {name: memory[name] for name in dataclasses.asdict(BertConfig.memory)
-                 if name in memory}
-        fields |= {'memory': dataclasses.replace(BertConfig.memory, **sizes),
-                   'memory_layers': tuple(memory['layers'])}
-        fields |= {name: memory[name] for name in ('placement', 'zero_start', 'shared_values')}
+    heads = ARCHITECTURES.get(_architecture(path, found), ())
+    heads = () if heads == ARCHITECTURES['BertModel'] else heads    # its pooler may be left out
+    try:
+        return BertConfig(**fields, **_memory(found.get('memory')), heads=heads)
+    except (ValueError, TypeError, KeyError) as error:
+        raise Refusal(f'{path} describes no model that can be: {error}') from error
+
+
+def _memory(found: dict[str, Any] | None) -> dict[str, Any]:
+    """The fields of a BertConfig that an exported "memory" gives; none without one."""
+    if not found:
+        return {}
+    if not isinstance(found, dict):
+        raise TypeError('its "memory" is no object')
+    sizes = {name: found[name] for name in dataclasses.asdict(BertConfig.memory) if name in found}
+    return {'memory': dataclasses.replace(BertConfig.memory, **sizes),
+            'memory_layers': tuple(found['layers']),
+            **{name: found[name] for name in ('placement', 'zero_start', 'shared_values')}}
+
+
+def unknown_head(path: Path) -> str:
+    """The architecture in `path` if it has a head that is not known here, such as that of a token
+    classifier; else ''.
+    """
+    name = _architecture(path, read_json(path))
+    return '' if name in ARCHITECTURES or name.endswith('Model') else name
+
+
+def _architecture(path: Path, found: dict[str, Any]) -> str:
     names = found.get('architectures') or ['BertModel']
-    heads = () if names[0].endswith('Model') else ARCHITECTURES[names[0].removeprefix('Pkm')]
-    return BertConfig(**fields, heads=heads)
+    if not isinstance(names, list) or not isinstance(names[0], str):
+        raise Refusal(f'{path} has architectures = {names!r}: a list with a name is expected.')
+    return names[0].removeprefix('Pkm')
 
 
 def _check(path: Path, name: str, value: Any, kind: type) -> None:
-    fits = isinstance(value, (int, float) if kind is float else kind)
+    fits = (isinstance(value, (int, float) if kind is float else kind)
+            and isinstance(value, bool) == (kind is bool) and math.isfinite(value))
     if not fits or value < (kind is int):
-        raise ValueError(f'{path} has {name} = {value!r}, which is no {kind.__name__} that a BERT '
-                         f'can have.')
+        raise Refusal(f'{path} has {name} = {value!r}, which is no {kind.__name__} that a BERT '
+                      f'can have.')
 
 
 def _refuse_others(path: Path, found: dict[str, Any]) -> None:
     kind = found.get('model_type', 'bert')
-    names = found.get('architectures') or []
-    if kind not in ('bert', 'pkm_bert') or any(
-            name.removeprefix('Pkm') not in ARCHITECTURES for name in names):
-        raise ValueError(f'{path} describes model_type {kind!r}, architectures {names}: only BERT '
-                         f'is read, as one of {list(ARCHITECTURES)}.')
+    if kind not in ('bert', 'pkm_bert'):
+        raise Refusal(f'{path} describes model_type {kind!r}, architectures '
+                      f'{found.get("architectures")}: only BERT is read.')
     for name, value in FIXED.items():
         if found.get(name, value) != value:
-            raise ValueError(f'{path} has {name} = {found[name]!r}: only {value!r} is supported.')
+            raise Refusal(f'{path} has {name} = {found[name]!r}: only {value!r} is supported.')
 
 
 def with_heads(config: BertConfig, stored: dict[str, StoredTensor],
                name_of: Callable[[str], str]) -> BertConfig:
-    """`config` with those heads too whose weights are in `stored`, and their number of classes."""
+    """`config` with those heads too whose weights are in `stored`, and their number of classes.
+
+    A classifier without pooler is one of tokens, and no head of ours.
+    """
     found = {head: stored[name_of(weight)] for head, weight in HEAD_WEIGHTS.items()
              if name_of(weight) in stored}
+    if 'pooler' not in found:
+        found.pop('classifier', None)
     heads = tuple(head for head in HEADS if head in found or head in config.heads)
     classes = found['classifier'].shape[0] if 'classifier' in found else config.classes
     return dataclasses.replace(config, heads=heads, classes=classes)
@@ -94,7 +122,8 @@ def with_heads(config: BertConfig, stored: dict[str, StoredTensor],
 def write(config: BertConfig, table_rows: list[int]) -> dict[str, Any]:
     """The content of a `config.json` for transformers; `table_rows`: rows of each block of values.
 
-    Raises ValueError where no architecture of transformers has just the heads of `config`.
+    Raises:
+      Refusal: no architecture of transformers has just the heads of `config`.
     """
     architecture = architecture_of(config)
     content = {theirs: getattr(config, ours) for ours, theirs in FIELDS.items()} | FIXED
@@ -124,5 +153,5 @@ def architecture_of(config: BertConfig) -> str:
     for name, heads in ARCHITECTURES.items():
         if set(config.heads) in ({*heads}, set()):
             return name
-    raise ValueError(f'No BERT of transformers has just the heads {config.heads}; there are '
-                     f'{ARCHITECTURES}. Choose among the heads with --heads.')
+    raise Refusal(f'No BERT of transformers has just the heads {config.heads}; there are '
+                  f'{ARCHITECTURES}. Choose among the heads with --heads.')

@@ -8,7 +8,6 @@ import dataclasses
 import json
 import re
 import shutil
-from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -17,14 +16,19 @@ from absl import logging
 
 from pkm_jax.convert import configuration, names
 from pkm_jax.convert.folders import appearing
+from pkm_jax.convert.model_card import model_card
 from pkm_jax.convert.tensors import (
-    Entry, Pretrained, Report, StoredTensor, assemble, expected, flatten,
+    ConversionLog, Entry, Pretrained, StoredTensor, assemble, expected, flatten,
 )
 from pkm_jax.convert.weights import SHARD_BYTES, open_weights, write_weights
+from pkm_jax.data.vocabulary import Vocabulary
 from pkm_jax.models.bert import HEADS, BertConfig
+from pkm_jax.refusal import Refusal
 
 # Buffers of PyTorch modules that hold nothing learnt.
 BUFFERS = re.compile(r'.*\.(position_ids|token_type_ids|num_batches_tracked)')
+# A word embedding, and what stands before its name.
+WORDS = re.compile(r'(.*?)(?:bert\.)?embeddings\.word_embeddings\.weight')
 DECODER = 'cls.predictions.decoder.'
 MODELING = Path(__file__).with_name('modeling_pkm_bert.py')
 
@@ -32,20 +36,54 @@ MODELING = Path(__file__).with_name('modeling_pkm_bert.py')
 def load(folder: str | Path, allow_unused: bool = False) -> Pretrained:
     """The model in a Hugging Face BERT folder, with those heads whose weights it holds.
 
-    Reads old names (`gamma`, `beta`) and names with or without their `bert.` prefix.
+    Reads old names (`gamma`, `beta`) and names with or without their `bert.` prefix, and those that
+    wrappers put before them (`module.`, `_orig_mod.`, `model.`). Of an architecture with another
+    head, the encoder is taken.
     Raises:
-      FileNotFoundError: the folder, its config.json, its weights or one of their shards is absent.
-      ValueError: a file is damaged, the architecture is not BERT, or a tensor is missing, has
-        another shape or a name that is not understood (these are left with `allow_unused`).
+      Refusal: the folder, its config.json, its weights or one of their shards is absent or damaged;
+        the model is not BERT; a tensor is missing, has another shape, holds numbers that are not
+        finite, or has a name that is not understood (these are left with `allow_unused`).
     """
     folder = Path(folder)
     config = configuration.read(folder / 'config.json')
-    stored, left = _canonical(open_weights(folder))
+    stored, left = _canonical(_unwrapped(open_weights(folder)))
+    _leave_unknown_head(configuration.unknown_head(folder / 'config.json'), stored, left)
     config = configuration.with_heads(config, stored, names.huggingface)
     if 'mlm' in config.heads:
         tied = _settle_decoder(stored, left, config.tied)
         config = dataclasses.replace(config, tied=tied)
     return assemble(config, stored, names.huggingface, names.is_kernel, left, allow_unused)
+
+
+def _unwrapped(found: dict[str, StoredTensor]) -> dict[str, StoredTensor]:
+    """The tensors without what wrappers put before their names: all that the word embedding has.
+
+    Raises Refusal where there are several word embeddings: which model is meant is not known.
+    """
+    found = {name.replace('_orig_mod.', ''): tensor for name, tensor in found.items()}
+    prefixes = [match[1] for match in map(WORDS.fullmatch, found) if match]
+    if len(prefixes) > 1:
+        raise Refusal(f'the weights hold {len(prefixes)} models, {prefixes}: leave the tensors of '
+                      f'one.')
+    prefix = prefixes[0] if prefixes else ''
+    return {name.removeprefix(prefix): tensor for name, tensor in found.items()}
+
+
+def _leave_unknown_head(architecture: str, stored: dict[str, StoredTensor],
+                        left: dict[str, str]) -> None:
+    """Sets aside the weights of a head that is not known here: of tokens, or any of its own."""
+    of_tokens = 'classifier.weight' in stored and 'bert.pooler.dense.weight' not in stored
+    for name in list(stored):
+        if architecture and not name.startswith(('bert.', 'cls.')):
+            left[name] = f'of the head of {architecture}'
+        elif of_tokens and name.startswith('classifier.'):
+            left[name] = 'of a classifier of tokens'
+        else:
+            continue
+        del stored[name]
+    if architecture:
+        logging.warning('%s: its head is not known here, and left; the encoder is taken.',
+                        architecture)
 
 
 def _canonical(found: dict[str, StoredTensor]) -> tuple[dict[str, StoredTensor], dict[str, str]]:
@@ -59,7 +97,7 @@ def _canonical(found: dict[str, StoredTensor]) -> tuple[dict[str, StoredTensor],
         if BUFFERS.fullmatch(today):
             left[name] = 'a buffer, nothing learnt'
         elif today in stored:
-            raise ValueError(f'{name!r} and another tensor are both {today!r} by today\'s names.')
+            raise Refusal(f'{name!r} and another tensor are both {today!r} by today\'s names.')
         else:
             stored[today] = tensor
     return stored, left
@@ -88,16 +126,15 @@ def _settle_decoder(stored: dict[str, StoredTensor], left: dict[str, str], tied:
 
 
 def save(folder: str | Path, config: BertConfig, params: dict, statistics: dict, *,
-         vocabulary: Sequence[str] = (), lowercase: bool = True,
-         shard_bytes: int = SHARD_BYTES) -> Report:
+         vocabulary: Vocabulary | None = None, shard_bytes: int = SHARD_BYTES) -> ConversionLog:
     """Writes a folder that transformers loads: with memory, its modelling file travels along.
 
     The folder appears whole or not at all. Heads in `params` that `config` does not name are left.
     Files have at most `shard_bytes`; a larger value table is split into blocks of rows. `params`
     may hold tables that are not in memory (`np.memmap`): they are read a block at a time.
     Raises:
-      FileExistsError: there is such a folder.
-      ValueError: the parameters are not those of `config`, or no architecture has its heads.
+      Refusal: there is such a folder, the parameters are not those of `config`, or no architecture
+        has its heads.
     """
     folder = Path(folder)
     leaves, report = _leaves(config, params, statistics)
@@ -120,27 +157,29 @@ def save(folder: str | Path, config: BertConfig, params: dict, statistics: dict,
         if config.memory_layers:
             shutil.copy(MODELING, partial)
         if vocabulary:
-            _write_vocabulary(partial, vocabulary, lowercase, config.max_length)
+            vocabulary.save(partial, config.max_length)
+        (partial / 'README.md').write_text(model_card(content), encoding='utf-8')
         write_weights(partial, stored, shard_bytes)
         report.taken += [Entry.of(path, names.huggingface(path), leaf)
                          for path, leaf in leaves.items()]
     return report
 
 
-def _leaves(config: BertConfig, params: dict, statistics: dict) -> tuple[dict[str, Any], Report]:
+def _leaves(config: BertConfig, params: dict, statistics: dict,
+            ) -> tuple[dict[str, Any], ConversionLog]:
     """Parameters and statistics of `config` by path, checked; the others are heads, and left."""
     found = flatten(params) | flatten(statistics)
     shapes = {path: leaf.shape for tree in expected(config) for path, leaf in tree.items()}
     for path, shape in shapes.items():
         if path not in found:
-            raise ValueError(f'The parameters lack {path}, which the configuration asks for.')
+            raise Refusal(f'The parameters lack {path}, which the configuration asks for.')
         if found[path].shape != shape:
-            raise ValueError(f'{path} has shape {found[path].shape}, but the configuration asks '
-                             f'for {shape}.')
+            raise Refusal(f'{path} has shape {found[path].shape}, but the configuration asks '
+                          f'for {shape}.')
     others = [path for path in found if path not in shapes]
     if strange := [path for path in others if path.split('/')[0] not in HEADS]:
-        raise ValueError(f'The configuration knows no parameters {strange[:5]}.')
-    report = Report(left=dict.fromkeys(others, 'of a head that was not asked for'))
+        raise Refusal(f'The configuration knows no parameters {strange[:5]}.')
+    report = ConversionLog(left=dict.fromkeys(others, 'of a head that was not asked for'))
     return {path: found[path] for path in shapes}, report
 
 
@@ -163,13 +202,6 @@ def _split(name: str, table: Any, rows: list[int]) -> dict[str, StoredTensor]:
                                         lambda stop=stop, count=count:
                                         np.asarray(table[stop - count:stop]))
             for i, (stop, count) in enumerate(zip(stops, rows, strict=True))}
-
-
-def _write_vocabulary(folder: Path, tokens: Sequence[str], lowercase: bool, longest: int) -> None:
-    (folder / 'vocab.txt').write_text(''.join(f'{token}\n' for token in tokens), encoding='utf-8')
-    _write_json(folder / 'tokenizer_config.json', {
-        'tokenizer_class': 'BertTokenizer', 'do_lower_case': lowercase,
-        'model_max_length': longest})
 
 
 def _write_json(path: Path, content: dict[str, Any]) -> None:

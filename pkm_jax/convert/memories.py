@@ -20,10 +20,11 @@ import numpy as np
 
 from pkm_jax.convert import names
 from pkm_jax.convert.tensors import (
-    Entry, Pretrained, Report, StoredTensor, expected, flatten, take, unflatten,
+    ConversionLog, Entry, Pretrained, StoredTensor, expected, flatten, take, unflatten,
 )
 from pkm_jax.convert.weights import open_state_dict
 from pkm_jax.models.bert import BertConfig
+from pkm_jax.refusal import Refusal
 
 BATCH_NORM = {'scale': 'weight', 'bias': 'bias', 'mean': 'running_mean', 'var': 'running_var'}
 STACKED = re.compile(r'.*/memory/(codebooks|query_norm/.*)')  # stored flat by some
@@ -37,38 +38,41 @@ def add_memories(backbone: Pretrained, path: Path, placement: str, top_k: int,
     goes to the number in its prefix (`layers.4.feed_forward.`). What the file holds besides
     memories is left. A projection without bias gets one of zeros.
     Raises:
-      ValueError: the file holds no memory, memories of several sizes, or of another width than the
+      Refusal: the file holds no memory, memories of several sizes, or of another width than the
         backbone; a prefix has no number or several; a tensor of a memory is not understood.
     """
     if backbone.config.memory_layers:
-        raise ValueError(f'The model has memories already, in {backbone.config.memory_layers}.')
+        raise Refusal(f'The model has memories already, in {backbone.config.memory_layers}.')
     stored = open_state_dict(path)
     prefixes = [name.removesuffix('keys') for name in stored
                 if name.endswith('keys') and name.removesuffix('keys') + 'values.weight' in stored]
     if not prefixes:
-        raise ValueError(f'{path} holds no memory: no PREFIX.keys beside a PREFIX.values.weight.')
+        raise Refusal(f'{path} holds no memory: no PREFIX.keys beside a PREFIX.values.weight.')
     layers = tuple(layers) or tuple(_layer(prefix) for prefix in prefixes)
     if len(layers) != len(prefixes):
-        raise ValueError(f'{path} holds {len(prefixes)} memories, {prefixes}, for the layers '
-                         f'{layers}: give as many.')
+        raise Refusal(f'{path} holds {len(prefixes)} memories, {prefixes}, for the layers '
+                      f'{layers}: give as many.')
     origins, sizes = {}, []
     for prefix, layer in zip(prefixes, layers, strict=True):
         known, size = _understand(prefix, stored)
         origins |= {f'layers/{layer}/memory/{ours}': theirs for ours, theirs in known.items()}
         sizes.append(size)
     if any(size != sizes[0] for size in sizes):
-        raise ValueError(f'The memories in {path} differ in size: {sizes}.')
-    memory = dataclasses.replace(BertConfig.memory, top_k=top_k, **sizes[0])
-    config = dataclasses.replace(backbone.config, memory=memory, placement=placement,
-                                 memory_layers=layers)
+        raise Refusal(f'The memories in {path} differ in size: {sizes}.')
+    try:
+        memory = dataclasses.replace(BertConfig.memory, top_k=top_k, **sizes[0])
+        config = dataclasses.replace(backbone.config, memory=memory, placement=placement,
+                                     memory_layers=layers)
+    except ValueError as error:
+        raise Refusal(f'The memories in {path} do not fit the model: {error}') from error
     return _join(config, backbone, stored, origins)
 
 
 def _layer(prefix: str) -> int:
     numbers = re.findall(r'\d+', prefix)
     if len(numbers) != 1:
-        raise ValueError(f'The layer of the memory {prefix!r} is not clear from its name: give the '
-                         f'layers with --memory_layers.')
+        raise Refusal(f'The layer of the memory {prefix!r} is not clear from its name: give the '
+                      f'layers with --memory_layers.')
     return int(numbers[0])
 
 
@@ -76,12 +80,13 @@ def _understand(prefix: str, stored: dict[str, StoredTensor],
                 ) -> tuple[dict[str, str], dict[str, Any]]:
     """{path in a memory here: name there} of the memory under `prefix`, and its sizes."""
     keys, values = (stored[prefix + name].shape for name in ('keys', 'values.weight'))
-    half, sub_keys = keys[-1], math.isqrt(values[0])
-    heads = math.prod(keys[:-1]) // (2 * sub_keys)
-    if sub_keys ** 2 != values[0] or keys not in (
+    half = keys[-1] if keys else 0
+    sub_keys = math.isqrt(values[0]) if len(values) == 2 else 0
+    heads = math.prod(keys[:-1]) // (2 * sub_keys) if sub_keys else 0
+    if not heads or sub_keys ** 2 != values[0] or keys not in (
             (heads, 2, sub_keys, half), (2 * heads * sub_keys, half)):
-        raise ValueError(f'{prefix}keys {keys} and {prefix}values.weight {values} fit neither '
-                         f'layout of a memory with a square number of slots.')
+        raise Refusal(f'{prefix}keys {keys} and {prefix}values.weight {values} fit neither '
+                      f'layout of a memory with a square number of slots.')
     mlp, norm = prefix + 'query_proj.query_mlps.0.', prefix + 'query_proj.query_mlps.1.'
     query = mlp if mlp + 'weight' in stored else prefix + 'query_proj.'
     known = {'codebooks': prefix + 'keys', 'values': prefix + 'values.weight',
@@ -92,8 +97,8 @@ def _understand(prefix: str, stored: dict[str, StoredTensor],
         known |= {f'query_norm/{ours}': norm + theirs for ours, theirs in BATCH_NORM.items()}
     inside = {name for name in stored if name.startswith(prefix)}
     if strange := sorted(inside - set(known.values())):
-        raise ValueError(f'The memory {prefix!r} holds {strange}, which no memory here has: it '
-                         f'would compute something else.')
+        raise Refusal(f'The memory {prefix!r} holds {strange}, which no memory here has: it '
+                      f'would compute something else.')
     return known, {'sub_keys': sub_keys, 'heads': heads, 'query_width': 2 * half,
                    'query_norm': 'batch' if batch else 'none'}
 
@@ -111,7 +116,7 @@ def _join(config: BertConfig, backbone: Pretrained, stored: dict[str, StoredTens
     taken, entries = take(wanted, stored, lambda path: origins.get(path, path), names.is_kernel)
     taken |= made | flatten(backbone.params)
     replaced = [path for path in taken if path not in params and path not in statistics]
-    report = Report(backbone.report.taken + entries,
+    report = ConversionLog(backbone.report.taken + entries,
                     [Entry.of(path, '', array) for path, array in made.items()],
                     backbone.report.left | dict.fromkeys(stored, 'not of a memory')
                     | dict.fromkeys(replaced, 'a memory is in its place'))

@@ -2,7 +2,7 @@
 
 It travels inside every exported folder that has a memory:
 
-    AutoModel.from_pretrained(FOLDER, trust_remote_code=True)
+    AutoModel.from_pretrained(FOLDER, trust_remote_code=True)      # transformers 4.40 or later
 
 Memories follow Lample et al. 2019, "Large Memory Layers with Product Keys". Batch norm of queries
 always uses the running statistics, also in training mode: a block does not know which tokens are
@@ -11,12 +11,17 @@ padding, and padding must not enter them.
 
 import torch
 import torch.nn.functional as F
+import transformers
 from torch import nn
 from transformers import BertConfig
 from transformers.models.bert.modeling_bert import (
     BertForMaskedLM, BertForPreTraining, BertForQuestionAnswering, BertForSequenceClassification,
     BertLayer, BertModel,
 )
+
+if tuple(map(int, transformers.__version__.split('.')[:2])) < (4, 40):
+    raise ImportError(f'This model needs transformers 4.40 or later, not '
+                      f'{transformers.__version__}: pip install -U transformers')
 
 
 class PkmBertConfig(BertConfig):
@@ -102,8 +107,8 @@ class ProductKeyMemory(nn.Module):
 class PkmBertLayer(BertLayer):
     """A BERT block with a memory beside its feed-forward network, or in its place."""
 
-    def __init__(self, config: PkmBertConfig, layer_idx: int, shared: nn.ParameterList | None):
-        super().__init__(config, layer_idx)
+    def __init__(self, config: PkmBertConfig, shared: nn.ParameterList | None):
+        super().__init__(config)
         if config.memory['placement'] == 'replace':
             self.intermediate = self.output.dense = None
         self.memory = ProductKeyMemory(config.hidden_size, config.memory, shared)
@@ -120,7 +125,7 @@ def add_memories(bert: BertModel) -> None:
     """Puts blocks with memories in the place of the plain ones."""
     memory, shared = bert.config.memory, None
     for index in sorted(memory['layers']):
-        layer = bert.encoder.layer[index] = PkmBertLayer(bert.config, index, shared)
+        layer = bert.encoder.layer[index] = PkmBertLayer(bert.config, shared)
         if memory['shared_values']:
             shared = layer.memory.table[0]
 

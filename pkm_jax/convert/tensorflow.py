@@ -11,6 +11,8 @@ import numpy as np
 
 from pkm_jax.convert import configuration, names
 from pkm_jax.convert.tensors import Pretrained, StoredTensor, assemble
+from pkm_jax.data.files import refuse_pointer
+from pkm_jax.refusal import Refusal
 
 OPTIMIZER = re.compile(r'global_step|.*/(adam_m|adam_v)')
 # Heads that are stored the other way round: [outputs, width].
@@ -22,10 +24,9 @@ def load(folder: str | Path, allow_unused: bool = False) -> Pretrained:
 
     The state of its optimizer is left.
     Raises:
-      ImportError: TensorFlow is not installed.
-      FileNotFoundError: the folder lacks its configuration or a checkpoint.
-      ValueError: it holds several checkpoints, the checkpoint is damaged, or a tensor is missing,
-        has another shape or a name that is not understood (these are left with `allow_unused`).
+      Refusal: TensorFlow is not installed; the folder lacks its configuration or a checkpoint, or
+        holds several; the checkpoint is damaged; a tensor is missing, has another
+        shape or a name that is not understood (these are left with `allow_unused`).
     """
     folder = Path(folder)
     files = [folder / name for name in ('bert_config.json', 'config.json')]
@@ -37,28 +38,35 @@ def load(folder: str | Path, allow_unused: bool = False) -> Pretrained:
     return assemble(config, stored, names.tensorflow, TRANSPOSED.__contains__, left, allow_unused)
 
 
+def find_checkpoints(folder: Path) -> list[Path]:
+    """NAME of every NAME.index with a NAME.data-… beside it."""
+    return [index.with_suffix('') for index in sorted(folder.glob('*.index'))
+            if any(path.name.startswith(f'{index.stem}.data-') for path in folder.iterdir())]
+
+
 def _checkpoint(folder: Path) -> Path:
-    indices = sorted(folder.glob('*.index'))
-    if not indices:
-        raise FileNotFoundError(f'{folder} has no TensorFlow checkpoint (NAME.index beside '
-                                f'NAME.data-00000-of-00001).')
-    if len(indices) > 1:
-        raise ValueError(f'{folder} holds {len(indices)} checkpoints, '
-                         f'{[index.stem for index in indices]}: leave one there.')
-    return indices[0].with_suffix('')
+    found = find_checkpoints(folder)
+    if not found:
+        raise Refusal(f'{folder} has no TensorFlow checkpoint (NAME.index beside '
+                      f'NAME.data-00000-of-00001).')
+    if len(found) > 1:
+        raise Refusal(f'{folder} holds {len(found)} checkpoints, {[path.name for path in found]}: '
+                      f'leave one there.')
+    refuse_pointer(found[0].with_name(f'{found[0].name}.index'))
+    return found[0]
 
 
 def _open(prefix: Path) -> dict[str, StoredTensor]:
     try:
         import tensorflow as tf
     except ImportError as error:
-        raise ImportError(f"{prefix} is a TensorFlow checkpoint: to read it, pip install "
-                          f"'pkm_jax[tensorflow]'.") from error
+        raise Refusal(f"{prefix} is a TensorFlow checkpoint: to read it, pip install "
+                      f"'pkm_jax[tensorflow]'.") from error
     try:
         reader = tf.train.load_checkpoint(str(prefix))
     except (tf.errors.OpError, ValueError) as error:
-        raise ValueError(f'{prefix} cannot be read as a TensorFlow checkpoint ({error}): copy it '
-                         f'again, with its .data files.') from error
+        raise Refusal(f'{prefix} cannot be read as a TensorFlow checkpoint ({error}): copy it '
+                      f'again, with its .data files.') from error
     dtypes = reader.get_variable_to_dtype_map()
     return {name: StoredTensor(tuple(shape), np.dtype(dtypes[name].as_numpy_dtype),
                                lambda name=name: reader.get_tensor(name))

@@ -13,6 +13,7 @@ from flax import nnx
 from flax.traverse_util import flatten_dict, unflatten_dict
 
 from pkm_jax.models.bert import Bert, BertConfig
+from pkm_jax.refusal import Refusal
 
 FLOATS = (np.float32, np.float16, ml_dtypes.bfloat16)
 BLOCK = 2**14   # rows of which a checksum is taken at a time
@@ -51,7 +52,7 @@ class Entry:
 
 
 @dataclasses.dataclass
-class Report:
+class ConversionLog:
     """What became of every tensor: taken from the source, new (not in it), or left there, why."""
     taken: list[Entry] = dataclasses.field(default_factory=list)
     new: list[Entry] = dataclasses.field(default_factory=list)
@@ -73,7 +74,7 @@ class Pretrained:
     config: BertConfig
     params: dict
     statistics: dict
-    report: Report
+    report: ConversionLog
 
 
 def flatten(tree: dict) -> dict[str, Any]:
@@ -100,19 +101,20 @@ def assemble(config: BertConfig, stored: dict[str, StoredTensor], name_of: Calla
              allow_unused: bool) -> Pretrained:
     """The parameters of `Bert(config)` taken from `stored`; `left` was set aside before, and why.
 
-    Raises ValueError as `take` does and, unless `allow_unused`, for names that are not understood.
+    Raises:
+      Refusal: as `take` does and, unless `allow_unused`, for names that are not understood.
     """
     params, statistics = expected(config)
     unused = dict(stored)
     taken, entries = take(params | statistics, unused, name_of, transposed)
     if unused and not allow_unused:
-        raise ValueError(f'{len(unused)} tensors have names that are not understood: '
-                         f'{sorted(unused)[:10]}. To go on without them, convert with `python -m '
-                         f'pkm_jax.convert_checkpoint --allow_unused`.')
+        raise Refusal(f'{len(unused)} tensors have names that are not understood: '
+                      f'{sorted(unused)[:10]}. To go on without them, convert with `python -m '
+                      f'pkm_jax.convert_checkpoint --allow_unused`.')
     left = left | dict.fromkeys(unused, 'not understood')
     return Pretrained(config, unflatten({path: taken[path] for path in params}),
                       unflatten({path: taken[path] for path in statistics}),
-                      Report(entries, left=left))
+                      ConversionLog(entries, left=left))
 
 
 def take(wanted: dict[str, Any], stored: dict[str, StoredTensor], name_of: Callable[[str], str],
@@ -121,14 +123,15 @@ def take(wanted: dict[str, Any], stored: dict[str, StoredTensor], name_of: Calla
 
     A tensor called NAME may come in blocks of rows NAME.0, NAME.1, …. Half precision is widened to
     float32, except in value tables.
-    Raises ValueError where a tensor is missing, has another shape or holds no floats.
+    Raises:
+      Refusal: a tensor is missing, has another shape, or holds no floats or no finite ones.
     """
     taken, entries = {}, []
     for path, leaf in wanted.items():
         name = name_of(path)
         parts = [stored.pop(part) for part in _blocks(name, stored)]
         if not parts:
-            raise ValueError(f'The checkpoint has no {name!r} (here {path}).')
+            raise Refusal(f'The checkpoint has no {name!r} (here {path}).')
         taken[path] = _read(path, name, parts, transposed(path), leaf.shape)
         entries.append(Entry.of(path, name, taken[path]))
     return taken, entries
@@ -147,13 +150,23 @@ def _read(path: str, name: str, parts: list[StoredTensor], transpose: bool,
     found = (sum(rows), *parts[0].shape[1:]) if rows else parts[0].shape
     wanted = shape[::-1] if transpose else shape
     if found != wanted or any(part.shape[1:] != wanted[1:] for part in parts):
-        raise ValueError(f'{name!r} has shape {found}, but the configuration asks for {wanted}.')
+        raise Refusal(f'{name!r} has shape {found}, but the configuration asks for {wanted}.')
     dtype = parts[0].dtype
     if dtype not in FLOATS:
-        raise ValueError(f'{name!r} holds numbers of type {dtype}: only float32, float16 and '
-                         f'bfloat16 are read.')
+        raise Refusal(f'{name!r} holds numbers of type {dtype}: only float32, float16 and '
+                      f'bfloat16 are read.')
     array = np.empty(shape, dtype if path.endswith('/values') else np.float32)
     blocks = np.split(array, np.cumsum(rows)[:-1]) if rows else [array]
     for block, part in zip(blocks, parts, strict=True):
         block[...] = part.read().T if transpose else part.read()
+    _refuse_non_finite(name, array)
     return array
+
+
+def _refuse_non_finite(name: str, array: np.ndarray) -> None:
+    rows = array if array.shape else array[None]
+    bad = sum(int((~np.isfinite(rows[start:start + BLOCK])).sum())
+              for start in range(0, len(rows), BLOCK))
+    if bad:
+        raise Refusal(f'{name!r} holds {bad:,} of {array.size:,} numbers that are infinite or NaN: '
+                      f'the model diverged, or the file is damaged. Take an earlier checkpoint.')

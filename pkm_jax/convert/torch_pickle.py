@@ -10,6 +10,7 @@ import io
 import math
 import pickle
 import zipfile
+import zlib
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -18,6 +19,8 @@ import ml_dtypes
 import numpy as np
 
 from pkm_jax.convert.tensors import StoredTensor
+from pkm_jax.data.files import refuse_pointer
+from pkm_jax.refusal import Refusal
 
 LEGACY_MAGIC = 0x1950A86A20F9469CFC6C
 STORAGES = {
@@ -28,7 +31,7 @@ STORAGES = {
 }
 
 
-class UnsafePickleError(ValueError):
+class UnsafePickleError(Refusal):
     """A pickle names a function or class that no tensor needs."""
 
 
@@ -37,8 +40,10 @@ def load(path: Path) -> Any:
 
     Raises:
       UnsafePickleError: the pickle names anything but tensors and plain containers.
-      ValueError: the file is not of either format of `torch.save`, or is cut short.
+      Refusal: the file is not of either format of `torch.save`, or is cut short; so does reading a
+        tensor of a damaged one.
     """
+    refuse_pointer(path)
     try:
         if zipfile.is_zipfile(path):
             return _load_archive(path)
@@ -47,8 +52,8 @@ def load(path: Path) -> Any:
     except UnsafePickleError:
         raise
     except Exception as error:  # a damaged pickle can raise nearly anything
-        raise ValueError(f'{path} cannot be read as a PyTorch checkpoint ({error!r}): it may be '
-                         f'cut short or of another format. Copy it again.') from error
+        raise Refusal(f'{path} cannot be read as a PyTorch checkpoint ({error!r}): it may be '
+                      f'cut short or of another format. Copy it again.') from error
 
 
 def _load_archive(path: Path) -> Any:
@@ -69,11 +74,11 @@ def _load_archive(path: Path) -> Any:
 
 
 def _read_entry(path: Path, entry: str) -> bytes:
-    with zipfile.ZipFile(path) as archive:
-        try:
+    try:
+        with zipfile.ZipFile(path) as archive:
             return archive.read(entry)
-        except zipfile.BadZipFile as error:
-            raise ValueError(f'{path} is damaged ({error}): copy it again.') from error
+    except (zipfile.BadZipFile, zlib.error, EOFError, NotImplementedError, OSError) as error:
+        raise Refusal(f'{path} is damaged ({error}): copy it again.') from error
 
 
 def _load_stream(path: Path, file: io.BufferedIOBase) -> Any:

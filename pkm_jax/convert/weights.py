@@ -1,7 +1,8 @@
 """The weight files of a Hugging Face folder, read and written tensor by tensor, whole or in shards.
 
 `model.safetensors` or `pytorch_model.bin`; split over several files, an index beside them says
-which tensor is in which (`model.safetensors.index.json`).
+which tensor is in which (`model.safetensors.index.json`). A folder without any of these may hold
+one weight file of another name.
 """
 
 import json
@@ -15,63 +16,92 @@ from safetensors.numpy import save_file
 
 from pkm_jax.convert import torch_pickle
 from pkm_jax.convert.tensors import StoredTensor
+from pkm_jax.data.files import read_json, refuse_pointer
+from pkm_jax.refusal import Refusal
 
 SAFETENSORS = 'model.safetensors'
 PICKLE = 'pytorch_model.bin'
+ENDINGS = ('.safetensors', '.bin', '.pt', '.pth', '.ckpt')
+# What training leaves beside weights.
+NO_WEIGHTS = {'training_args.bin', 'optimizer.pt', 'optimizer.bin', 'scheduler.pt', 'scheduler.bin',
+              'scaler.pt', 'rng_state.pth'}
+# Where programs that save more than a state dict keep it.
+STATE_DICTS = ('state_dict', 'model_state_dict', 'model', 'module')
 SHARD_BYTES = 5 * 10**9
 DTYPES = {'F32': np.float32, 'F16': np.float16, 'BF16': ml_dtypes.bfloat16, 'F64': np.float64,
           'I64': np.int64, 'I32': np.int32, 'I16': np.int16, 'I8': np.int8, 'U8': np.uint8,
           'BOOL': np.bool_}
 
 
+def find_weights(folder: Path) -> Path | None:
+    """The weight file of `folder`, or the index of its shards; None where it has none.
+
+    Raises:
+      Refusal: it has several, and none of the usual names.
+    """
+    names = [name for file in (SAFETENSORS, PICKLE) for name in (file, f'{file}.index.json')]
+    found = [folder / name for name in names if (folder / name).exists()]
+    if not found and folder.is_dir():
+        found = [path for path in sorted(folder.iterdir()) if path.is_file()
+                 and path.suffix in ENDINGS and path.name not in NO_WEIGHTS]
+        if len(found) > 1:
+            raise Refusal(f'{folder} holds several weight files, {[path.name for path in found]}: '
+                          f'leave one there, or call it {SAFETENSORS} or {PICKLE}.')
+    return found[0] if found else None
+
+
 def open_weights(folder: Path) -> dict[str, StoredTensor]:
     """Every tensor of `folder` by name, unread.
 
     Raises:
-      FileNotFoundError: the folder has no weights, or lacks a shard that its index lists.
-      ValueError: a file is cut short or damaged, or a shard lacks a tensor that the index lists.
+      Refusal: the folder has no weights, or lacks a shard that its index lists; a file is cut short
+        or damaged, or a shard lacks a tensor that the index lists.
     """
-    for name in (SAFETENSORS, PICKLE):
-        if (folder / name).exists():
-            return open_state_dict(folder / name)
-        if (index := folder / f'{name}.index.json').exists():
-            return _open_shards(index)
-    raise FileNotFoundError(f'{folder} has no weights: neither {SAFETENSORS} nor {PICKLE}, '
-                            f'nor the index of either.')
+    found = find_weights(folder)
+    if found is None:
+        others = sorted(path.name for path in folder.glob('*')
+                        if path.suffix in ('.h5', '.msgpack', '.onnx', '.gguf'))
+        raise Refusal(f'{folder} has no weights: neither {SAFETENSORS} nor {PICKLE}, nor the index '
+                      f'of either.' + (f' {", ".join(others)} cannot be read: save it for PyTorch.'
+                                       if others else ''))
+    return _open_shards(found) if found.suffix == '.json' else open_state_dict(found)
 
 
 def _open_shards(index: Path) -> dict[str, StoredTensor]:
-    try:
-        files = dict(json.loads(index.read_text())['weight_map'])
-    except (ValueError, TypeError, KeyError) as error:
-        raise ValueError(f'{index} is damaged ({error!r}): copy it again.') from error
+    files = read_json(index).get('weight_map')
+    if not isinstance(files, dict) or not all(isinstance(file, str) for file in files.values()):
+        raise Refusal(f'{index} is damaged, it maps no names to files: copy it again.')
     tensors = {}
     for shard in sorted(set(files.values())):
         path = index.parent / shard
         if Path(shard).name != shard or not path.is_file():
-            raise FileNotFoundError(f'{index} lists the shard {shard!r}, which is not beside it: '
-                                    f'copy it there.')
+            raise Refusal(f'{index} lists the shard {shard!r}, which is not beside it: '
+                          f'copy it there.')
         tensors |= open_state_dict(path)
     if absent := sorted(set(files) - set(tensors)):
-        raise ValueError(f'{index} lists tensors that its shards do not hold: {absent[:5]}.')
+        raise Refusal(f'{index} lists tensors that its shards do not hold: {absent[:5]}.')
     return tensors
 
 
 def open_state_dict(path: Path) -> dict[str, StoredTensor]:
-    """Every tensor of one weight file by name; of a dict of dicts, those under 'model'.
+    """Every tensor of one weight file by name; of what more was saved, those of its state dict.
 
-    Raises FileNotFoundError, or ValueError for a damaged file or one that holds other things.
+    Raises:
+      Refusal: there is no such file, it is damaged, or it holds other things.
     """
     if not path.is_file():
-        raise FileNotFoundError(f'There is no file {path}.')
+        raise Refusal(f'There is no file {path}.')
+    refuse_pointer(path)
     if path.suffix == '.safetensors':
         return dict(_open_safetensors(path))
     loaded = torch_pickle.load(path)
-    if isinstance(loaded, dict) and isinstance(loaded.get('model'), dict):
-        loaded = loaded['model']
+    if isinstance(loaded, dict):
+        loaded = next((loaded[name] for name in STATE_DICTS
+                       if isinstance(loaded.get(name), dict)), loaded)
     if not isinstance(loaded, dict) or not all(
-            isinstance(tensor, StoredTensor) for tensor in loaded.values()):
-        raise ValueError(f'{path} is not a state dict: it must map names to tensors only.')
+            isinstance(name, str) and isinstance(tensor, StoredTensor)
+            for name, tensor in loaded.items()):
+        raise Refusal(f'{path} is not a state dict: it must map names to tensors only.')
     return dict(loaded)
 
 
@@ -84,9 +114,9 @@ def _open_safetensors(path: Path) -> Iterator[tuple[str, StoredTensor]]:
                 yield name, StoredTensor(tuple(tensor.get_shape()), dtype,
                                          lambda name=name: _read_safetensors(path, name))
     except KeyError as error:
-        raise ValueError(f'{path} holds numbers of type {error}: not supported.') from error
+        raise Refusal(f'{path} holds numbers of type {error}: not supported.') from error
     except safetensors.SafetensorError as error:
-        raise ValueError(f'{path} is cut short or damaged ({error}): copy it again.') from error
+        raise Refusal(f'{path} is cut short or damaged ({error}): copy it again.') from error
 
 
 def _read_safetensors(path: Path, name: str) -> np.ndarray:

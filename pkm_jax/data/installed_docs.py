@@ -10,6 +10,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 from pkm_jax.data.progress import progress_bar
+from pkm_jax.refusal import Refusal
 
 # Only packages that come with the requirements, so that a full environment neither slows this down
 # nor changes what kind of text it finds.
@@ -44,8 +45,9 @@ def extract(path: Path, log: Callable[[str], None] = print) -> Path:
     """Writes the prose of the installed documentation to `path`, one paragraph a line.
 
     Returns `path`; does nothing where it exists already. Takes well under a minute; nothing is
-    imported or run. Raises RuntimeError, with the number of bytes found, where this Python's
-    packages were installed without their sources.
+    imported or run.
+    Raises:
+      Refusal: this Python's packages were installed without their sources; with the bytes found.
     """
     if path.exists():
         log(f'text: using the documentation extracted before, {path} '
@@ -60,10 +62,9 @@ def extract(path: Path, log: Callable[[str], None] = print) -> Path:
             bar.update()
     content = ''.join(f'{paragraph}\n' for paragraph in found).encode()
     if len(content) < MINIMUM_BYTES:
-        raise RuntimeError(f'only {len(content):,} bytes of documentation found in {len(files):,} '
-                           f'files of the installed packages, at least {MINIMUM_BYTES:,} are '
-                           'needed: were they installed without sources? Name a corpus of your '
-                           'own instead.')
+        raise Refusal(f'only {len(content):,} bytes of documentation found in {len(files):,} '
+                      f'files of the installed packages, at least {MINIMUM_BYTES:,} are needed: '
+                      'were they installed without sources? Name a corpus of your own instead')
     path.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.NamedTemporaryFile(dir=path.parent, delete=False) as partial:
         partial.write(content)

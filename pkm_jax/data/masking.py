@@ -6,7 +6,8 @@ import math
 import numpy as np
 from jaxtyping import Int
 
-from pkm_jax.data.tokenizer import Vocabulary
+from pkm_jax.data.vocabulary import Vocabulary
+from pkm_jax.refusal import Refusal
 
 
 @dataclasses.dataclass(frozen=True)
@@ -15,9 +16,11 @@ class Masking:
 
     What is chosen depends on (seed, epoch, record) alone, through a counter-based generator, and so
     not on workers, hosts or batches. Special tokens are never chosen, nor drawn as the random
-    token. With `whole_word` a word's pieces are chosen together, and their number is `rate` of the
-    tokens to the nearest word. Never more than `slots` per record: ValueError where a full record
-    of `length` tokens needs more.
+    token. The expected number is exactly `rate` of the tokens, or 1 where that is less, and never
+    more than `slots`. With `whole_word` a word's pieces are chosen together; a word for which there
+    is no room gives way to others, and is chosen in part only where no whole one fits.
+    Raises:
+      Refusal: a full record of `length` tokens needs more slots, or `rate` is no share.
     """
     vocabulary: Vocabulary
     seed: int
@@ -28,13 +31,13 @@ class Masking:
 
     def __post_init__(self) -> None:
         if not 0 < self.rate < 1:
-            raise ValueError(f'mask_rate is {self.rate}: a share of the tokens between 0 and 1 is '
-                             'needed, such as 0.15')
+            raise Refusal(f'mask_rate is {self.rate}: a share of the tokens between 0 and 1 is '
+                          'needed, such as 0.15')
         needed = predictions_per_record(self.length, self.rate)
         if self.slots < needed:
-            raise ValueError(f'max_predictions is {self.slots}, but {self.rate:.0%} of '
-                             f'{self.length} tokens are up to {needed}: raise '
-                             f'max_predictions to {needed} or lower mask_rate')
+            raise Refusal(f'max_predictions is {self.slots}, but {self.rate:.0%} of '
+                          f'{self.length} tokens are up to {needed}: raise max_predictions to '
+                          f'{needed} or lower mask_rate')
 
     def __call__(self, tokens: Int[np.ndarray, 'length'], epoch: int, record: int) -> tuple[
             Int[np.ndarray, 'length'], Int[np.ndarray, 'chosen'], Int[np.ndarray, 'chosen']]:
@@ -46,7 +49,7 @@ class Masking:
         kind = random.random(len(positions))
         masked = tokens.copy()
         masked[positions] = np.select([kind < 0.8, kind < 0.9],
-                                      [self.vocabulary.ids['[MASK]'], drawn], labels)
+                                      [self.vocabulary.mask_id, drawn], labels)
         return masked, positions, labels
 
     def _choose(self, tokens: Int[np.ndarray, 'length'],
@@ -55,20 +58,43 @@ class Masking:
         candidates = np.flatnonzero(~self.vocabulary.special[tokens])
         if not candidates.size:
             return candidates
-        if self.whole_word:
-            starts = ~self.vocabulary.continuation[tokens[candidates]]
-            starts[0] = True   # a record may begin within a word
-        else:
-            starts = np.ones(candidates.size, bool)
+        starts = np.ones(candidates.size, bool)
+        if self.whole_word:     # a word also begins where a record does, and after a special token
+            starts[1:] = (~self.vocabulary.continuation[tokens[candidates[1:]]]
+                          | (np.diff(candidates) > 1))
         word = np.cumsum(starts) - 1
         order = random.permutation(word[-1] + 1)
-        pieces = np.bincount(word)[order]
-        pieces_so_far = np.cumsum(pieces)
-        wanted = max(1, int(self.rate * candidates.size + random.random()))   # unbiased
-        taken = (pieces_so_far - pieces / 2 < wanted) & (pieces_so_far <= self.slots)
+        taken, cut, room = self._take(np.bincount(word)[order].tolist(),
+                                      max(1.0, self.rate * candidates.size), random.random())
         chosen = np.zeros(order.size, bool)
         chosen[order[taken]] = True
-        return candidates[chosen[word]]
+        chosen = chosen[word]
+        if cut is not None:
+            chosen[np.flatnonzero(word == order[cut])[:room]] = True
+        return candidates[chosen]
+
+    def _take(self, pieces: list[int], wanted: float, draw: float) -> tuple[list[int], int | None,
+                                                                            int]:
+        """Which of the words with so many `pieces` to take, in this order, so that on average
+        `wanted` pieces are taken; then a word to cut, and to how many pieces.
+
+        The word that would pass the number is taken with the probability that makes up for it.
+        """
+        taken, so_far, cut = [], 0, None
+        for place, count in enumerate(pieces):
+            if so_far + count > self.slots:
+                cut = place if cut is None else cut
+            elif so_far + count < wanted:
+                taken.append(place)
+                so_far += count
+            else:
+                if draw >= 1 - (wanted - so_far) / count:
+                    taken.append(place)
+                return taken, None, 0
+        room = self.slots - so_far
+        if cut is None or draw < 1 - (wanted - so_far) / room:
+            return taken, None, 0
+        return taken, cut, room
 
 
 def predictions_per_record(length: int, rate: float) -> int:

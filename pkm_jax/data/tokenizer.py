@@ -1,151 +1,268 @@
-"""WordPiece vocabularies as BERT uses them: trained on a corpus, or read from a file."""
+"""The tokenizers of other people's folders, used as they are, or refused by name."""
 
-import dataclasses
-import functools
 import json
-import random
 import re
-from collections import Counter
-from collections.abc import Callable, Iterable
+import unicodedata
+from collections.abc import Callable
+from typing import Any
 
-import numpy as np
 from etils import epath
-from jaxtyping import Bool, Int
-from tokenizers import Tokenizer, models, normalizers, pre_tokenizers, trainers
+from tokenizers import AddedToken, Tokenizer
 
-SPECIAL_TOKENS = ('[PAD]', '[UNK]', '[CLS]', '[SEP]', '[MASK]')
-MOST_CHARACTERS = 1_000      # distinct ones in a trained vocabulary; rarer ones become [UNK]
-MOST_PARAGRAPHS = 500_000    # that a vocabulary is trained on, drawn evenly from the corpus
+from pkm_jax.data.files import expand, read_json, read_text
+from pkm_jax.data.vocabulary import ROLES, SpecialTokens, Vocabulary, word_pieces
+from pkm_jax.refusal import Refusal
 
-
-@dataclasses.dataclass(frozen=True)
-class Vocabulary:
-    """The tokens in the order of their ids. A piece that continues a word starts with '##'."""
-    tokens: tuple[str, ...]
-
-    def __post_init__(self) -> None:
-        missing = [token for token in SPECIAL_TOKENS if token not in self.ids]
-        if missing:
-            raise ValueError(f'the vocabulary of {len(self.tokens):,} tokens lacks '
-                             f'{", ".join(missing)}: a BERT-style WordPiece vocabulary is needed')
-        if len(self.ids) != len(self.tokens):
-            repeated = len(self.tokens) - len(self.ids)
-            raise ValueError(f'the vocabulary names {repeated} of its tokens twice')
-
-    @functools.cached_property
-    def ids(self) -> dict[str, int]:
-        """Token to id."""
-        return {token: number for number, token in enumerate(self.tokens)}
-
-    @property
-    def lowercase(self) -> bool:
-        """Whether text is lower-cased and stripped of accents: so where no ordinary token has a
-        letter A to Z."""
-        return not any(re.search('[A-Z]', token) for token in self.tokens
-                       if not token.startswith('['))
-
-    @functools.cached_property
-    def special(self) -> Bool[np.ndarray, 'vocab']:
-        """True for the special tokens, which are neither masked nor drawn as replacements."""
-        return np.isin(self.tokens, SPECIAL_TOKENS)
-
-    @functools.cached_property
-    def continuation(self) -> Bool[np.ndarray, 'vocab']:
-        """True for pieces that continue a word."""
-        return np.array([token.startswith('##') for token in self.tokens])
-
-    @functools.cached_property
-    def ordinary_ids(self) -> Int[np.ndarray, 'ordinary']:
-        """Ids of all tokens that are not special."""
-        return np.flatnonzero(~self.special)
-
-    def tokenizer(self) -> Tokenizer:
-        """The tokenizer of this vocabulary; adds no special tokens by itself."""
-        model = models.WordPiece(self.ids, unk_token='[UNK]', max_input_chars_per_word=100)
-        return _tokenizer(model, self.lowercase)
-
-    def save(self, path: epath.PathLike) -> None:
-        """Writes vocab.txt: one token a line, in the order of the ids."""
-        epath.Path(path).write_text(''.join(f'{token}\n' for token in self.tokens))
+FILES = ('tokenizer.json', 'vocab.txt')
+# Classes of transformers that cut text as BERT's does, given a vocab.txt.
+_LIKE_BERT = re.compile(r'(Bert|DistilBert|Electra|MobileBert|ConvBert|LayoutLM|Funnel|Lxmert|MPNet|'
+                        r'SqueezeBert|RetriBert|Splinter|Realm|DPR\w*)Tokenizer(Fast)?')
+# What folders call the five tokens, and what they are where nothing names them.
+_NAMES = {'pad': ('pad_token',), 'unk': ('unk_token',), 'cls': ('cls_token', 'bos_token'),
+          'sep': ('sep_token', 'eos_token'), 'mask': ('mask_token',)}
+_USUAL = {'pad': ('[PAD]', '<pad>'), 'unk': ('[UNK]', '<unk>'), 'cls': ('[CLS]', '<cls>', '<s>'),
+          'sep': ('[SEP]', '<sep>', '</s>'), 'mask': ('[MASK]', '<mask>')}
+# What BERT's tokenizer reads in tokenizer_config.json.
+_SETTINGS = {'do_lower_case': bool, 'strip_accents': bool, 'tokenize_chinese_chars': bool,
+             'wordpieces_prefix': str}
+_OTHERS = ('vocab.json', '*.model', 'merges.txt', '*vocab*')
+_ACCENTED_WORDS = 0.0005    # of a vocabulary, that show that it keeps accents
 
 
-def load(path: epath.PathLike) -> Vocabulary:
-    """Reads a vocab.txt, a tokenizer.json, or the one of them that lies in the folder `path`; local
-    or gs://.
+def find(path: epath.PathLike) -> epath.Path | None:
+    """The file that says how a folder cuts text, or `path` itself where it is a file; else None."""
+    path = epath.Path(expand(path))
+    candidates = [path / name for name in FILES] if path.is_dir() else [path]
+    return next((candidate for candidate in candidates if candidate.exists()), None)
 
-    Raises FileNotFoundError where there is none, ValueError where it is not a WordPiece vocabulary
-    as BERT uses it.
+
+def load(path: epath.PathLike, lowercase: bool | None = None, strip_accents: bool | None = None,
+         log: Callable[[str], None] = lambda line: None) -> Vocabulary:
+    """The vocabulary of a folder, or of a tokenizer.json or vocab.txt; local or gs://.
+
+    A tokenizer.json is used whole. With a vocab.txt, the tokenizer_config.json beside it says how
+    BERT's tokenizer is set; where it does not, `lowercase` and `strip_accents` do, and where they
+    are None, a guess, which is logged with its reason.
+    Raises:
+      Refusal: there is none, it is damaged, lacks a special token, cuts text in another way than
+        BERT's vocab.txt, or contradicts `lowercase` or `strip_accents`.
     """
-    path = epath.Path(path)
-    candidates = [path / 'vocab.txt', path / 'tokenizer.json'] if path.is_dir() else [path]
-    file = next((candidate for candidate in candidates if candidate.exists()), None)
+    file = find(path)
     if file is None:
-        raise FileNotFoundError(f'no vocabulary at {path}: name a vocab.txt, a tokenizer.json or a '
-                                "folder with one, or leave it empty ('') to train one")
-    if file.suffix != '.json':
-        return Vocabulary(tuple(file.read_text().rstrip('\n').split('\n')))
-    described = json.loads(file.read_text())
-    if described['model'].get('type', 'WordPiece') != 'WordPiece':
-        raise ValueError(f'{file} describes a {described["model"]["type"]} tokenizer: only '
-                         'WordPiece, as BERT uses it, is known')
-    added = {token['content']: token['id'] for token in described.get('added_tokens', [])}
-    ids = described['model']['vocab'] | added
-    if sorted(ids.values()) != list(range(len(ids))):
-        raise ValueError(f'{file}: the ids of its {len(ids)} tokens are not 0 to {len(ids) - 1}')
-    return Vocabulary(tuple(sorted(ids, key=ids.__getitem__)))
+        raise Refusal(f'no vocabulary at {path}{_others(path)}: name a vocab.txt, a tokenizer.json '
+                      "or a folder with one, or leave it empty ('') to train one")
+    # What a file of another name lies beside need not belong to it.
+    beside = file.parent if file.name in FILES else None
+    config = _configuration(beside)
+    wanted = {'lowercase': lowercase, 'strip_accents': strip_accents}
+    try:
+        if file.suffix == '.json':
+            return _described(file, config, wanted, log)
+        words = _words(file)
+        if beside and (beside / FILES[0]).exists():
+            whole = _described(beside / FILES[0], config, wanted, log)
+            if list(whole.tokens[:len(words)]) == words:
+                return whole
+            log(f'vocabulary: {beside / FILES[0]} has other words than {file} and is not used')
+        return _from_words(file, words, config, beside, wanted, log)
+    except Refusal as refusal:
+        message = str(refusal)
+        raise refusal if str(file) in message else Refusal(f'{file}: {message}') from refusal
 
 
-def train(paragraphs: Iterable[str], size: int, lowercase: bool = True,
-          log: Callable[[str], None] = print) -> Vocabulary:
-    """Trains a WordPiece vocabulary of `size` tokens; [PAD] [UNK] [CLS] [SEP] [MASK] are ids 0 to
-    4.
+def _others(path: epath.PathLike) -> str:
+    """What else lies there that a tokenizer could be made of, in words."""
+    folder = epath.Path(expand(path))
+    found = sorted({file.name for pattern in _OTHERS if folder.is_dir()
+                    for file in folder.glob(pattern)})
+    if not found:
+        return ''
+    return (f' ({", ".join(found[:4])} there would need rules that only a tokenizer.json has: '
+            "transformers' AutoTokenizer.from_pretrained(…).save_pretrained(…) writes it)")
 
-    The same text gives the same vocabulary, on any machine. A text too small for `size` tokens
-    gives fewer, which is logged. Raises ValueError where `size` cannot even hold the single
-    characters.
+
+def _configuration(folder: epath.Path | None) -> dict[str, Any]:
+    """What the files beside a vocabulary say of its tokenizer."""
+    if folder is None:
+        return {}
+    names = ('tokenizer_config.json', 'special_tokens_map.json')
+    found = [read_json(folder / name) for name in names if (folder / name).exists()]
+    return {name: value for part in reversed(found) for name, value in part.items()}
+
+
+def _described(file: epath.Path, config: dict[str, Any], wanted: dict[str, bool | None],
+               log: Callable[[str], None]) -> Vocabulary:
+    """The vocabulary of a tokenizer.json."""
+    description = read_json(file)
+    model = description.get('model')
+    if not isinstance(model, dict):
+        flat = bool(description) and all(isinstance(value, int) for value in description.values())
+        raise Refusal(f'{file} is no tokenizer.json: it has no "model"'
+                      + (', only words and their ids, without the rules for cutting text' if flat
+                         else '') + '. Name a tokenizer.json or a vocab.txt')
+    content = json.dumps(description, ensure_ascii=False)
+    try:
+        known = Tokenizer.from_str(content)
+    except Exception as error:      # the library's errors have no type of their own
+        raise Refusal(f'{file} is not read by the tokenizers library ({str(error)[:200]}): fetch '
+                      'it again, or write it again with the newest transformers') from error
+    names = _special_tokens(config, known.get_vocab(), model)
+    vocabulary = Vocabulary(content, names)
+    _compare(file, known, config, wanted, log)
+    return vocabulary
+
+
+def _special_tokens(config: dict[str, Any], ids: dict[str, int],
+                    model: dict[str, Any]) -> SpecialTokens:
+    """The five tokens, as the folder names them, else under their usual names.
+
+    Raises Refusal listing those that are not found.
     """
-    sample = _sample(paragraphs, MOST_PARAGRAPHS)
-    tokenizer = _tokenizer(models.WordPiece(unk_token='[UNK]'), lowercase)
-    characters = _frequent_characters(sample, tokenizer)
-    # The trainer numbers pieces in the order of a hash table with a random seed, and breaks ties by
-    # number. Giving all single characters as special tokens, which are numbered first, leaves
-    # nothing to chance.
-    first = [*SPECIAL_TOKENS, *characters, *(f'##{character}' for character in characters)]
-    if size < len(first):
-        raise ValueError(f'a vocabulary of {size:,} tokens cannot hold the {len(characters):,} '
-                         'different characters of the text, alone and as continuation: ask for at '
-                         f'least {len(first):,}')
-    log(f'vocabulary: training {size:,} tokens on {len(sample):,} paragraphs')
-    trainer = trainers.WordPieceTrainer(vocab_size=size, special_tokens=first, show_progress=False)
-    tokenizer.train_from_iterator(sample, trainer)
-    ids = tokenizer.get_vocab()
-    log(f'vocabulary: {len(ids):,} tokens of {size:,} asked for'
-        + (', the text is too small for more' if len(ids) < size else ''))
-    return Vocabulary(tuple(sorted(ids, key=ids.__getitem__)))
+    found = {}
+    for role in ROLES:
+        named = [config[key] for key in _NAMES[role] if config.get(key)]
+        named = [token.get('content') if isinstance(token, dict) else token for token in named]
+        if role == 'unk' and isinstance(model.get('unk_token'), str):
+            named.append(model['unk_token'])
+        found[role] = next((name for name in (*named, *_USUAL[role])
+                            if isinstance(name, str) and name in ids), None)
+    missing = [role for role, name in found.items()
+               if name is None and not (role == 'unk' and model.get('type') == 'BPE')]
+    if missing:
+        raise Refusal(f'the vocabulary of {len(ids):,} tokens lacks '
+                      + ', '.join(_USUAL[role][0] for role in missing)
+                      + ': a masked language model needs them. Where they have other names, a '
+                      'special_tokens_map.json beside it says so '
+                      f'({{"{missing[0]}_token": …}})')
+    return SpecialTokens(**found)
 
 
-def _tokenizer(model: models.Model, lowercase: bool) -> Tokenizer:
-    tokenizer = Tokenizer(model)
-    tokenizer.normalizer = normalizers.BertNormalizer(lowercase=lowercase)
-    tokenizer.pre_tokenizer = pre_tokenizers.BertPreTokenizer()
-    return tokenizer
+def _compare(file: epath.Path, known: Tokenizer, config: dict[str, Any],
+             wanted: dict[str, bool | None], log: Callable[[str], None]) -> None:
+    """Refuses wishes that a tokenizer.json does not fulfil; says where its neighbour differs."""
+    normalize = known.normalizer.normalize_str if known.normalizer else str
+    does = {'lowercase': 'A' not in normalize('A'),
+            'strip_accents': 'é' not in unicodedata.normalize('NFC', normalize('é'))}
+    for setting, wish in wanted.items():
+        if wish is not None and wish != does[setting]:
+            raise Refusal(f'data.{setting} = {wish}, but {file} says how its text is cut, and '
+                          f'that is {does[setting]}: leave data.{setting} empty (None)')
+    stated = config.get('do_lower_case')
+    if isinstance(stated, bool) and stated != does['lowercase']:
+        log(f'vocabulary: {file} {"lowers" if does["lowercase"] else "keeps"} capitals, though '
+            f'the tokenizer_config.json beside it says do_lower_case {stated}: it is used as it is')
 
 
-def _frequent_characters(sample: list[str], tokenizer: Tokenizer) -> list[str]:
-    counts: Counter[str] = Counter()
-    for paragraph in sample:
-        counts.update(tokenizer.normalizer.normalize_str(paragraph))
-    ranked = sorted(counts, key=lambda character: (-counts[character], character))
-    return sorted([character for character in ranked if not character.isspace()][:MOST_CHARACTERS])
+def _words(file: epath.Path) -> list[str]:
+    text = read_text(file).rstrip('\n')
+    if text.lstrip().startswith('{'):
+        raise Refusal(f'{file} holds JSON: a vocab.txt has one token a line')
+    return text.split('\n')
 
 
-def _sample(paragraphs: Iterable[str], size: int) -> list[str]:
-    """An even, repeatable draw of at most `size` paragraphs (reservoir sampling)."""
-    random_numbers = random.Random(0)
-    sample: list[str] = []
-    for number, paragraph in enumerate(paragraphs):
-        if number < size:
-            sample.append(paragraph)
-        elif (place := random_numbers.randrange(number + 1)) < size:
-            sample[place] = paragraph
-    return sample
+def _from_words(file: epath.Path, words: list[str], config: dict[str, Any],
+                folder: epath.Path | None, wanted: dict[str, bool | None],
+                log: Callable[[str], None]) -> Vocabulary:
+    """The vocabulary of a vocab.txt, cut as BERT's tokenizer does with the settings beside it."""
+    _refuse_other_classes(config, folder)
+    for name, kind in _SETTINGS.items():
+        if not isinstance(config.get(name), kind | None):
+            raise Refusal(f'the tokenizer_config.json beside it has {name} = {config[name]!r}: '
+                          f'{kind.__name__} or null is expected')
+    names = _special_tokens(config, {word: 0 for word in words}, {})
+    lowercase, strip_accents = _case_and_accents(file, words, names, config, wanted, log)
+    vocabulary = word_pieces(
+        words, lowercase, strip_accents, special_tokens=names,
+        split_chinese=config.get('tokenize_chinese_chars') is not False,
+        prefix=config.get('wordpieces_prefix') or '##')
+    return _with_added(vocabulary, config, folder)
+
+
+def _refuse_other_classes(config: dict[str, Any], folder: epath.Path | None) -> None:
+    """Refuses a vocab.txt whose words another tokenizer than BERT's is meant to cut."""
+    name = config.get('tokenizer_class')
+    if not name and folder and (folder / 'config.json').exists():
+        name = read_json(folder / 'config.json').get('tokenizer_class')
+    if name and not (isinstance(name, str) and _LIKE_BERT.fullmatch(name)):
+        raise Refusal(f'its words belong to a {name}, which cuts text in another way than BERT: '
+                      'only a tokenizer.json tells how. Put one beside it, or take another model')
+    if config.get('word_tokenizer_type', 'basic') != 'basic' or (
+            config.get('do_basic_tokenize') is False):
+        raise Refusal('its tokenizer_config.json asks for a way of cutting text that is not '
+                      "BERT's (word_tokenizer_type, do_basic_tokenize): put a tokenizer.json beside "
+                      'it, or take another model')
+
+
+def _case_and_accents(file: epath.Path, words: list[str], names: SpecialTokens,
+                      config: dict[str, Any], wanted: dict[str, bool | None],
+                      log: Callable[[str], None]) -> tuple[bool, bool]:
+    """Whether BERT's tokenizer lowers text and strips its accents, with the words of a vocab.txt."""
+    if config.keys() & {'tokenizer_class', 'do_lower_case', 'strip_accents'}:
+        lowercase = config.get('do_lower_case') is not False
+        stated = config.get('strip_accents')
+        stated = {'lowercase': lowercase, 'strip_accents': lowercase if stated is None else stated}
+        for setting, wish in wanted.items():
+            if wish is not None and wish != stated[setting]:
+                raise Refusal(f'data.{setting} = {wish}, but the tokenizer_config.json beside '
+                              f'{file} says {stated[setting]}: leave data.{setting} empty (None)')
+        return stated['lowercase'], stated['strip_accents']
+    special = {getattr(names, role) for role in ROLES}
+    ordinary = [word for word in words if word not in special and not word.startswith('[')]
+    capitals = next((word for word in ordinary if re.search('[A-Z]', word)), None)
+    accented = [word for word in ordinary
+                if any(unicodedata.category(mark) == 'Mn'
+                       for mark in unicodedata.normalize('NFD', word))]
+    keeps = len(accented) > _ACCENTED_WORDS * len(words)
+    lowercase, strip_accents = wanted['lowercase'], wanted['strip_accents']
+    if lowercase is None:
+        lowercase = capitals is None
+        log(f'vocabulary: {file} does not say whether capitals are kept. Guessed: they are '
+            + (f'kept, as {capitals!r} has them' if capitals else 'lowered, as no word has any')
+            + '. data.lowercase decides')
+    if strip_accents is None:
+        strip_accents = lowercase and not keeps
+        reason = (f'kept, as {accented[0]!r} has one' if keeps else 'dropped, as no word has any'
+                  if lowercase else 'kept, as capitals are')
+        log(f'vocabulary: {file} does not say whether accents and vowel signs are kept. Guessed: '
+            f'they are {reason}. data.strip_accents decides')
+    return lowercase, strip_accents
+
+
+def _with_added(vocabulary: Vocabulary, config: dict[str, Any],
+                folder: epath.Path | None) -> Vocabulary:
+    """The vocabulary with the tokens that its folder adds to those of vocab.txt.
+
+    Raises Refusal where their ids do not follow those of vocab.txt.
+    """
+    added = {number: token for number, token in _added_tokens(config, folder).items()
+             if token.content not in vocabulary.ids}
+    if not added:
+        return vocabulary
+    size = len(vocabulary.tokens)
+    if sorted(added) != list(range(size, size + len(added))):
+        raise Refusal(f'the tokens {[token.content for token in added.values()][:5]} that its '
+                      f'folder adds have ids that do not follow the {size:,} of vocab.txt')
+    tokenizer = vocabulary.tokenizer()
+    for number in sorted(added):
+        add = tokenizer.add_special_tokens if added[number].special else tokenizer.add_tokens
+        add([added[number]])
+    return Vocabulary(tokenizer.to_str(), vocabulary.special_tokens)
+
+
+def _added_tokens(config: dict[str, Any], folder: epath.Path | None) -> dict[int, AddedToken]:
+    """The tokens in added_tokens.json and in tokenizer_config.json, by their ids."""
+    added: dict[int, AddedToken] = {}
+    if folder and (folder / 'added_tokens.json').exists():
+        for token, number in read_json(folder / 'added_tokens.json').items():
+            if not isinstance(number, int):
+                raise Refusal(f'{folder / "added_tokens.json"} gives {token!r} the id {number!r}: '
+                              'fetch it again')
+            added[number] = AddedToken(token, normalized=False)
+    decoder = config.get('added_tokens_decoder')
+    for number, token in (decoder.items() if isinstance(decoder, dict) else ()):
+        if (number.isdecimal() and isinstance(token, dict)
+                and isinstance(token.get('content'), str)):
+            flags = {name: token[name] for name in ('single_word', 'lstrip', 'rstrip', 'normalized',
+                                                    'special') if isinstance(token.get(name), bool)}
+            added[int(number)] = AddedToken(token['content'], **flags)
+    return added

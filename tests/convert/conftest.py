@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from flax import nnx
 
-from pkm_jax.convert.tensors import Pretrained, Report, expected, unflatten
+from pkm_jax.convert.tensors import ConversionLog, Pretrained, expected, unflatten
 from pkm_jax.memory.layer import MemoryConfig
 from pkm_jax.models.bert import Bert, BertConfig
 
@@ -40,7 +40,7 @@ def make(**changes) -> Pretrained:
 
     params, statistics = (unflatten({path: draw(path, leaf.shape) for path, leaf in tree.items()})
                           for tree in expected(config))
-    return Pretrained(config, params, statistics, Report())
+    return Pretrained(config, params, statistics, ConversionLog())
 
 
 @pytest.fixture

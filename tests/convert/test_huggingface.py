@@ -13,9 +13,10 @@ import pytest
 from safetensors.numpy import load_file, save_file
 
 from pkm_jax.convert import huggingface
-from pkm_jax.convert.tensors import Pretrained, Report, flatten
+from pkm_jax.convert.tensors import ConversionLog, Pretrained, flatten
 from pkm_jax.memory.layer import MemoryConfig
 from pkm_jax.models.bert import BertConfig
+from pkm_jax.refusal import Refusal
 
 GOLDENS = Path(__file__).parent / 'goldens'
 TINY = {path.parent.name: path.parent for path in sorted(GOLDENS.glob('*/expected.npz'))}
@@ -38,7 +39,7 @@ def test_published_weights_equal_pytorch(package, assert_equal_to_golden):
         assert_equal_to_golden(huggingface.load(folder), dict(golden))
 
 
-def save(folder: Path, model: Pretrained, **options) -> Report:
+def save(folder: Path, model: Pretrained, **options) -> ConversionLog:
     return huggingface.save(folder, model.config, model.params, model.statistics, **options)
 
 
@@ -138,7 +139,7 @@ def test_heads_that_are_not_asked_for_are_left(tmp_path, random_model):
 
 
 def test_no_architecture_has_such_heads(tmp_path, random_model):
-    with pytest.raises(ValueError, match='BertForMaskedLM'):
+    with pytest.raises(Refusal, match='BertForMaskedLM'):
         save(tmp_path / 'out', random_model(heads=('mlm', 'span')))
     assert not list(tmp_path.iterdir())
 
@@ -149,7 +150,7 @@ def test_no_architecture_has_such_heads(tmp_path, random_model):
 def test_parameters_of_another_configuration_are_refused(tmp_path, random_model, changes, words):
     model = random_model()
     config = dataclasses.replace(model.config, **changes)
-    with pytest.raises(ValueError, match=words):
+    with pytest.raises(Refusal, match=words):
         save(tmp_path / 'out', dataclasses.replace(model, config=config))
 
 
@@ -180,7 +181,7 @@ def edit_weights(folder: Path, change) -> Path:
 
 
 @pytest.mark.parametrize('changes, words', [
-    (dict(architectures=['BertForTokenClassification']), 'BertForTokenClassification'),
+    (dict(architectures=[3]), 'architectures = .3.'), (dict(architectures='Bert'), 'a list with'),
     (dict(model_type='roberta'), 'roberta'),
     (dict(num_attention_heads=3), r'16 does not divide into\n?.*3'),
     (dict(hidden_act='gelu_new'), 'gelu_new'),
@@ -195,21 +196,21 @@ def edit_weights(folder: Path, change) -> Path:
     (dict(num_hidden_layers=1), r'not understood.*layer\.1.*--allow_unused'),
 ])
 def test_configurations_that_do_not_fit_are_refused(folder, changes, words):
-    with pytest.raises(ValueError, match=words):
+    with pytest.raises(Refusal, match=words):
         huggingface.load(edit_config(folder('model'), **changes))
 
 
 def test_a_missing_configuration_is_refused(folder):
     source = folder('model')
     (source / 'config.json').unlink()
-    with pytest.raises(FileNotFoundError, match='config.json'):
+    with pytest.raises(Refusal, match='config.json'):
         huggingface.load(source)
 
 
 def test_a_configuration_that_is_not_json_is_refused(folder):
     source = folder('model')
     (source / 'config.json').write_text('{"hidden_size": 16,')
-    with pytest.raises(ValueError, match='config.json is not a JSON object'):
+    with pytest.raises(Refusal, match='config.json is damaged.*not a JSON object'):
         huggingface.load(source)
 
 
@@ -217,7 +218,7 @@ def test_unknown_names_are_refused_or_left(folder):
     def add(weights):
         weights['encoder.adapter.weight'] = np.zeros(3, np.float32)
     source = edit_weights(folder('model'), add)
-    with pytest.raises(ValueError, match='adapter.weight.*convert_checkpoint --allow_unused'):
+    with pytest.raises(Refusal, match='adapter.weight.*convert_checkpoint --allow_unused'):
         huggingface.load(source)
     report = huggingface.load(source, allow_unused=True).report
     assert report.left == {'bert.encoder.adapter.weight': 'not understood'}
@@ -225,27 +226,27 @@ def test_unknown_names_are_refused_or_left(folder):
 
 def test_a_missing_tensor_is_refused(folder):
     source = edit_weights(folder('model'), lambda weights: weights.pop('embeddings.LayerNorm.bias'))
-    with pytest.raises(ValueError, match='bert.embeddings.LayerNorm.bias'):
+    with pytest.raises(Refusal, match='bert.embeddings.LayerNorm.bias'):
         huggingface.load(source)
 
 
 def test_two_names_for_one_tensor_are_refused(folder):
     def add(weights):
         weights['embeddings.LayerNorm.beta'] = weights['embeddings.LayerNorm.bias']
-    with pytest.raises(ValueError, match="both 'bert.embeddings.LayerNorm.bias'"):
+    with pytest.raises(Refusal, match="both 'bert.embeddings.LayerNorm.bias'"):
         huggingface.load(edit_weights(folder('model'), add))
 
 
 def test_integers_are_refused(folder):
     def quantise(weights):
         weights['pooler.dense.bias'] = weights['pooler.dense.bias'].astype(np.int8)
-    with pytest.raises(ValueError, match='pooler.dense.bias.*int8'):
+    with pytest.raises(Refusal, match='pooler.dense.bias.*int8'):
         huggingface.load(edit_weights(folder('model'), quantise))
 
 
 def test_an_existing_folder_is_never_overwritten(tmp_path, random_model):
     (tmp_path / 'out').mkdir()
-    with pytest.raises(FileExistsError, match='out exists'):
+    with pytest.raises(Refusal, match='out exists'):
         save(tmp_path / 'out', random_model())
 
 

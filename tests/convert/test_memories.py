@@ -13,6 +13,7 @@ from safetensors.numpy import save_file
 from pkm_jax.convert import huggingface
 from pkm_jax.convert.memories import add_memories
 from pkm_jax.memory.layer import ProductKeyMemory
+from pkm_jax.refusal import Refusal
 
 GOLDENS = Path(__file__).parent / 'goldens'
 H, N, HALF, D, K = 2, 4, 3, 16, 2
@@ -120,12 +121,12 @@ def test_a_projection_without_bias_gets_zeros(tmp_path, backbone):
 
 def test_layers_can_be_given(tmp_path, backbone):
     path = write(tmp_path / 'memory.safetensors', memory=xlm_memory(False, False))
-    with pytest.raises(ValueError, match="'memory.' is not clear.*--memory_layers"):
+    with pytest.raises(Refusal, match="'memory.' is not clear.*--memory_layers"):
         add_memories(backbone, path, 'add', K)
     assert add_memories(backbone, path, 'add', K, [0]).config.memory_layers == (0,)
-    with pytest.raises(ValueError, match=r'1 memories.*\(0, 1\)'):
+    with pytest.raises(Refusal, match=r'1 memories.*\(0, 1\)'):
         add_memories(backbone, path, 'add', K, [0, 1])
-    with pytest.raises(ValueError, match='memory_layers'):
+    with pytest.raises(Refusal, match='memory_layers'):
         add_memories(backbone, path, 'add', K, [2])
 
 
@@ -148,18 +149,18 @@ def test_what_does_not_fit_is_refused(tmp_path, backbone, change, words):
     memory = xlm_memory(True, False)
     change(memory)
     path = write(tmp_path / 'memory.safetensors', **{'layers.1': memory})
-    with pytest.raises(ValueError, match=words):
+    with pytest.raises(Refusal, match=words):
         add_memories(backbone, path, 'add', K)
 
 
 def test_memories_of_different_sizes_are_refused(tmp_path, backbone):
     path = write(tmp_path / 'memories.safetensors', **{
         'layers.0': xlm_memory(True, False), 'layers.1': xlm_memory(False, False)})
-    with pytest.raises(ValueError, match='differ in size'):
+    with pytest.raises(Refusal, match='differ in size'):
         add_memories(backbone, path, 'add', K)
 
 
 def test_a_model_with_memories_takes_no_more(tmp_path):
     path = write(tmp_path / 'memory.safetensors', **{'layers.1': xlm_memory(True, False)})
-    with pytest.raises(ValueError, match='memories already'):
+    with pytest.raises(Refusal, match='memories already'):
         add_memories(huggingface.load(GOLDENS / 'memory_added'), path, 'add', K)

@@ -9,6 +9,7 @@ import pytest
 
 from pkm_jax.convert import huggingface
 from pkm_jax.convert.configuration import ARCHITECTURES
+from pkm_jax.data.vocabulary import word_pieces
 
 MAKE_GOLDENS = Path(__file__).with_name('make_goldens.py')
 WORDS = ('[PAD]', '[UNK]', '[CLS]', '[SEP]', '[MASK]', 'a', 'b', '##c')
@@ -67,7 +68,7 @@ def test_transformers_loads_what_we_write_and_agrees(
 def test_transformers_reads_our_vocabulary(tmp_path, transformers, random_model):
     model = random_model()
     huggingface.save(tmp_path / 'out', model.config, model.params, model.statistics,
-                     vocabulary=WORDS, lowercase=False)
+                     vocabulary=word_pieces(WORDS, lowercase=False))
     tokenizer = transformers.AutoTokenizer.from_pretrained(tmp_path / 'out')
     assert tokenizer('a bc A [MASK]')['input_ids'] == [2, 5, 6, 7, 1, 4, 3]
 

@@ -9,6 +9,7 @@ import pytest
 
 from pkm_jax.convert import huggingface, names, tensorflow
 from pkm_jax.convert.tensors import StoredTensor, flatten
+from pkm_jax.refusal import Refusal
 
 GOLDENS = Path(__file__).parent / 'goldens'
 NAMES = {   # as in the published uncased_L-12_H-768_A-12
@@ -69,7 +70,7 @@ def test_a_truncated_checkpoint_is_refused(tmp_path):
         shutil.copy(GOLDENS / 'tensorflow' / name, tmp_path)
     index = tmp_path / 'bert_model.ckpt.index'
     index.write_bytes(index.read_bytes()[:-20])
-    with pytest.raises(ValueError, match='cannot be read as a TensorFlow checkpoint'):
+    with pytest.raises(Refusal, match='cannot be read as a TensorFlow checkpoint'):
         tensorflow.load(tmp_path)
 
 
@@ -83,7 +84,7 @@ def test_tensors_are_taken_by_name(without_tensorflow):
 def test_unknown_names_are_refused(without_tensorflow):
     _, stored = without_tensorflow
     stored['bert/adapter/kernel'] = stored['bert/pooler/dense/kernel']
-    with pytest.raises(ValueError, match='bert/adapter/kernel.*convert_checkpoint --allow_unused'):
+    with pytest.raises(Refusal, match='bert/adapter/kernel.*convert_checkpoint --allow_unused'):
         tensorflow.load(GOLDENS / 'tensorflow')
     report = tensorflow.load(GOLDENS / 'tensorflow', allow_unused=True).report
     assert report.left['bert/adapter/kernel'] == 'not understood'
@@ -91,17 +92,20 @@ def test_unknown_names_are_refused(without_tensorflow):
 
 def test_a_missing_library_is_named(monkeypatch):
     monkeypatch.setitem(__import__('sys').modules, 'tensorflow', None)
-    with pytest.raises(ImportError, match=re.escape("pip install 'pkm_jax[tensorflow]'")):
+    with pytest.raises(Refusal, match=re.escape("pip install 'pkm_jax[tensorflow]'")):
         tensorflow.load(GOLDENS / 'tensorflow')
 
 
 def test_folders_without_a_checkpoint_or_with_two_are_refused(tmp_path):
-    with pytest.raises(FileNotFoundError, match='bert_config.json'):
+    with pytest.raises(Refusal, match='bert_config.json'):
         tensorflow.load(tmp_path)
     shutil.copy(GOLDENS / 'tensorflow/bert_config.json', tmp_path)
-    with pytest.raises(FileNotFoundError, match='no TensorFlow checkpoint'):
+    with pytest.raises(Refusal, match='no TensorFlow checkpoint'):
         tensorflow.load(tmp_path)
-    for name in ('a.index', 'b.index'):
+    (tmp_path / 'wiki.index').touch()       # of something else: no data beside it
+    with pytest.raises(Refusal, match='no TensorFlow checkpoint'):
+        tensorflow.load(tmp_path)
+    for name in ('a.index', 'a.data-00000-of-00001', 'b.index', 'b.data-00000-of-00001'):
         (tmp_path / name).touch()
-    with pytest.raises(ValueError, match='2 checkpoints'):
+    with pytest.raises(Refusal, match='2 checkpoints'):
         tensorflow.load(tmp_path)

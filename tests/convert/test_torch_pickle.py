@@ -12,6 +12,7 @@ import pytest
 
 from pkm_jax.convert import huggingface, torch_pickle
 from pkm_jax.convert.weights import open_state_dict
+from pkm_jax.refusal import Refusal
 
 GOLDENS = Path(__file__).parent / 'goldens'
 ZIPPED = GOLDENS / 'masked_lm/pytorch_model.bin'
@@ -98,7 +99,7 @@ def test_a_truncated_file_is_refused(tmp_path, path, kept):
     whole = path.read_bytes()
     short = tmp_path / 'weights.bin'
     short.write_bytes(whole[:kept if kept > 1 else int(kept * len(whole))])
-    with pytest.raises(ValueError, match='weights.bin cannot be read'):
+    with pytest.raises(Refusal, match='weights.bin cannot be read'):
         torch_pickle.load(short)
 
 
@@ -109,7 +110,7 @@ def test_a_damaged_number_is_noticed(tmp_path):
     raw[entry.header_offset + 200] ^= 1
     path = tmp_path / 'weights.bin'
     path.write_bytes(raw)
-    with pytest.raises(ValueError, match='is damaged.*CRC'):
+    with pytest.raises(Refusal, match='is damaged.*CRC'):
         for tensor in torch_pickle.load(path).values():
             tensor.read()
 
@@ -119,7 +120,7 @@ def test_a_damaged_number_is_noticed(tmp_path):
     (lambda name, raw: raw[:-4] if name.endswith('/data/0') else raw, 'data/0 does not hold'),
 ])
 def test_storages_that_do_not_fit_are_refused(tmp_path, change, words):
-    with pytest.raises(ValueError, match=words):
+    with pytest.raises(Refusal, match=words):
         torch_pickle.load(rezipped(tmp_path / 'weights.bin', change))
 
 
@@ -134,5 +135,5 @@ def test_a_tensor_cannot_reach_outside_its_storage():
 
 def test_a_state_dict_must_hold_tensors_only(tmp_path):
     path = zipped(tmp_path / 'weights.bin', pickle.dumps({'epoch': 3}))
-    with pytest.raises(ValueError, match='not a state dict'):
+    with pytest.raises(Refusal, match='not a state dict'):
         open_state_dict(path)

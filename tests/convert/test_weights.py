@@ -10,6 +10,7 @@ from safetensors.numpy import load_file
 
 from pkm_jax.convert.tensors import StoredTensor
 from pkm_jax.convert.weights import open_weights, write_weights
+from pkm_jax.refusal import Refusal
 
 GOLDENS = Path(__file__).parent / 'goldens'
 
@@ -28,14 +29,14 @@ def test_a_truncated_file_is_refused(tmp_path, kept):
     whole = (GOLDENS / 'model/model.safetensors').read_bytes()
     (tmp_path / 'model.safetensors').write_bytes(
         whole[:kept if kept > 1 else int(kept * len(whole))])
-    with pytest.raises(ValueError, match='model.safetensors is cut short or damaged'):
+    with pytest.raises(Refusal, match='model.safetensors is cut short or damaged'):
         open_weights(tmp_path)
 
 
 def test_a_missing_shard_is_refused(sharded):
     lost = sorted(sharded.glob('model-*.safetensors'))[1]
     lost.unlink()
-    with pytest.raises(FileNotFoundError, match=lost.name):
+    with pytest.raises(Refusal, match=lost.name):
         open_weights(sharded)
 
 
@@ -44,14 +45,14 @@ def test_a_tensor_missing_from_its_shard_is_refused(sharded):
     content = json.loads(index.read_text())
     content['weight_map']['bert.extra'] = sorted(content['weight_map'].values())[0]
     index.write_text(json.dumps(content))
-    with pytest.raises(ValueError, match='bert.extra'):
+    with pytest.raises(Refusal, match='bert.extra'):
         open_weights(sharded)
 
 
 def test_a_truncated_index_is_refused(sharded):
     index = sharded / 'model.safetensors.index.json'
     index.write_text(index.read_text()[:100])
-    with pytest.raises(ValueError, match='index.json is damaged'):
+    with pytest.raises(Refusal, match='index.json is damaged'):
         open_weights(sharded)
 
 
@@ -60,7 +61,7 @@ def test_an_index_cannot_name_files_elsewhere(sharded):
     shard = next(sharded.glob('model-*.safetensors'))
     shutil.copy(shard, sharded.parent / 'outside.safetensors')
     index.write_text(json.dumps({'weight_map': {'bert.x': '../outside.safetensors'}}))
-    with pytest.raises(FileNotFoundError, match='outside.safetensors'):
+    with pytest.raises(Refusal, match='outside.safetensors'):
         open_weights(sharded)
 
 
@@ -73,7 +74,7 @@ def test_a_sharded_pickle_is_read(tmp_path):
 
 
 def test_a_folder_without_weights_is_refused(tmp_path):
-    with pytest.raises(FileNotFoundError, match='no weights'):
+    with pytest.raises(Refusal, match='no weights'):
         open_weights(tmp_path)
 
 

@@ -4,6 +4,7 @@ import pytest
 
 from pkm_jax.data import installed_docs
 from pkm_jax.data.installed_docs import prose
+from pkm_jax.refusal import Refusal
 
 SOURCE = '''
 # This comment explains why the function below is written
@@ -59,7 +60,7 @@ def test_code_tables_and_licences_are_left_out(text):
 def test_too_little_documentation_is_an_error_with_the_number(tmp_path, monkeypatch):
     (tmp_path / 'module.py').write_text(SOURCE)
     monkeypatch.setattr(installed_docs, '_folders', lambda: [tmp_path])
-    with pytest.raises(RuntimeError, match=r'only \d+ bytes of documentation found in 1 files'):
+    with pytest.raises(Refusal, match=r'only \d+ bytes of documentation found in 1 files'):
         installed_docs.extract(tmp_path / 'docs.txt')
     assert not (tmp_path / 'docs.txt').exists()
 

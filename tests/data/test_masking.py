@@ -5,12 +5,13 @@ import numpy as np
 import pytest
 
 from pkm_jax.data.masking import Masking, predictions_per_record
-from pkm_jax.data.tokenizer import SPECIAL_TOKENS, Vocabulary
+from pkm_jax.data.vocabulary import SpecialTokens, word_pieces
+from pkm_jax.refusal import Refusal
 
 LENGTH = 128
-VOCABULARY = Vocabulary((*SPECIAL_TOKENS, *(f'word{n}' for n in range(500)),
-                         *(f'##piece{n}' for n in range(300))))
-MASK = VOCABULARY.ids['[MASK]']
+VOCABULARY = word_pieces((*dataclasses.astuple(SpecialTokens()), *(f'word{n}' for n in range(500)),
+                          *(f'##piece{n}' for n in range(300))))
+MASK = VOCABULARY.mask_id
 MASKING = Masking(VOCABULARY, seed=7, rate=0.15, whole_word=False, slots=20, length=LENGTH)
 WHOLE_WORDS = dataclasses.replace(MASKING, whole_word=True, slots=30)
 
@@ -19,9 +20,9 @@ def records(number: int) -> np.ndarray:
     """Records [CLS] … [SEP] … [SEP] of random tokens, [UNK] among them."""
     random = np.random.default_rng(0)
     tokens = random.integers(5, len(VOCABULARY.tokens), size=(number, LENGTH), dtype=np.int32)
-    tokens[:, 0] = VOCABULARY.ids['[CLS]']
-    tokens[:, [60, -1]] = VOCABULARY.ids['[SEP]']
-    tokens[:, 30] = VOCABULARY.ids['[UNK]']
+    tokens[:, 0] = VOCABULARY.cls_id
+    tokens[:, [60, -1]] = VOCABULARY.sep_id
+    tokens[:, 30] = VOCABULARY.unk_id
     return tokens
 
 
@@ -73,9 +74,29 @@ def test_whole_words_are_chosen_whole():
         chosen = np.zeros(LENGTH, bool)
         chosen[positions] = True
         ordinary = np.flatnonzero(~VOCABULARY.special[row])
-        words = np.cumsum(~VOCABULARY.continuation[row[ordinary]])
+        after_special = np.diff(ordinary, prepend=-1) > 1
+        words = np.cumsum(~VOCABULARY.continuation[row[ordinary]] | after_special)
         for word in np.unique(words):
             assert len(set(chosen[ordinary[words == word]])) == 1
+
+
+@pytest.mark.parametrize('slots', [10, 12, 40])
+@pytest.mark.parametrize('pieces', [1, 2, 3, 6, 9, 62])
+def test_whole_words_are_fifteen_percent_for_words_of_any_length(slots, pieces):
+    length, number = 64, 4_000
+    masking = dataclasses.replace(WHOLE_WORDS, slots=slots, length=length)
+    row = np.array([VOCABULARY.cls_id, *np.where(np.arange(62) % pieces, 600, 10),
+                    VOCABULARY.sep_id], np.int32)
+    chosen = np.array([len(masking(row, 0, record)[1]) for record in range(number)])
+    assert chosen.max() <= slots
+    assert abs(chosen.mean() - 9.3) < 4 * chosen.std() / number ** 0.5 + 1e-9
+
+
+def test_a_word_ends_at_a_separator():
+    words = word_pieces((*dataclasses.astuple(SpecialTokens()), 'a', '##b'))
+    masking = dataclasses.replace(WHOLE_WORDS, vocabulary=words)
+    row = np.array([2, 5, 3, 6, 3], np.int32)       # a [SEP] ##b: two words
+    assert all(len(masking(row, 0, record)[1]) == 1 for record in range(50))
 
 
 def test_masks_depend_on_seed_epoch_and_record_alone():
@@ -91,14 +112,14 @@ def test_masks_depend_on_seed_epoch_and_record_alone():
 
 
 def test_short_and_empty_records():
-    cls, sep, word = VOCABULARY.ids['[CLS]'], VOCABULARY.ids['[SEP]'], 10
+    cls, sep, word = VOCABULARY.cls_id, VOCABULARY.sep_id, 10
     assert len(MASKING(np.array([cls, word, sep], np.int32), 0, 0)[1]) == 1
     assert len(MASKING(np.array([cls, sep], np.int32), 0, 0)[1]) == 0
 
 
 def test_unusable_settings_are_refused():
-    with pytest.raises(ValueError, match='mask_rate is 1.5'):
+    with pytest.raises(Refusal, match='mask_rate is 1.5'):
         dataclasses.replace(MASKING, rate=1.5)
-    with pytest.raises(ValueError, match='max_predictions is 10, .* raise max_predictions to 19'):
+    with pytest.raises(Refusal, match='max_predictions is 10, .* raise max_predictions to 19'):
         dataclasses.replace(MASKING, slots=10)
     assert predictions_per_record(LENGTH, 0.15) == 19
