@@ -9,16 +9,17 @@ r"""Converts other people's BERTs to ours, and ours to Hugging Face folders. Off
 or one checkpoint of it. What became of every tensor is printed. `--to` appears whole or not at all.
 """
 
-import dataclasses
 import json
 import sys
 from pathlib import Path
 
-import ml_collections
 from absl import app, flags, logging
 
+from pkm_jax.checkpoints import arrays, store
+from pkm_jax.configuration.folder import read_description
+from pkm_jax.configuration.resolve import described_model, model_of
 from pkm_jax.console import survive_any_console
-from pkm_jax.convert import checkpoints, foreign, huggingface, memories
+from pkm_jax.convert import foreign, huggingface, memories
 from pkm_jax.convert.folders import appearing
 from pkm_jax.convert.tensors import ConversionLog, Pretrained
 from pkm_jax.data import tokenizer
@@ -26,8 +27,6 @@ from pkm_jax.data.files import expand
 from pkm_jax.data.vocabulary import Vocabulary
 from pkm_jax.models.bert import HEADS, BertConfig
 from pkm_jax.refusal import Refusal
-from pkm_jax.training.checkpoints import newest
-from pkm_jax.training.settings import model_config
 
 FROM = flags.DEFINE_string('from', None, 'Folder to convert.', required=True)
 TO = flags.DEFINE_string('to', None, 'Folder to write; must not exist.', required=True)
@@ -86,31 +85,29 @@ def write_run(folder: Path, pretrained: Pretrained, source: Path) -> None:
         raise Refusal(f'The vocabulary in {source} has {len(vocabulary.tokens)} tokens, the '
                       f'model {pretrained.config.vocab_size}.')
     with appearing(folder) as partial:
-        model = dataclasses.asdict(pretrained.config)
-        del model['vocab_size']  # that of the embedding
-        memory = model.pop('memory') | {'layers': model.pop('memory_layers')} | {
-            name: model.pop(name) for name in ('placement', 'zero_start', 'shared_values')}
+        described = described_model(pretrained.config)
+        del described['model']['vocab_size']    # that of the embedding
         (partial / 'config.json').write_text(
-            json.dumps({'model': model, 'memory': memory}, indent=1) + '\n')
+            json.dumps(described, indent=1) + '\n')
         if vocabulary:
             vocabulary.save(partial)
-        checkpoints.write(partial.absolute() / 'checkpoints', {
+        arrays.write(partial.absolute() / 'checkpoints', {
             'params': pretrained.params, 'statistics': pretrained.statistics})
 
 
 def export(source: Path, target: Path) -> ConversionLog:
     """The newest checkpoint of a run, or one of its checkpoints, as a Hugging Face folder."""
     run = source if (source / 'checkpoints').is_dir() else source.parent.parent
-    model = checkpoints.open_model(newest(source))
+    model = arrays.open_model(store.newest(source))
     params = model['params']
-    settings = json.loads((run / 'config.json').read_text())
     heads = tuple(head for head in HEADS if head in params)
-    rows = params['embeddings']['word']['embedding'].shape[0]
-    settings['model'] |= {'vocab_size': rows, 'heads': tuple(HEADS_KEPT.value or heads),
-                          'tied': 'decoder' not in params.get('mlm', {})}
+    described = read_description(run)
+    described['model'] |= {'vocab_size': params['embeddings']['word']['embedding'].shape[0],
+                           'heads': tuple(HEADS_KEPT.value or heads),
+                           'tied': 'decoder' not in params.get('mlm', {})}
     if 'classifier' in heads:
-        settings['model']['classes'] = params['classifier']['kernel'].shape[1]
-    config = model_config(ml_collections.ConfigDict(settings), rows)
+        described['model']['classes'] = params['classifier']['kernel'].shape[1]
+    config = model_of(described)
     vocabulary = _vocabulary(run)
     return huggingface.save(target, config, params, model.get('statistics') or {},
                             vocabulary=vocabulary)

@@ -13,12 +13,11 @@ from pkm_jax.checkpoints.arrays import StoredArray
 from pkm_jax.checkpoints.store import State
 from pkm_jax.configuration.folder import read_description
 from pkm_jax.configuration.resolve import model_of
-from pkm_jax.convert import huggingface
+from pkm_jax.convert import foreign
 from pkm_jax.data import tokenizer
+from pkm_jax.data.files import expand
 from pkm_jax.models.interface import ModelConfig, flatten
 from pkm_jax.refusal import Refusal
-
-VOCABULARIES = ('vocab.txt', 'tokenizer.json')
 
 
 @dataclasses.dataclass(frozen=True)
@@ -30,7 +29,7 @@ class Pretrained:
     name: str
     weights: dict[str, np.ndarray | StoredArray]
     model: ModelConfig
-    vocabulary: Path | None     # beside the weights
+    vocabulary: Path | None     # the folder of it, beside the weights
 
 
 def vocabulary_of(source: str) -> str:
@@ -41,14 +40,14 @@ def vocabulary_of(source: str) -> str:
     """
     if not source:
         return ''
-    folder = Path(source).expanduser()
+    folder = Path(expand(source))
     if not folder.is_dir():
         raise Refusal(f'init_from = {source!r} is no folder: give a run, one of its checkpoints or '
                       f'a Hugging Face BERT folder.')
     path = _vocabulary_beside(folder)
     if path is None:
-        raise Refusal(f'init_from = {source!r} has none of {VOCABULARIES}: put it there, or name it '
-                      f'by --config.data.vocab. Words must keep their indices.')
+        raise Refusal(f'init_from = {source!r} has no tokenizer.json or vocab.txt: put it there, or '
+                      f'name it by --config.data.vocab. Words must keep their indices.')
     return str(path)
 
 
@@ -58,14 +57,14 @@ def open_pretrained(source: str) -> Pretrained:
     Raises:
       Refusal: there are none, or they are damaged or of another architecture.
     """
-    folder = Path(source).expanduser()
+    folder = Path(expand(source))
     described = _beside(folder, 'config.json')
     if described is None:
         raise Refusal(f'init_from = {source!r} has no config.json: it is neither a run nor a Hugging '
                       f'Face folder.')
     config, vocabulary = read_description(described.parent), _vocabulary_beside(folder)
     if 'model' not in config:       # not one of ours
-        found = huggingface.load(folder)
+        found = foreign.load(folder)
         weights = flatten({'params': found.params, 'statistics': found.statistics})
         return Pretrained(source, weights, found.config, vocabulary)
     checkpoint = store.newest(folder)
@@ -154,13 +153,17 @@ def _named(state: State) -> dict[str, Any]:
 
 
 def _vocabulary_beside(folder: Path) -> Path | None:
-    return next(filter(None, (_beside(folder, name) for name in VOCABULARIES)), None)
+    return next((place for place in _places(folder) if tokenizer.find(place)), None)
 
 
 def _beside(folder: Path, name: str) -> Path | None:
     """The file of that name in a folder, or in the run that the folder is a checkpoint of."""
+    return next((place / name for place in _places(folder) if (place / name).exists()), None)
+
+
+def _places(folder: Path) -> list[Path]:
+    """A folder, and the run that it is a checkpoint of."""
     folder = folder.absolute()
-    places = [folder]
-    if 'checkpoints' in (folder.name, folder.parent.name):
-        places.append(folder.parent if folder.name == 'checkpoints' else folder.parents[1])
-    return next((place / name for place in places if (place / name).exists()), None)
+    if folder.name == 'checkpoints':
+        return [folder, folder.parent]
+    return [folder, folder.parents[1]] if folder.parent.name == 'checkpoints' else [folder]

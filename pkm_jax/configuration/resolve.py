@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import ml_collections
+from ml_collections import config_dict
 
 from pkm_jax.configuration.run import Distributed, Log, Parts, Run, Tables, Train
 from pkm_jax.memory.layer import MemoryConfig
@@ -95,13 +96,20 @@ def described(run: Run) -> dict[str, Any]:
     """A run as plain values in the sections of a configuration: its config.json."""
     tree = dataclasses.asdict(run)
     del tree['name']
-    model, tables, data = tree.pop('model'), tree.pop('tables'), tree.pop('task')
-    memory = model.pop('memory', {})
-    memory |= {name: model.pop(field) for name, field in PLACEMENT.items() if field in model}
-    tree |= {'task': _name_of(TASKS, run.task),
-             'model': {'family': _name_of(MODELS, run.model), **model},
-             'memory': {**memory, **tables}, 'data': data}
-    return json.loads(json.dumps(tree))
+    tables, data = tree.pop('tables'), tree.pop('task')
+    del tree['model']
+    sections = described_model(run.model)
+    sections['memory'] |= tables
+    return json.loads(json.dumps(
+        tree | {'task': _name_of(TASKS, run.task), **sections, 'data': data}))
+
+
+def described_model(model: TransformerConfig) -> dict[str, dict[str, Any]]:
+    """The sections `model` and `memory` that describe a model."""
+    sizes = dataclasses.asdict(model)
+    memory = sizes.pop('memory', {})
+    memory |= {name: sizes.pop(field) for name, field in PLACEMENT.items() if field in sizes}
+    return {'model': {'family': _name_of(MODELS, model), **sizes}, 'memory': memory}
 
 
 def _name_of(named, value):
@@ -145,5 +153,6 @@ def _plain(value):
 def _config(tree):
     config = ml_collections.ConfigDict(sort_keys=False)
     for name, value in tree.items():
-        config[name] = _config(value) if isinstance(value, dict) else value
+        config[name] = (_config(value) if isinstance(value, dict) else
+                        config_dict.placeholder(bool) if value is None else value)
     return config

@@ -10,9 +10,9 @@ from typing import Any
 import ml_dtypes
 import numpy as np
 from flax import nnx
-from flax.traverse_util import flatten_dict, unflatten_dict
 
 from pkm_jax.models.bert import Bert, BertConfig
+from pkm_jax.models.interface import flatten, unflatten
 from pkm_jax.refusal import Refusal
 
 FLOATS = (np.float32, np.float16, ml_dtypes.bfloat16)
@@ -75,18 +75,6 @@ class Pretrained:
     params: dict
     statistics: dict
     report: ConversionLog
-
-
-def flatten(tree: dict) -> dict[str, Any]:
-    """{'layers': {0: {'memory': x}}} -> {'layers/0/memory': x}."""
-    return {'/'.join(map(str, path)): leaf for path, leaf in flatten_dict(tree).items()}
-
-
-def unflatten(flat: dict[str, Any]) -> dict:
-    """The inverse of `flatten`: numbers in a path become the keys of layers again."""
-    return unflatten_dict({
-        tuple(int(part) if part.isdigit() else part for part in path.split('/')): leaf
-        for path, leaf in flat.items()})
 
 
 def expected(config: BertConfig) -> tuple[dict[str, Any], dict[str, Any]]:

@@ -58,7 +58,7 @@ class MaskedExamples:
     @property
     def arrays(self) -> dict[str, ArraySpec]:
         masking = self.masking
-        return masked_arrays(masking.length, masking.slots, masking.vocabulary.ids['[PAD]'])
+        return masked_arrays(masking.length, masking.slots, masking.vocabulary.pad_id)
 
     @property
     def identity(self) -> dict[str, Any]:

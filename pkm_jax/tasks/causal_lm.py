@@ -36,7 +36,7 @@ class CausalLM(LanguageModelling):
 
     def examples(self, data: Prepared, seed: int) -> TextExamples:
         """The records as they are: nothing in them is random."""
-        return TextExamples(self.length, tokenizer.load(data.vocab_path).ids['[PAD]'])
+        return TextExamples(self.length, tokenizer.load(data.vocab_path).pad_id)
 
     @property
     def arrays(self) -> dict[str, ArraySpec]:

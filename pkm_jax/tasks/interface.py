@@ -30,7 +30,7 @@ class Data(Protocol):
     """Prepared records, and the vocabulary of their tokens."""
     fingerprint: str
     vocab_size: int
-    vocab_path: str     # of a vocab.txt, which runs keep a copy of; '' where there is none
+    vocab_path: str     # of its tokenizer, which runs keep a copy of; '' where there is none
 
     def num_records(self, split: str) -> int: ...
 

@@ -29,7 +29,12 @@ class LanguageModelling:
     vocab: str = setting('', "vocab.txt, tokenizer.json or a folder with one; '': that of init_from, "
                              'else trained on the corpus')
     vocab_size: int = setting(30_522, 'words of a trained vocabulary', least=1)
-    lowercase: bool = setting(True, 'lower-case the text of a trained vocabulary, strip accents')
+    lowercase: bool | None = setting(
+        None, 'lower-case text; None: of a trained vocabulary yes, else what the tokenizer says')
+    strip_accents: bool | None = setting(
+        None, 'strip accents from text; None: of a trained vocabulary no, else what it says')
+    encoding: str = setting('utf-8', 'of text files without a byte order mark')
+    allow_unknown: bool = setting(False, 'go on where most of the text is unknown words')
     length: int = setting(512, 'L, tokens of a sequence', least=8)
     validation_fraction: float = setting(
         0.005, 'share of the text that is held out', above=0, below=1)
@@ -55,13 +60,13 @@ class LanguageModelling:
         Raises:
           Refusal: what is configured cannot be read or does not fit.
         """
-        globs = [glob.strip() for glob in self.corpus.split(',') if glob.strip()]
-        if not globs:
+        if not self.corpus.strip():
             raise Refusal("data.corpus is empty: give globs of text files, a prepared folder, "
                           "'tfds:NAME' or 'installed-docs'.")
         return dataset.prepare(
-            globs[0] if len(globs) == 1 else globs, vocab=self.vocab or vocabulary,
-            vocab_size=self.vocab_size, lowercase=self.lowercase, length=self.length,
+            self.corpus, vocab=self.vocab or vocabulary, vocab_size=self.vocab_size,
+            lowercase=self.lowercase, strip_accents=self.strip_accents, encoding=self.encoding,
+            allow_unknown=self.allow_unknown, length=self.length,
             validation_fraction=self.validation_fraction, cache=self.cache, log=log)
 
     def real(self, batch: Batch) -> Bool[Array, 'T']:

@@ -9,14 +9,13 @@ from typing import Any
 
 import jax
 import numpy as np
-from etils import epath
 from jax.sharding import Mesh
 
 from pkm_jax.checkpoints import pretrained
 from pkm_jax.checkpoints.store import Checkpoints
 from pkm_jax.configuration import folder as run_folder
 from pkm_jax.configuration.run import Run
-from pkm_jax.data import loader
+from pkm_jax.data import loader, tokenizer
 from pkm_jax.mesh import make_mesh
 from pkm_jax.models.interface import flatten
 from pkm_jax.optimizers.groups import schedule
@@ -61,7 +60,7 @@ def train(run: Run, layout: Layout) -> Path:
         with start.phase('making the program'):
             program = make_program(run, run.model, layout.sparse, mesh)
         if checkpoints.steps():
-            _check_vocabulary(run.folder / 'vocab.txt', data)
+            _check_vocabulary(run.folder, data)
         with start.phase('looking for a checkpoint'):
             resumed = checkpoints.restore(program.abstract)
         if resumed:
@@ -98,7 +97,7 @@ def _first_state(run: Run, program: Program, data: Data) -> TrainState:
     if jax.process_index() == 0:
         run_folder.describe(run)
         if data.vocab_path:
-            epath.Path(data.vocab_path).copy(run.folder / 'vocab.txt', overwrite=True)
+            tokenizer.load(data.vocab_path).save(run.folder)
     with start.phase('making the first state'):
         state = jax.block_until_ready(program.initialise(np.uint32(run.seed)))
     if source:
@@ -204,12 +203,12 @@ def _stream(run: Run, data: Data) -> loader.BatchStream:
                               workers=run.task.workers, **_hosts())
 
 
-def _check_vocabulary(began_with: Path, data: Data) -> None:
+def _check_vocabulary(folder: Path, data: Data) -> None:
     """Refuses other words than a run began with, whose embeddings would go to the wrong ones."""
-    if began_with.exists() and data.vocab_path and (
-            began_with.read_bytes() != epath.Path(data.vocab_path).read_bytes()):
-        raise Refusal(f'The text or the vocabulary changed: {data.vocab_path} and {began_with}, with '
-                      f'which the run began, hold other words. Restore them, or start another run '
+    if tokenizer.find(folder) and data.vocab_path and (
+            tokenizer.load(folder).tokens != tokenizer.load(data.vocab_path).tokens):
+        raise Refusal(f'The text or the vocabulary changed: {data.vocab_path} holds other words than '
+                      f'{folder}, with which the run began. Restore them, or start another run '
                       f'(--config.workdir).')
 
 
