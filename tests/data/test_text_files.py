@@ -271,21 +271,26 @@ def test_memory_does_not_grow_with_a_document(open_files, tmp_path, ending):
     assert peak(16) < peak(4) + 2**20
 
 
-def test_what_is_the_same_text_has_the_same_identity_and_other_text_another(open_files, tmp_path):
-    """Whatever names, sizes and times say."""
+def test_what_is_the_same_text_has_the_same_identity_and_other_text_another(tmp_path):
+    """Whatever names, sizes and times say, and whatever is remembered."""
+    hashes = ContentHashes(tmp_path / 'hashes')
+
+    def identity(pattern: str, encoding: str = 'utf-8') -> str:
+        return readers.text_files(str(tmp_path / pattern), hashes, encoding).identity
+
     for folder, text in (('one', 'aaaa'), ('two', 'bbbb'), ('three', 'aaaa')):
         (tmp_path / folder).mkdir()
         (tmp_path / folder / 'a.txt').write_text(text)
         os.utime(tmp_path / folder / 'a.txt', (0, 0))
-    one, two, three = (open_files(str(tmp_path / folder / '*.txt')).identity
+    one, two, three = (identity(f'{folder}/*.txt')
                        for folder in ('one', 'two', 'three'))
     assert one == three != two
     (tmp_path / 'one' / 'a.txt').write_text('cccc')     # the same path, size, inode and time
     os.utime(tmp_path / 'one' / 'a.txt', (0, 0))
-    assert open_files(str(tmp_path / 'one' / '*.txt')).identity not in (one, two)
-    assert open_files(str(tmp_path / 'two' / '*.txt'), 'latin-1').identity != two
+    assert identity('one/*.txt') not in (one, two)
+    assert identity('two/*.txt', 'latin-1') != two
     (tmp_path / 'two' / 'b.txt').write_text('aaaa')
-    assert open_files(str(tmp_path / 'two' / '*.txt')).identity != two
+    assert identity('two/*.txt') != two
 
 
 def test_a_file_is_hashed_once(tmp_path, monkeypatch):
