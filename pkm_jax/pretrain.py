@@ -17,6 +17,7 @@ from absl import app, logging
 
 from pkm_jax.configuration import command_line
 from pkm_jax.configuration.resolve import runs_of
+from pkm_jax.console import survive_any_console
 from pkm_jax.processes import hosts
 from pkm_jax.processes.preemption import Stopped
 from pkm_jax.refusal import Refusal
@@ -50,6 +51,7 @@ def run(config: ml_collections.ConfigDict) -> Path | None:
 
 
 def main(_: list[str]) -> None:
+    survive_any_console()
     logging.set_verbosity(logging.WARNING)      # libraries say much that is not about the run
     try:
         page = run(CONFIG.value)

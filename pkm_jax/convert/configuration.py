@@ -48,6 +48,7 @@ def read(path: Path) -> BertConfig:
                       f'model are not known. Copy it there.')
     found = read_json(path)
     _refuse_others(path, found)
+    found = {'vocab_size': 30_522, **found}
     fields = {ours: found[theirs] for ours, theirs in FIELDS.items() if theirs in found}
     for name, value in fields.items():
         _check(path, FIELDS[name], value, type(getattr(BertConfig, name)))

@@ -9,6 +9,8 @@ from typing import NamedTuple
 import jax
 from jax.experimental import topologies
 
+from pkm_jax.refusal import Refusal
+
 GIB = 2 ** 30
 GPUS_PER_HOST = 8
 
@@ -56,20 +58,20 @@ def parse(text: str) -> Topology:
     """The topology called 'v5e:16x16' (chips along each dimension) or 'h200:8' (GPUs).
 
     Raises:
-      ValueError: there is no such chip, or the shape is not one of its.
+      Refusal: there is no such chip, or the shape is not one of its.
     """
     kind, _, sizes = text.partition(':')
     if kind not in CHIPS:
-        raise ValueError(f'--topology={text}: {kind!r} is none of {", ".join(CHIPS)}.')
+        raise Refusal(f'--topology={text}: {kind!r} is none of {", ".join(CHIPS)}.')
     chip = CHIPS[kind]
     dimensions = chip.dimensions or 1
     shape = tuple(map(int, sizes.split('x'))) if re.fullmatch(r'\d+(x\d+)*', sizes) else ()
     if len(shape) != dimensions or min(shape) < 1:
         example = f'{kind}:' + {1: '8', 2: '4x4', 3: '4x4x4'}[dimensions]
-        raise ValueError(f'--topology={text}: give the chips along each of {dimensions} '
+        raise Refusal(f'--topology={text}: give the chips along each of {dimensions} '
                          f'dimension{"s" * (dimensions > 1)}, such as {example}.')
     if dimensions == 2 and max(shape) > 16:
-        raise ValueError(f'--topology={text}: a slice of {kind} has 16x16 chips at most.')
+        raise Refusal(f'--topology={text}: a slice of {kind} has 16x16 chips at most.')
     return Topology(text, chip, shape)
 
 
@@ -77,8 +79,8 @@ def devices(topology: Topology) -> Sequence[jax.Device]:
     """Devices to compile for: those of the TPU topology, or as many virtual CPU devices as GPUs.
 
     Raises:
-      ModuleNotFoundError: the TPU compiler is not installed.
-      ValueError: the compiler refuses the topology, or JAX already runs with fewer CPU devices.
+      Refusal: the TPU compiler is not installed.
+      Refusal: the compiler refuses the topology, or JAX already runs with fewer CPU devices.
     """
     if not topology.is_tpu:
         return _cpu_devices(math.prod(topology.shape))
@@ -92,9 +94,9 @@ def devices(topology: Topology) -> Sequence[jax.Device]:
         return topologies.get_topology_desc(platform='tpu', topology_name=topology.name,
                                             **options).devices
     except jax.errors.JaxRuntimeError as error:
-        raise ValueError(f'--topology={topology.name}: {error}') from error
+        raise Refusal(f'--topology={topology.name}: {error}') from error
     except RuntimeError as error:
-        raise ModuleNotFoundError(
+        raise Refusal(
             f"--topology={topology.name} needs the TPU compiler, but no TPU: pip install "
             f"'jax[tpu]' ({error}).") from error
 
@@ -121,6 +123,6 @@ def _cpu_devices(count):
             pass    # JAX runs already: what there is may be enough
     found = jax.devices('cpu')
     if len(found) < count:
-        raise ValueError(f'{count} GPUs are planned with as many CPU devices, of which this '
+        raise Refusal(f'{count} GPUs are planned with as many CPU devices, of which this '
                          f'process has {len(found)}: set JAX_NUM_CPU_DEVICES={count}.')
     return found[:count]

@@ -1,0 +1,80 @@
+"""What a training step keeps in the memory of one device, by kind."""
+
+import math
+import re
+from typing import NamedTuple
+
+import jax
+
+from pkm_jax.configuration.run import Run
+from pkm_jax.training.layout import Layout, compact_bytes, tables_of
+
+# The first pattern found in an array's path within (state, batch) names its kind.
+KINDS = (
+    (r'^0/params/.*memory/values$', 'value tables'),
+    (r'^0/params/', 'backbone parameters'),
+    (r'^0/optimizer/.*memory/values$', 'optimizer state of value tables'),
+    (r'^0/optimizer/', 'optimizer state of the backbone'),
+    (r'^1/', 'batch'),
+    (r'', 'statistics and marks'),
+)
+TEMPORARY = 'temporaries: activations, gradients'
+PROGRAM = 'program and padding of arrays'
+
+
+class DeviceMemory(NamedTuple):
+    """Bytes on one device; what there is to fill."""
+    bytes: dict[str, int]
+    available: int
+
+    @property
+    def total(self) -> int:
+        return sum(self.bytes.values())
+
+    @property
+    def fits(self) -> bool:
+        return self.total <= self.available
+
+
+def arguments(state, batch) -> dict[str, int]:
+    """Bytes per device of the arrays that a step is given, by kind; it returns as much."""
+    by_kind = dict.fromkeys(sorted({kind for _, kind in KINDS}, key=[k for _, k in KINDS].index), 0)
+    for path, leaf in jax.tree_util.tree_leaves_with_path((state, batch)):
+        name = jax.tree_util.keystr(path, simple=True, separator='/')
+        kind = next(kind for pattern, kind in KINDS if re.search(pattern, name))
+        by_kind[kind] += math.prod(leaf.sharding.shard_shape(leaf.shape)) * leaf.dtype.itemsize
+    return by_kind
+
+
+def of_compiled(given: dict[str, int], compiled: jax.stages.Compiled) -> dict[str, int]:
+    """All of a step's memory, from what its compiler says."""
+    said = compiled.memory_analysis()
+    returned = said.output_size_in_bytes - said.alias_size_in_bytes
+    return {**given, TEMPORARY: said.temp_size_in_bytes,
+            PROGRAM: said.argument_size_in_bytes - sum(given.values()) + returned
+            + said.generated_code_size_in_bytes}
+
+
+def estimated(given: dict[str, int], run: Run, layout: Layout) -> dict[str, int]:
+    """All of a step's memory where it cannot be compiled: the model's activations of a micro-batch,
+    and `gradients`."""
+    sequences = run.train.micro_batch // math.prod(layout.shards)
+    activations = run.model.activation_bytes(sequences, run.task.length, run.task.predictions())
+    return {**given, TEMPORARY: activations + gradients(given, run, layout)}
+
+
+def gradients(given: dict[str, int], run: Run, layout: Layout) -> int:
+    """Bytes of all gradients on one device, float32: of a table dense, or compact.
+
+    For compact rows every device sorts the reads of the whole micro-batch: slots and weights as
+    gathered and as sorted, 16 bytes a read.
+    """
+    dense, sites = given['backbone parameters'], run.model.memories
+    if not sites:
+        return dense
+    if not layout.sparse:
+        return dense + given['value tables']
+    memory = next(iter(sites.values())).config
+    reads = run.task.length * memory.heads * memory.top_k * run.train.micro_batch
+    return dense + 16 * reads + compact_bytes(layout.shards, tables_of(sites), reads,
+                                              run.train.gradient_accumulation_steps)

@@ -1,0 +1,133 @@
+"""An `Estimate` in words and tables."""
+
+import collections
+import math
+
+import jax
+import numpy as np
+
+from pkm_jax.models.transformer import TransformerConfig
+from pkm_jax.planning import device_memory
+from pkm_jax.planning.estimate import Estimate
+
+SMALL = 0.01    # shares of the links' time below this are summed up
+
+
+def text_of(estimate: Estimate, name: str) -> str:
+    """Everything that an estimate found, with the verdict at the end."""
+    parts = [[_title(estimate, name), *estimate.layout.reasons], _memory(estimate)]
+    if not estimate.refusal:
+        parts += [_collectives(estimate), _step(estimate)]
+    return '\n\n'.join('\n'.join(part) for part in [*parts, verdict(estimate)])
+
+
+def _title(estimate, name):
+    shards = ', '.join(f'{axis} {size}' for axis, size in estimate.layout.shards._asdict().items())
+    how = 'compiled' if estimate.topology.is_tpu else 'compiled for as many CPU devices'
+    return (f'{name} on {estimate.topology.name}: {math.prod(estimate.topology.shape)} devices as '
+            f'{shards}; {how} in {estimate.compile_seconds:.0f} s, jax {jax.__version__}')
+
+
+def _memory(estimate):
+    needed = estimate.memory
+    lines = [f'{"memory of a device":44}{"GB":>10}' + ('' if estimate.topology.is_tpu else
+                                                       '   estimated: nothing here is compiled')]
+    lines += [f'  {kind:42}{_gb(size):>10}' for kind, size in needed.bytes.items()]
+    return [*lines, f'  {"in all":42}{_gb(needed.total):>10}   of {_gb(needed.available)}']
+
+
+def _collectives(estimate):
+    if not estimate.transfers:
+        return ['no collectives']
+    sums = collections.defaultdict(lambda: np.zeros(3))     # of times, bytes and seconds, by line
+    for one, axes, seconds in estimate.transfers:
+        sums[one.kind, _largest(one.shapes), axes] += one.times, one.bytes_sent, seconds
+    total = sum(sums.values())
+    lines = [f'{"collectives of a step":23} {"of":24} {"along":24} {"MB sent":>9} {"ms":>8} '
+             f'{"of the step":>12}']
+    smaller = np.zeros(3)
+    for key, of_line in sorted(sums.items(), key=lambda item: -item[1][2]):
+        if of_line[2] < SMALL * total[2]:
+            smaller += of_line
+        else:
+            lines.append(_row(*key, of_line, estimate))
+    if smaller[0]:
+        lines.append(_row('smaller', '', '', smaller, estimate))
+    return [*lines, _row('in all', '', '', total, estimate)]
+
+
+def _row(kind, shapes, axes, sums, estimate):
+    times, sent, seconds = sums
+    return (f'  {times:4.0f} {kind:18} {shapes:24} {axes:24} {sent / 1e6:>9,.1f} '
+            f'{seconds * 1e3:>8.2f} {seconds / estimate.step_seconds:>12.1%}')
+
+
+def _largest(shapes):
+    """The largest of several arrays, and the number of others."""
+    largest = str(max(shapes, key=lambda shape: shape.bytes))
+    return largest + (f' +{len(shapes) - 1}' if len(shapes) > 1 else '')
+
+
+def _step(estimate):
+    chip, seconds = estimate.topology.chip, estimate.seconds
+    tokens = estimate.run.tokens_per_step
+    loops = (f', {estimate.unknown_loops} loops of unknown length as one iteration'
+             if estimate.unknown_loops else '')
+    moved = (f'{_gb(estimate.counted_bytes)} GB as XLA counts (also what stays on the chip; loop '
+             f'bodies once), {_gb(estimate.loop_bytes)} GB in their other iterations{loops}, at '
+             f'{chip.bandwidth / 1e9:,.0f} GB/s' if estimate.topology.is_tpu else
+             'not known: the program for CPUs moves other bytes than that for GPUs')
+    return [
+        'a step of a device, at peak rates',
+        f'  arithmetic  {_ms(seconds["arithmetic"])}   {estimate.flops / 1e12:.3f} TFLOP of the model '
+        f'at {chip.flops / 1e12:,.0f} TFLOP/s (XLA counts {estimate.counted_flops / 1e12:.3f}: loop '
+        f'bodies once)',
+        f'  HBM         {_ms(seconds["HBM"])}   {moved}',
+        f'  links       {_ms(seconds["links"])}   ring algorithms, at {chip.links / 1e9:,.0f} GB/s '
+        f'over all links',
+        f'  estimate    {_ms(estimate.step_seconds)}   the longer of arithmetic and HBM, then the links'
+        f': {tokens / estimate.step_seconds:,.0f} tokens/s of all devices']
+
+
+def _ms(seconds):
+    return f'{seconds * 1e3:9.2f} ms'
+
+
+def verdict(estimate: Estimate) -> list[str]:
+    """Whether it fits, by how much, what to change where not, and what is worth a warning."""
+    lines = [f'WARNING: {what}: as large as a table, or a shard of one with whole rows'
+             for what in estimate.table_sized]
+    needed = estimate.memory
+    if estimate.fits:
+        return [*lines, f'FITS: {_gb(needed.total)} of {_gb(needed.available)} GB, '
+                        f'{needed.total / needed.available:.0%}']
+    said = f' The compiler: {estimate.refusal.splitlines()[0]}' if estimate.refusal else ''
+    over = max(needed.total - needed.available, 0)
+    return [*lines, f'DOES NOT FIT: {_gb(needed.total)} GB or more of {_gb(needed.available)} GB, '
+                    f'{_gb(over)} GB too much. {advice(estimate)}{said}']
+
+
+def advice(estimate: Estimate) -> str:
+    """What to change, by the kind of memory that takes most."""
+    sizes, model = estimate.memory.bytes, estimate.run.model
+    tables = sizes['value tables'] + sizes['optimizer state of value tables']
+    backbone = sizes['backbone parameters'] + sizes['optimizer state of the backbone']
+    changes = []
+    if sizes.get(device_memory.TEMPORARY, 0) > max(tables, backbone):
+        changes += ['a larger train.gradient_accumulation_steps or smaller train.batch']
+        if isinstance(model, TransformerConfig) and not model.remat:
+            changes += ['model.remat = True']
+        if isinstance(model, TransformerConfig) and model.attention_dropout:
+            changes += ['model.attention_dropout = 0']
+        if estimate.layout.sparse and estimate.layout.shards.data > 1:
+            changes += ['more memory.shards, which split the rows of an update too']
+    elif tables > backbone:
+        changes += ["memory.values_dtype = 'bfloat16'", "train.values_optimizer = 'rowwise_adam' "
+                    "(both with memory.updates = 'sparse')", 'more memory.shards or devices']
+    else:
+        changes += ['train.fsdp = True']
+    return f'Try {", ".join(changes)}.'
+
+
+def _gb(size):
+    return f'{size / 1e9:.2f}'
