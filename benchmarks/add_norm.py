@@ -16,7 +16,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from benchmarks import memory, memory_peers
-from pkm_jax.models import add_norm, add_norm_kernel
+from pkm_jax.ops.add_norm import add_norm_of_part
 
 TOKENS, RATE, EPSILON = 16384, 0.1, 1e-12
 WORDS = jnp.array([1, 2], jnp.uint32)
@@ -31,9 +31,10 @@ def inputs(width):
     return *wide[:2], *flat, wide[2]
 
 
-def forward_and_backward(function, rate):
+def forward_and_backward(implementation, rate):
     def run(*arguments):
-        out, pull = jax.vjp(lambda *a: function(*a, WORDS, 0, rate, EPSILON), *arguments[:5])
+        out, pull = jax.vjp(lambda *a: add_norm_of_part(*a, WORDS, jnp.int32(0), rate, EPSILON,
+                                                        implementation), *arguments[:5])
         return out, *pull(arguments[5])
     return jax.jit(run)
 
@@ -62,12 +63,12 @@ def in_float64(residual, branch, branch_bias, scale, bias, gradient):
 
 
 def check(width) -> bool:
-    arguments, run = inputs(width), forward_and_backward(add_norm_kernel.add_norm, RATE)
-    plain = forward_and_backward(add_norm_kernel.add_norm, 0.)(*arguments)
+    arguments, run = inputs(width), forward_and_backward('gpu', RATE)
+    plain = forward_and_backward('gpu', 0.)(*arguments)
     errors = [memory.relative(*pair) for pair in zip(plain, in_float64(*arguments))]
     got = run(*arguments)
     errors += [memory.relative(*pair) for pair in zip(
-        got, forward_and_backward(add_norm.reference, RATE)(*arguments))]
+        got, forward_and_backward('xla', RATE)(*arguments))]
     same = all(bool(jnp.array_equal(a, b)) for _ in range(10) for a, b in zip(run(*arguments), got))
     print(f'width {width}: greatest error {max(errors):.1e}, ten runs equal: {same}')
     return same and max(errors) <= LIMIT
@@ -82,9 +83,9 @@ def main():
     print('| --- | --- | --- | --- | --- | --- |')
     for width in (768, 1024):
         memory.report(f'add_norm forward and backward, {width}', 0,
-                      forward_and_backward(add_norm_kernel.add_norm, RATE), inputs(width),
+                      forward_and_backward('gpu', RATE), inputs(width),
                       8 * 2 * TOKENS * width / copy * 1e3,
-                      {'jnp': forward_and_backward(add_norm.reference, RATE),
+                      {'jnp': forward_and_backward('xla', RATE),
                        **memory_peers.eager_and_compiled(in_torch)})
     if not all([check(width) for width in (768, 1024)]):
         sys.exit('An error is above its limit, or runs differ: see above.')

@@ -24,12 +24,19 @@ import jax.numpy as jnp  # noqa: E402
 import numpy as np  # noqa: E402
 
 from benchmarks import memory_peers  # noqa: E402
-from pkm_jax.memory import layer, product_keys, value_bag  # noqa: E402
-from pkm_jax.memory.kernels import read, read_backward, retrieval, retrieval_backward  # noqa: E402
+from pkm_jax.memory import layer  # noqa: E402
+from pkm_jax.memory.embedding_bag import compact_gradients, embedding_bag  # noqa: E402
+from pkm_jax.memory.product_keys import top_k_product_keys  # noqa: E402
 
 TOKENS, HEADS, TOP_K, HALF = 16384, 4, 32, 128
 READS = HEADS * TOP_K
 LIMITS = {'bfloat16': 1e-2, 'float32': 1e-5}
+
+kernel_search, plain_search = (functools.partial(top_k_product_keys, implementation=name)
+                               for name in ('gpu', 'xla'))
+kernel_bag, plain_bag = (functools.partial(embedding_bag, implementation=name)
+                         for name in ('gpu', 'xla'))
+kernel_compact = functools.partial(compact_gradients, implementation='gpu')
 
 
 def median_ms(function, *arguments, runs=7) -> float:
@@ -94,8 +101,8 @@ def read_dense(bag):
 
 @jax.jit
 def read_compact(values, slots, weights, gradient):
-    return (read.value_bag(values, slots, weights),
-            read_backward.compact_gradients(values, slots, weights, gradient))
+    return (kernel_bag(values, slots, weights),
+            kernel_compact(values, slots, weights, gradient))
 
 
 def whole_layer(memory):
@@ -104,7 +111,7 @@ def whole_layer(memory):
         def apply(parameters, states):
             graph, rest = memory
             module = layer.nnx.merge(graph, parameters, rest)
-            return module(states, jnp.ones(len(states), bool), jax.random.key(0))[0]
+            return module.read(states)[0]
         out, pull = jax.vjp(apply, parameters, states)
         return out, pull(gradient)
     return jax.jit(run)
@@ -115,7 +122,7 @@ def bandwidths():
     block = jax.random.bits(jax.random.key(0), (1 << 29,), jnp.uint32)
     copy = 2 * block.nbytes / median_ms(jax.jit(lambda x: x ^ jnp.uint32(1)), block) * 1e3
     small = inputs(128, 768, jnp.bfloat16)      # 25 MB; a stripe is too large for L1
-    bag = jax.jit(read.value_bag)
+    bag = jax.jit(kernel_bag)
     gather = TOKENS * READS * 768 * 2 / median_ms(bag, *small[:3]) * 1e3
     print(f'copy {copy / 1e12:.2f} TB/s, rows gathered from L2 {gather / 1e12:.2f} TB/s')
     return copy, gather
@@ -152,23 +159,24 @@ def retrieval_floor(n_keys):
 
 
 def time_everything():
+    from pkm_jax.memory.kernels.gpu.retrieval_backward import query_and_codebook_gradients
     copy, gather = bandwidths()
     print('| operation, bfloat16 | ms | target | floor ms | over floor | peers, as multiples |')
     print('| --- | --- | --- | --- | --- | --- |')
     for n_keys, target in ((512, 0.45), (1024, 0.8)):
         arguments = queries(n_keys, jnp.bfloat16)
-        report(f'retrieval forward {n_keys}²', target, retrieve(retrieval.top_k_product_keys),
+        report(f'retrieval forward {n_keys}²', target, retrieve(kernel_search),
                arguments, retrieval_floor(n_keys),
-               {'jnp': retrieve(product_keys.reference), **memory_peers.retrieval(TOP_K)})
+               {'jnp': retrieve(plain_search), **memory_peers.retrieval(TOP_K)})
     arguments = queries(512, jnp.bfloat16)
-    _, slots = retrieve(retrieval.top_k_product_keys)(*arguments)
-    backward = jax.jit(retrieval_backward.query_and_codebook_gradients)
+    _, slots = retrieve(kernel_search)(*arguments)
+    backward = jax.jit(functools.partial(query_and_codebook_gradients, interpret=False))
     report('retrieval backward 512²', 0.6, backward, (*arguments[:2], slots, arguments[2]),
            3 * TOKENS * HEADS * 2 * 512 * 2 / copy * 1e3, {})
     report('retrieval forward and backward 512²', 0,
-           retrieve_backward(retrieval.top_k_product_keys), arguments,
+           retrieve_backward(kernel_search), arguments,
            retrieval_floor(512) + 3 * TOKENS * HEADS * 2 * 512 * 2 / copy * 1e3,
-           {'jnp': retrieve_backward(product_keys.reference)})
+           {'jnp': retrieve_backward(plain_search)})
     for zipf in (False, True):
         ids = 'Zipf' if zipf else 'uniform'
         for n_keys, width, dtype, target, both in (
@@ -177,19 +185,19 @@ def time_everything():
             arguments = inputs(n_keys, width, dtype, zipf=zipf)
             floor = functools.partial(read_floor, *arguments[:2], copy, gather)
             name = f'{n_keys}² × {width} {jnp.dtype(dtype).name}, {ids}'
-            forward = jax.jit(lambda v, s, w, g: read.value_bag(v, s, w))
+            forward = jax.jit(lambda v, s, w, g: kernel_bag(v, s, w))
             plain = n_keys == 512 and not zipf
             report(f'read forward {name}', target, forward, arguments, floor('forward'),
-                   {'jnp': jax.jit(lambda v, s, w, g: value_bag.reference(v, s, w)),
+                   {'jnp': jax.jit(lambda v, s, w, g: plain_bag(v, s, w)),
                     **memory_peers.read(backward=False)} if plain else {})
-            report(f'read forward and backward, dense, {name}', both, read_dense(read.value_bag),
+            report(f'read forward and backward, dense, {name}', both, read_dense(kernel_bag),
                    arguments, floor('dense'),
-                   {'jnp': read_dense(value_bag.reference),
+                   {'jnp': read_dense(plain_bag),
                     **memory_peers.read(backward=True)} if plain else {})
             if n_keys == 512 and not zipf:
                 same = arguments[:1] + (jnp.full_like(arguments[1], 7),) + arguments[2:]
                 report(f'read forward and backward, dense, {n_keys}² × {width} '
-                       f'{jnp.dtype(dtype).name}, one slot', 0, read_dense(read.value_bag), same,
+                       f'{jnp.dtype(dtype).name}, one slot', 0, read_dense(kernel_bag), same,
                        floor('dense'), {})
             del arguments
         for tokens, target in ((TOKENS, 3.5), (2048, 0.6)):
@@ -220,7 +228,7 @@ def relative(got, want):
 def check_retrieval(dtype):
     """Errors of scores and gradients relative to float64, and whether ten runs are the same."""
     query, codebooks, gradient = queries(512, dtype)
-    search = functools.partial(retrieval.top_k_product_keys, k=TOP_K)
+    search = functools.partial(kernel_search, k=TOP_K)
     (scores, slots), pull = jax.jit(lambda q, c: jax.vjp(search, q, c))(query, codebooks)
     zero = np.zeros(slots.shape, jax.dtypes.float0)
     run = jax.jit(lambda g: pull((g, zero)))
@@ -244,7 +252,7 @@ def check_retrieval(dtype):
 
 def check_read(dtype, zipf):
     values, slots, weights, gradient = inputs(512, 768, dtype, zipf=zipf)
-    run = read_dense(read.value_bag)
+    run = read_dense(kernel_bag)
     out, (by_value, by_weight) = run(values, slots, weights, gradient)
     ids, w = np.asarray(slots), np.asarray(weights, np.float64)
     rows = np.asarray(values[slots[:64]], np.float64)
@@ -252,17 +260,16 @@ def check_read(dtype, zipf):
     busiest = np.argsort(np.bincount(ids.ravel()))[-4:]
     some = np.unique(np.concatenate([ids[0], busiest]))
     spread = np.stack([np.sum(np.where(ids == slot, w, 0), axis=1) for slot in some])
-    row_slots, compact, count, _ = jax.jit(read_backward.compact_gradients)(
-        values, slots, weights, gradient)
-    where = np.searchsorted(np.asarray(row_slots), some)
+    rows, _ = jax.jit(kernel_compact)(values, slots, weights, gradient)
+    where = np.searchsorted(np.asarray(rows.ids), some)
     errors = {
         'sums': relative(out[:64], np.einsum('tr,trv->tv', w[:64], rows)),
         'dense gradient': relative(by_value[some], spread @ g),
-        'compact gradient': relative(compact[where], spread @ g),
+        'compact gradient': relative(rows.rows[where], spread @ g),
         'weight gradient': relative(by_weight[:64], np.einsum('tv,trv->tr', g[:64], rows)),
         'rows without a read': float(jnp.sum(jnp.abs(by_value)) != jnp.sum(jnp.abs(
             jnp.where(jnp.zeros(len(values), bool).at[slots].set(True)[:, None], by_value, 0)))),
-        'distinct slots': abs(int(count) - len(np.unique(ids))),
+        'distinct slots': abs(int(rows.count[0]) - len(np.unique(ids))),
     }
     again = (run(values, slots, weights, gradient)[1] for _ in range(10))
     return errors, all(_same(one, (by_value, by_weight)) for one in again)

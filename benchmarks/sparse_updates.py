@@ -20,7 +20,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from pkm_jax.memory import sharding
+from pkm_jax.memory import sharded
 from pkm_jax.memory.sparse_rows import SparseRows
 from pkm_jax.training import sparse_updates
 
@@ -29,20 +29,20 @@ READS = 128
 
 def sparse_step(optimizer, table, state, slots, weights, gradient):
     """Read, compact gradient, update; returns table, state and the weights' gradient."""
-    delta = sharding.no_rows(*table.shape, slots.size)
-    read, pull = jax.vjp(lambda delta, weights: sharding.sparse_value_bag(
-        table, delta, slots, weights), delta, weights)
+    delta = sharded.no_delta(*table.shape, slots.size)
+    read, pull, touched = jax.vjp(lambda delta, weights: sharded.sparse_embedding_bag(
+        table, delta, slots, weights), delta, weights, has_aux=True)
     rows, by_weight = pull(gradient + read)     # as in training, it waits for the read
-    ids, count = sharding.touched_rows(slots, weights, len(table))
-    updates, state = optimizer.update({'values': SparseRows(ids, rows, count)}, state)
+    gradients = {'values': SparseRows(touched.ids, rows, touched.count)}
+    updates, state = optimizer.update(gradients, state)
     changed = sparse_updates.apply_updates({'values': table}, updates, jax.random.key(0))
     return changed['values'], state, by_weight
 
 
 def dense_step(optimizer, table, state, slots, weights, gradient):
     """The same with an ordinary gradient of the table and an ordinary optimizer."""
-    read, pull = jax.vjp(lambda table, weights: sharding.value_bag(table, slots, weights), table,
-                         weights)
+    read, pull = jax.vjp(lambda table, weights: sharded.embedding_bag(table, slots, weights),
+                         table, weights)
     rows, by_weight = pull(gradient + read)     # as in training, it waits for the read
     updates, state = optimizer.update({'values': rows}, state)
     return optax.apply_updates({'values': table}, updates)['values'], state, by_weight

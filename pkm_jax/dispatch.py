@@ -25,7 +25,7 @@ Implementation = Literal['xla', 'gpu', 'tpu']
 class Kernel(NamedTuple):
     """Two functions of a reference's arguments."""
     run: Callable           # and of `interpret: bool`; returns what the reference does
-    unsupported: Callable   # why the kernel cannot take arguments of these shapes; None if it can
+    unsupported: Callable   # of shapes: why the kernel cannot take such arrays; None if it can
 
 
 @dataclasses.dataclass(frozen=True)
@@ -51,7 +51,7 @@ class Choice:
         if implementation == 'xla':
             return self.reference(*arrays, **static)
         if implementation == 'gpu':
-            reason = self.load().unsupported(*arrays, **static)
+            reason = self.load().unsupported(*_shapes(arrays), **static)
             if reason:
                 raise _refused(self.operation, reason)
         shapes = jax.eval_shape(functools.partial(self.reference, **static), *arrays)
@@ -92,8 +92,7 @@ def _plain(choice, static, batched):
 
 @choice_p.def_abstract_eval
 def _abstract(*arrays, choice, forced, static, batched):
-    shapes = jax.eval_shape(_plain(choice, static, batched),
-                            *(jax.ShapeDtypeStruct(a.shape, a.dtype) for a in arrays))
+    shapes = jax.eval_shape(_plain(choice, static, batched), *_shapes(arrays))
     return [ShapedArray(shape.shape, shape.dtype) for shape in shapes]
 
 
@@ -147,7 +146,11 @@ def _supported(choice, arrays, static, batched):
         kernel = choice.load()
     except (ImportError, AttributeError) as error:      # a backend that this jax lacks
         return None, f'jax {jax.__version__} ({error})'
-    return kernel, kernel.unsupported(*arrays, **dict(static))
+    return kernel, kernel.unsupported(*_shapes(arrays), **dict(static))
+
+
+def _shapes(arrays):
+    return [jax.ShapeDtypeStruct(array.shape, array.dtype) for array in arrays]
 
 
 def _kernel(kernel, static, interpret):

@@ -21,7 +21,7 @@ from pkm_jax.console import survive_any_console
 from pkm_jax.processes import hosts
 from pkm_jax.processes.preemption import Stopped
 from pkm_jax.refusal import Refusal
-from pkm_jax.report import write_report
+from pkm_jax.report.report import write_report
 from pkm_jax.training import start
 from pkm_jax.training.layout import bytes_of_device, lay_out
 from pkm_jax.training.loop import train

@@ -92,8 +92,8 @@ def _load_forward():
 
 def _load_backward():
     from pkm_jax.ops.gpu import add_norm as kernel
-    return Kernel(kernel.backward, lambda gradient, total, kept, residual, branch, *_, **__:
-                  kernel.unsupported(residual, branch))
+    return Kernel(kernel.backward, lambda gradient, total, kept, *arrays, **settings:
+                  kernel.unsupported(*arrays, **settings))
 
 
 _forward_choice = Choice('add_norm', _reference_forward, _load_forward)

@@ -11,6 +11,7 @@ from flax import nnx
 
 from pkm_jax.memory.layer import MemoryConfig
 from pkm_jax.models.bert import Bert, BertConfig
+from pkm_jax.refusal import Refusal
 
 PLAIN = BertConfig(vocab_size=50, layers=3, width=16, attention_heads=4, feed_forward_width=32,
                    max_length=12, heads=('mlm', 'pooler', 'nsp', 'classifier', 'span'), classes=3)
@@ -47,16 +48,14 @@ def with_backbone_of(plain, config):
 
 
 @pytest.mark.parametrize('dtype', ['float32', 'bfloat16'])
-@pytest.mark.parametrize('key', [None, 0])
-def test_added_memory_with_zero_scale_changes_no_bit(dtype, key):
+@pytest.mark.parametrize('deterministic', [True, False])
+def test_added_memory_with_zero_scale_changes_no_bit(dtype, deterministic):
     no_dropout = dict(dtype=dtype, dropout=0., attention_dropout=0.)
     plain = build(dataclasses.replace(PLAIN, **no_dropout))
     added = with_backbone_of(plain, dataclasses.replace(ADD, zero_start=True, **no_dropout))
-    key = None if key is None else jax.random.key(key)
-
     @nnx.jit
     def outputs(model):
-        states, _ = model(*batch(), key)
+        states, _ = model(*batch(), deterministic=deterministic)
         return (states, model.mlm_logits(states, jnp.asarray([[1, 2], [0, 3]])),
                 model.nsp_logits(states), model.class_logits(states), model.span_logits(states))
 
@@ -82,8 +81,8 @@ def test_block_is_the_sum_it_claims(placement):
     lengths = jnp.asarray([12, 7])
     h = block.attention_norm(states + block.attention.output(
         block.attention(states, lengths, None)))
-    real = (jnp.arange(12)[None] < lengths[:, None]).reshape(-1)
-    total = h + block.memory(h.reshape(24, 16), real, None)[0].reshape(2, 12, 16)
+    real = jnp.arange(12)[None] < lengths[:, None]
+    total = h + block.memory(h, real, deterministic=True)
     if placement == 'add':
         total += block.feed_forward.down(block.feed_forward(h))
     np.testing.assert_allclose(block(states, lengths, None, None)[0], block.output_norm(total),
@@ -97,27 +96,26 @@ def test_padding_is_invisible(training):
     tokens, segments, lengths = batch(lengths=(9, 4))
     real = np.arange(12)[None] < np.asarray(lengths)[:, None]
     other = jnp.where(real, tokens, 49 - tokens)
-    key = jax.random.key(0) if training else None
-    (states, reads), (others, other_reads) = (model(t, segments, lengths, key)
-                                              for t in (tokens, other))
+    (states, reads), (others, other_reads) = (
+        model(t, segments, lengths, deterministic=not training) for t in (tokens, other))
     np.testing.assert_array_equal(np.asarray(states)[real], np.asarray(others)[real])
     for layer in (0, 2):
         np.testing.assert_array_equal(reads[layer].slots[real.reshape(-1)],
                                       other_reads[layer].slots[real.reshape(-1)])
         assert not np.asarray(reads[layer].weights)[~real.reshape(-1)].any()
-        for ours, theirs in zip(jax.tree.leaves(reads[layer].statistics),
-                                jax.tree.leaves(other_reads[layer].statistics)):
+        for ours, theirs in zip(jax.tree.leaves(reads[layer].batch_stats),
+                                jax.tree.leaves(other_reads[layer].batch_stats)):
             np.testing.assert_array_equal(ours, theirs)
-    assert bool(jax.tree.leaves(reads[0].statistics)) == training
+    assert bool(jax.tree.leaves(reads[0].batch_stats)) == training
 
 
 @pytest.mark.parametrize('training', [False, True])
 def test_attention_dropout_path_equals_the_fused_one_without_dropout(training):
     """A rate of 1e-7 takes the materialised path and drops nothing here."""
     model = build(dataclasses.replace(PLAIN, dropout=0., attention_dropout=1e-7))
-    key = jax.random.key(0) if training else None
+    mode = dict(deterministic=not training, rngs=jax.random.key(0))
     same = build(dataclasses.replace(PLAIN, dropout=0., attention_dropout=0.))
-    np.testing.assert_allclose(model(*batch(), key)[0], same(*batch(), key)[0], atol=1e-5)
+    np.testing.assert_allclose(model(*batch(), **mode)[0], same(*batch(), **mode)[0], atol=1e-5)
 
 
 def test_rematerialised_gradients_are_the_same():
@@ -126,7 +124,8 @@ def test_rematerialised_gradients_are_the_same():
         graph, params, rest = nnx.split(model, nnx.Param, ...)
 
         def loss(params):
-            states, reads = nnx.merge(graph, params, rest)(*batch(), jax.random.key(3))
+            states, reads = nnx.merge(graph, params, rest)(
+                *batch(), deterministic=False, rngs=jax.random.key(3))
             return jnp.sum(states ** 3), reads
 
         return jax.jit(jax.grad(loss, has_aux=True))(nnx.to_pure_dict(params))
@@ -137,12 +136,34 @@ def test_rematerialised_gradients_are_the_same():
 
 def test_dropout_needs_a_key_and_depends_on_it():
     model = build(ADD)
+
     def run(key):
-        return np.asarray(model(*batch(), key)[0])
+        return np.asarray(model(*batch(), deterministic=key is None, rngs=key)[0])
+
     assert np.array_equal(run(None), run(None))
     assert np.array_equal(run(jax.random.key(1)), run(jax.random.key(1)))
     assert not np.array_equal(run(jax.random.key(1)), run(jax.random.key(2)))
     assert not np.array_equal(run(jax.random.key(1)), run(None))
+    with pytest.raises(Refusal, match='needs a key'):
+        model(*batch(), deterministic=False)
+
+
+@pytest.mark.parametrize('remat', [False, True])
+def test_a_call_in_training_updates_the_memories_statistics(remat):
+    def statistics(model):
+        return jax.tree.map(np.asarray, nnx.to_pure_dict(nnx.state(model, nnx.BatchStat)))
+
+    model = build(dataclasses.replace(ADD, remat=remat))
+    before = statistics(model)
+    model(*batch())
+    jax.tree.map(np.testing.assert_array_equal, statistics(model), before)
+    _, reads = nnx.jit(lambda model: model(*batch(), deterministic=False,
+                                           rngs=jax.random.key(0)))(model)
+    after = statistics(model)['layers']
+    for layer in (0, 2):
+        jax.tree.map(np.testing.assert_array_equal, after[layer]['memory']['query_norm'],
+                     reads[layer].batch_stats)
+    assert after[2]['memory']['query_norm']['mean'].any()
 
 
 def test_shared_values_are_one_table():
@@ -188,6 +209,7 @@ def test_bfloat16_computes_over_float32_parameters():
     (dict(heads=('mlm', 'lm')), r"'lm'"),
     (dict(heads=('nsp',)), r"read the 'pooler'"),
     (dict(dropout=1.), r'model.dropout = 1.0'),
+    (dict(attention_dropout=.999999), r'model.attention_dropout = 0.999999'),
 ])
 def test_impossible_configurations_are_refused(changes, message):
     with pytest.raises(ValueError, match=message):

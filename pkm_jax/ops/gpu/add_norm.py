@@ -14,6 +14,7 @@ import functools
 
 import jax
 import jax.numpy as jnp
+from jax import ShapeDtypeStruct
 from jax.experimental import pallas as pl
 from jaxtyping import Array, Float, Int32, UInt8, UInt32
 
@@ -24,7 +25,10 @@ GROUPS = 4              # of DRAWS rows that a program of the backward pass sums
 ROTATIONS = ((13, 15, 26, 6), (17, 29, 16, 24))
 
 
-def unsupported(residual: Array, branch: Array, *_, **__) -> str | None:
+def unsupported(
+    residual: ShapeDtypeStruct, branch: ShapeDtypeStruct, *_: ShapeDtypeStruct,
+    rate: float, epsilon: float,
+) -> str | None:
     """Why the kernel cannot do this branch; None if it can."""
     tokens, width = branch.shape
     if width % 128 or width > 1024:

@@ -153,5 +153,6 @@ def test_same_result_as_the_reference_it_replaces():
     ((9, 96), 'float32', 'width of 96'), ((9, 128), 'float16', 'float16'),
     ((9, 128), 'bfloat16', None)])
 def test_says_what_it_does_not_support(shape, dtype, word):
-    reason = kernel.unsupported(jnp.zeros(shape, dtype), jnp.zeros((2, 2), jnp.int32))
+    reason = kernel.unsupported(jax.ShapeDtypeStruct(shape, jnp.dtype(dtype)),
+                                jax.ShapeDtypeStruct((2, 2), jnp.int32))
     assert (reason is None) if word is None else word in reason

@@ -1,6 +1,7 @@
 """Weighted sum of value rows and its derivative on an NVIDIA GPU, in the place of the reference."""
 
 import jax.numpy as jnp
+from jax import ShapeDtypeStruct
 from jaxtyping import Array, Float, Int32
 
 from pkm_jax.memory.kernels.gpu.embedding_bag_backward import dense_gradients, rows_that_were_read
@@ -10,7 +11,9 @@ from pkm_jax.memory.sparse_rows import SparseRows
 DTYPES = (jnp.float32, jnp.bfloat16)
 
 
-def unsupported(values: Array, slots: Array, *_: Array) -> str | None:
+def unsupported(
+    values: ShapeDtypeStruct, slots: ShapeDtypeStruct, *_: ShapeDtypeStruct,
+) -> str | None:
     """Why the kernels cannot read this table with these slots; None if they can."""
     if values.dtype not in DTYPES:
         return f'values of {values.dtype} (float32 or bfloat16)'

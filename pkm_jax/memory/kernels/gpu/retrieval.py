@@ -1,6 +1,7 @@
 """Exact top-K over N² slots and its derivative on an NVIDIA GPU, in the place of the reference."""
 
 import jax.numpy as jnp
+from jax import ShapeDtypeStruct
 from jaxtyping import Array, Float, Int32
 
 from pkm_jax.memory.kernels.gpu.retrieval_backward import query_and_codebook_gradients
@@ -11,7 +12,9 @@ TOP_K = 32          # what the registers of a thread hold twice
 FEWEST = 16         # tokens, sub-keys and query width of the smallest matrix product
 
 
-def unsupported(query: Array, codebooks: Array, *_: Array, k: int) -> str | None:
+def unsupported(
+    query: ShapeDtypeStruct, codebooks: ShapeDtypeStruct, *_: ShapeDtypeStruct, k: int,
+) -> str | None:
     """Why the kernels cannot search these codebooks for these queries; None if they can."""
     tokens, _, _, half = query.shape
     n_keys = codebooks.shape[2]

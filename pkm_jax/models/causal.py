@@ -1,0 +1,6 @@
+import dataclasses
+from pkm_jax.models.transformer import TransformerConfig
+class Causal: ...
+@dataclasses.dataclass(frozen=True)
+class CausalConfig(TransformerConfig):
+    ...

@@ -1,0 +1,42 @@
+"""Attention, with and without dropout of its weights, against NumPy in float64."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from pkm_jax.ops.attention import attend
+
+LENGTHS = jnp.asarray([7, 3, 0])
+
+
+def draw():
+    rng = np.random.default_rng(0)
+    return (jnp.asarray(rng.normal(size=(3, 7, 2, 4)), jnp.float32) for _ in range(3))
+
+
+def expected(query, key, value, causal):
+    query, key, value = (np.asarray(x, np.float64) for x in (query, key, value))
+    scores = np.einsum('bqhd,bkhd->bhqk', query, key) / 2
+    seen = np.arange(7)[None] < np.maximum(LENGTHS, 1)[:, None]
+    seen = np.broadcast_to(seen[:, None, None], scores.shape)
+    seen = seen & (np.tri(7, dtype=bool) if causal else True)
+    weights = np.where(seen, np.exp(scores), 0)
+    return np.einsum('bhqk,bkhd->bqhd', weights / weights.sum(-1, keepdims=True), value)
+
+
+@pytest.mark.parametrize('causal', [False, True])
+@pytest.mark.parametrize('rate', [0., 1e-7])
+def test_equals_numpy(causal, rate):
+    """A rate of 1e-7 takes the path that materialises the weights, and drops nothing here."""
+    query, key, value = draw()
+    got = attend(query, key, value, LENGTHS, rate, jax.random.key(0), causal=causal)
+    np.testing.assert_allclose(got, expected(query, key, value, causal), rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize('rate', [0., 1e-7])
+def test_causal_attention_does_not_look_ahead(rate):
+    query, key, value = draw()
+    ahead = jax.grad(lambda value: jnp.sum(attend(
+        query, key, value, LENGTHS, rate, jax.random.key(0), causal=True)[:, :4]))(value)
+    assert not np.asarray(ahead[:, 4:]).any() and np.asarray(ahead[:, :4]).any()
