@@ -9,6 +9,7 @@ from pathlib import Path
 import ml_collections
 from absl import app, flags
 from ml_collections import config_flags
+from ml_collections.config_flags.config_flags import ConfigFileFlagParser
 
 from pkm_jax.refusal import Refusal
 
@@ -30,11 +31,12 @@ def parse(argv: Sequence[str]) -> list[str]:
     try:
         arguments = _with_paths(argv)
         if config := _config_named(arguments):
-            check_fields(arguments, config_flags.ConfigFileFlagParser('config').parse(config))
+            check_fields(arguments, ConfigFileFlagParser('config').parse(config))
         elif not {'--help', '--helpfull', '-?', '--helpshort'} & set(arguments):
             raise Refusal(f'give --config, a path or one of {", ".join(shipped())}.')
     except Refusal as refusal:
-        sys.exit(f'Not started: {refusal}')
+        # Of one that a configuration raised, ml_collections makes a message with its traceback.
+        sys.exit(f'Not started: {str(refusal).rpartition("Refusal: ")[2].strip()}')
     sys.argv[:] = arguments     # where ml_collections looks for what was set
     return app.parse_flags_with_usage(arguments)
 
