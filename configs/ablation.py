@@ -11,6 +11,7 @@ scale=base|small (small: the quickstart's model, minutes on a laptop). `init=pre
 """
 
 from pkm_jax.configs import bert_base_pkm, quickstart
+from pkm_jax.refusal import Refusal
 
 CHOICES = {'init': ('scratch', 'pretrained'), 'placement': ('none', 'replace', 'add'),
            'scale': ('base', 'small')}
@@ -21,7 +22,7 @@ def get_config(arguments: str = ''):
     for argument in filter(None, arguments.split(',')):
         name, _, value = argument.partition('=')
         if name not in given or name in CHOICES and value not in CHOICES[name]:
-            raise ValueError(f'configs/ablation.py: {argument!r} is none of layers=I+J, ' + ', '.join(
+            raise Refusal(f'configs/ablation.py: {argument!r} is none of layers=I+J, ' + ', '.join(
                 f'{name}={"|".join(values)}' for name, values in CHOICES.items()))
         given[name] = value
 
@@ -33,7 +34,7 @@ def get_config(arguments: str = ''):
     try:
         layers = tuple(map(int, filter(None, given['layers'].split('+')))) or config.memory.layers
     except ValueError:
-        raise ValueError(f'configs/ablation.py: layers={given["layers"]!r} must be numbers joined '
+        raise Refusal(f'configs/ablation.py: layers={given["layers"]!r} must be numbers joined '
                          f'by +, such as 4+8.') from None
     config.memory.update(placement=given['placement'],
                          layers=() if given['placement'] == 'none' else layers)

@@ -131,7 +131,7 @@ class Run:
         return self.train.batch * self.task.length
 
     @property
-    def flops_per_step(self) -> float:
+    def flops_per_step(self) -> int:
         """Matrix products of a step: forward, and twice as much backward."""
         return 3 * self.train.batch * self.model.forward_flops(
             self.task.length, self.task.predictions())

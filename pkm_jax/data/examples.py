@@ -5,7 +5,7 @@ them: the loader makes batches by it, planning compiles for it, tasks and tests 
 """
 
 import dataclasses
-from typing import Any, NamedTuple, Protocol
+from typing import Any, NamedTuple, Protocol, runtime_checkable
 
 import numpy as np
 from jaxtyping import Int32
@@ -22,6 +22,7 @@ class ArraySpec(NamedTuple):
     fill: int = 0
 
 
+@runtime_checkable
 class Examples(Protocol):
     """How a record becomes an example. Cheap to pickle, and the same in any process."""
 

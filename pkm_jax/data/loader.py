@@ -12,7 +12,7 @@ import signal
 import sys
 import threading
 from collections.abc import Iterator, Sequence
-from typing import Protocol
+from typing import Protocol, runtime_checkable
 
 import grain
 import numpy as np
@@ -26,6 +26,7 @@ Batch = dict[str, np.ndarray]
 FILLER = -1   # instead of a record's number, in the last batch of an evaluation
 
 
+@runtime_checkable
 class Records(Protocol):
     """Prepared records, such as `dataset.Prepared`. Cheap to pickle."""
     fingerprint: str    # the same records have the same one

@@ -4,7 +4,7 @@ A model is described by a frozen dataclass that has what `ModelConfig` says, suc
 What the module it builds takes and returns is between the module and its task (tasks/interface.py).
 """
 
-from typing import Any, NamedTuple, Protocol, Self
+from typing import Any, NamedTuple, Protocol, runtime_checkable
 
 from flax import nnx
 from flax.traverse_util import flatten_dict, unflatten_dict
@@ -22,6 +22,7 @@ class MemorySite(NamedTuple):
     value_width: int    # V
 
 
+@runtime_checkable
 class ModelConfig(Protocol):
     """Sizes of a model, as a frozen dataclass."""
     vocab_size: int     # rows of the word embedding; 0: one for each word, not known yet
@@ -29,7 +30,7 @@ class ModelConfig(Protocol):
     dtype: str          # of the computation
     word_embedding: Path    # among the parameters
 
-    def with_vocabulary(self, words: int) -> Self:
+    def with_vocabulary(self, words: int) -> 'ModelConfig':
         """The same with an embedding for that many words, where the size was not given."""
 
     def build(self, rngs: nnx.Rngs) -> nnx.Module:
@@ -45,11 +46,11 @@ class ModelConfig(Protocol):
     def fast_paths(self, platform: str) -> list[str]:
         """Lines on what makes a step fast or slow on 'cpu', 'gpu' or 'tpu', and why."""
 
-    def forward_flops(self, length: int, predictions: float) -> float:
+    def forward_flops(self, length: int, predictions: int) -> int:
         """Floating-point operations of the matrix products of one sequence's forward pass, of
         which `predictions` tokens reach the vocabulary."""
 
-    def activation_bytes(self, sequences: int, length: int, predictions: float) -> int:
+    def activation_bytes(self, sequences: int, length: int, predictions: int) -> int:
         """An estimate of the bytes that a device keeps from the forward to the backward pass."""
 
 

@@ -8,7 +8,7 @@ Placement of a memory in a block (docs/method.md, section 2), LN being the norm 
 """
 
 import dataclasses
-from typing import Any, Self
+from typing import Any
 
 import jax.numpy as jnp
 
@@ -65,7 +65,7 @@ class TransformerConfig:
             raise Refusal(f'memory.layers = {self.memory_layers}: every layer must be given once '
                           f'and lie within 0..{self.layers - 1} (model.layers = {self.layers}).')
 
-    def with_vocabulary(self, words: int) -> Self:
+    def with_vocabulary(self, words: int) -> 'TransformerConfig':
         """The same with an embedding for that many words, where its rows were not given.
 
         Raises:
@@ -116,7 +116,7 @@ class TransformerConfig:
         return {layer: MemorySite(self.memory, path(layer), (*path(owner[layer]), 'values'),
                                   self.value_width) for layer in sorted(self.memory_layers)}
 
-    def forward_flops(self, length: int, predictions: float) -> float:
+    def forward_flops(self, length: int, predictions: int) -> int:
         """Operations of one sequence's forward pass: matrix products alone, 2 per multiplication
         and addition; of a memory the query, the sub-key scores, the read and the projection of it.
 
@@ -140,7 +140,7 @@ class TransformerConfig:
         """Multiplications for one token that is compared with the vocabulary."""
         return self.width * self.vocab_size
 
-    def activation_bytes(self, sequences: int, length: int, predictions: float) -> int:
+    def activation_bytes(self, sequences: int, length: int, predictions: int) -> int:
         """Bytes kept between the forward and the backward pass, on one device.
 
         Per token and block, in numbers of the compute dtype: input, query, key, value, context and

@@ -62,5 +62,5 @@ class CausalLM(LanguageModelling):
         correct = jnp.sum(predicted & (jnp.argmax(logits, axis=-1) == following), dtype=jnp.float32)
         return Outcome(jnp.sum(jnp.where(predicted, losses, 0)), {'correct': correct}, reads)
 
-    def predictions(self) -> float:
+    def predictions(self) -> int:
         return self.length

@@ -5,7 +5,7 @@ configuration. It knows what the module of its model takes and returns, which tr
 """
 
 from collections.abc import Callable, Sequence
-from typing import Any, NamedTuple, Protocol
+from typing import Any, NamedTuple, Protocol, runtime_checkable
 
 from flax import nnx
 from jaxtyping import Array, Bool, Float, Key
@@ -26,6 +26,7 @@ class Outcome(NamedTuple):
     outputs: dict[str, Array] = {}      # by example, for metrics of an evaluation that are no sums
 
 
+@runtime_checkable
 class Data(Protocol):
     """Prepared records, and the vocabulary of their tokens."""
     fingerprint: str
@@ -37,6 +38,7 @@ class Data(Protocol):
     def records(self, split: str) -> Sequence: ...
 
 
+@runtime_checkable
 class Task(Protocol):
     """What is learnt, and from what."""
     length: int         # tokens of an example
@@ -77,5 +79,5 @@ class Task(Protocol):
     ) -> dict[str, float]:
         """Metrics of an evaluation, of which `outputs` are those of all real examples, in order."""
 
-    def predictions(self) -> float:
+    def predictions(self) -> int:
         """Tokens of a sequence that are compared with the vocabulary (`ModelConfig`)."""

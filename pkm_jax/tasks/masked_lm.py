@@ -75,5 +75,5 @@ class MaskedLM(LanguageModelling):
         correct = jnp.sum((jnp.argmax(logits, axis=-1) == labels) * weights)
         return Outcome(jnp.sum(losses * weights), {'correct': correct}, reads)
 
-    def predictions(self) -> float:
+    def predictions(self) -> int:
         return self.max_predictions

@@ -9,15 +9,18 @@ import jax
 import numpy as np
 import pytest
 
+from pkm_jax.checkpoints.store import Checkpoints
 from pkm_jax.memory.layer import MemoryConfig
 from pkm_jax.mesh import OWN, Shards
 from pkm_jax.models.bert import BertConfig
-from pkm_jax.training.checkpoints import Checkpoints
-from pkm_jax.training.optimizer import make_optimizer
+from pkm_jax.optimizers.build import OptimizerConfig, make_optimizer
+from pkm_jax.tasks.masked_lm import MaskedLM
 from pkm_jax.training.state import batch_sharding, initial_state, laid_out, model_graph
 from pkm_jax.training.step import train_step
 
 LENGTH, PREDICTIONS, ROWS = 8, 3, 16
+TASK = MaskedLM(length=LENGTH, max_predictions=PREDICTIONS)
+pytestmark = pytest.mark.usefixtures('compile_once')
 MODEL = BertConfig(
     vocab_size=40, layers=1, width=16, attention_heads=2, feed_forward_width=16, max_length=8,
     dropout=0.1, attention_dropout=0.1, memory_layers=(0,), placement='add',
@@ -44,21 +47,19 @@ def batch(seed):
 class Training:
     """States of one model over one mesh, and steps between them."""
 
-    def __init__(self, config, shards, sparse, accumulate=1, split_backbone=False,
-                 model=MODEL, values_optimizer='adam'):
-        config.train.update(warmup=1, clip=.5, values_optimizer=values_optimizer)
+    def __init__(self, shards, sparse, accumulation_steps=1, fsdp=False, model=MODEL, **optimizer):
         devices = jax.devices()[:np.prod(shards)]
         self.mesh = jax.make_mesh(shards, OWN.names, devices=devices,
                                   axis_types=(jax.sharding.AxisType.Auto,) * 3)
-        optimizer = make_optimizer(config.train, sparse)
+        optimizer = make_optimizer(OptimizerConfig(warmup=1, clip=.5, **optimizer), 6, sparse)
         self.initialise = functools.partial(initial_state, config=model, optimizer=optimizer,
                                             track_dead=True)
         with jax.set_mesh(self.mesh):
-            self.abstract = laid_out(jax.eval_shape(self.initialise, 0), self.mesh, split_backbone)
+            self.abstract = laid_out(jax.eval_shape(self.initialise, 0), optimizer, self.mesh, fsdp)
         self.layout = jax.tree.map(lambda leaf: leaf.sharding, self.abstract)
         self.step = functools.partial(
-            train_step, graph=model_graph(model), optimizer=optimizer, seed=0,
-            accumulate=accumulate, sparse=sparse)
+            train_step, task=TASK, graph=model_graph(model), sites=model.memories,
+            optimizer=optimizer, seed=0, accumulation_steps=accumulation_steps, sparse=sparse)
         self.take = jax.jit(self.step, out_shardings=(self.layout, None))
 
     def start(self):
@@ -80,38 +81,25 @@ class Training:
 
 
 @functools.cache
-def alone(config_key, **options):
-    """Three steps on one device; `config_key` is any configuration's."""
-    training = Training(config_key.value, ONE, **options)
+def alone(**options):
+    """Three steps on one device."""
+    training = Training(ONE, **options)
     return jax.device_get(training.steps(training.start(), 0, 3))
 
 
-class Key:
-    """A configuration that functools.cache takes for any other."""
-
-    def __init__(self, value):
-        self.value = value
-
-    def __hash__(self):
-        return 0
-
-    def __eq__(self, other):
-        return isinstance(other, Key)
-
-
-def check(config, shards, split_backbone=False, **options):
-    training = Training(config, shards, split_backbone=split_backbone, **options)
+def check(shards, fsdp=False, **options):
+    training = Training(shards, fsdp=fsdp, **options)
     ours = training.steps(training.start(), 0, 3)
-    theirs = alone(Key(config), **options)
+    theirs = alone(**options)
     for (path, array), other in zip(jax.tree_util.tree_leaves_with_path(ours),
                                     jax.tree.leaves(theirs), strict=True):
         np.testing.assert_allclose(array, other, atol=1e-5, err_msg=jax.tree_util.keystr(path))
     return training, ours[0]
 
 
-def test_sparse_steps_over_rows_columns_and_replicas(config):
+def test_sparse_steps_over_rows_columns_and_replicas():
     """With the backbone split too; every array lies where the rules say."""
-    training, state = check(config, Shards(2, 2, 2), split_backbone=True, sparse=True)
+    training, state = check(Shards(2, 2, 2), fsdp=True, sparse=True)
     table = state.params['layers'][0]['memory']['values']
     assert {shard.data.shape for shard in table.addressable_shards} == {(32, 8)}
     inner = state.optimizer[1].inner_states
@@ -125,15 +113,15 @@ def test_sparse_steps_over_rows_columns_and_replicas(config):
 
 
 @pytest.mark.slow
-def test_sparse_steps_of_a_shared_table_in_parts_and_rematerialised(config):
-    check(config, Shards(4, 1, 2), sparse=True, accumulate=2, model=SHARED)
+def test_sparse_steps_of_a_shared_table_in_parts_and_rematerialised():
+    check(Shards(4, 1, 2), sparse=True, accumulation_steps=2, model=SHARED)
 
 
 @pytest.mark.parametrize('shards', [ONE, Shards(2, 2, 2)], ids=['one', 'eight'])
-def test_no_temporary_is_of_table_size(config, shards):
+def test_no_temporary_is_of_table_size(shards):
     """S = 2²⁴ and 2,048 tokens: of the whole training step, on each device."""
     memory = dataclasses.replace(MODEL.memory, sub_keys=4096, value_width=64)
-    training = Training(config, shards, sparse=True,
+    training = Training(shards, sparse=True,
                         model=dataclasses.replace(MODEL, memory=memory))
     shapes = {name: jax.ShapeDtypeStruct((2048 // LENGTH, *array.shape[1:]), array.dtype,
                                          sharding=batch_sharding(training.mesh))
@@ -150,42 +138,41 @@ def test_no_temporary_is_of_table_size(config, shards):
     assert largest < 2 ** 24
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize('shards', LAYOUTS, ids=lambda s: '×'.join(map(str, s)))
 @pytest.mark.parametrize('sparse', [False, True])
-def test_three_steps_equal_those_of_one_device(config, shards, sparse):
-    check(config, shards, sparse=sparse)
+def test_three_steps_equal_those_of_one_device(shards, sparse):
+    check(shards, sparse=sparse)
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize('accumulate', [1, 2])
+@pytest.mark.parametrize('accumulation_steps', [1, 2])
 @pytest.mark.parametrize('name', ['sgd', 'rowwise_adam', 'rowwise_adagrad'])
-def test_three_steps_of_each_optimizer(config, name, accumulate):
-    check(config, Shards(2, 2, 2), sparse=True, values_optimizer=name, accumulate=accumulate)
+def test_three_steps_of_each_optimizer(name, accumulation_steps):
+    check(Shards(2, 2, 2), sparse=True, values_optimizer=name, accumulation_steps=accumulation_steps)
 
 
 @pytest.mark.slow
-def test_bfloat16_tables_are_rounded_alike_on_every_layout(config):
+def test_bfloat16_tables_are_rounded_alike_on_every_layout():
     """The same bits of noise: what differs is the gradient's last bits, in few places."""
     memory = dataclasses.replace(MODEL.memory, values_dtype='bfloat16', weights_dtype='bfloat16')
     model = dataclasses.replace(MODEL, memory=memory)
     tables = []
     for shards in (ONE, Shards(2, 2, 2)):
-        training = Training(config, shards, sparse=True, model=model)
+        training = Training(shards, sparse=True, model=model)
         state, _ = training.steps(training.start(), 0, 3)
         tables.append(np.asarray(state.params['layers'][0]['memory']['values'], np.float32))
     np.testing.assert_allclose(*tables, atol=2e-2)
     assert np.mean(tables[0] == tables[1]) > .99
 
 
-def test_a_checkpoint_is_the_same_on_every_layout(config, tmp_path):
+def test_a_checkpoint_is_the_same_on_every_layout(tmp_path):
     """Saved on 2 × 4, restored bit for bit on 4 × 2, 1 × 8 and one device."""
-    start = Training(config, Shards(2, 2, 2), sparse=True)
+    start = Training(Shards(2, 2, 2), sparse=True)
     state = start.start()
     expected = jax.device_get(state)
     save(tmp_path, state)
     for shards in (Shards(4, 2, 1), Shards(1, 1, 8), ONE):
-        like = Training(config, shards, sparse=True)
+        like = Training(shards, sparse=True)
         restored = restore(tmp_path, like)
         for array, other, abstract in zip(*map(jax.tree.leaves, (restored, expected,
                                                                  like.abstract)), strict=True):
@@ -194,14 +181,14 @@ def test_a_checkpoint_is_the_same_on_every_layout(config, tmp_path):
 
 
 @pytest.mark.slow
-def test_a_run_goes_on_alike_on_every_layout(config, tmp_path):
+def test_a_run_goes_on_alike_on_every_layout(tmp_path):
     """Two steps on 2 × 4, the third on 4 × 2, 1 × 8 and one device."""
-    start = Training(config, Shards(2, 2, 2), sparse=True)
+    start = Training(Shards(2, 2, 2), sparse=True)
     state, _ = start.steps(start.start(), 0, 2)
     save(tmp_path, state)
-    theirs, _ = alone(Key(config), sparse=True)
+    theirs, _ = alone(sparse=True)
     for shards in (Shards(4, 2, 1), Shards(1, 1, 8), ONE):
-        training = Training(config, shards, sparse=True)
+        training = Training(shards, sparse=True)
         ours, _ = training.steps(restore(tmp_path, training), 2, 1)
         for array, other in zip(jax.tree.leaves(ours), jax.tree.leaves(theirs), strict=True):
             np.testing.assert_allclose(array, other, atol=1e-5)

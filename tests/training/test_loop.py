@@ -8,14 +8,16 @@ import jax
 import numpy as np
 import pytest
 
+from pkm_jax.checkpoints import store
 from pkm_jax.mesh import OWN
-from pkm_jax.training import checkpoints, loop
-from pkm_jax.training.loop import train
+from pkm_jax.refusal import Refusal
+from pkm_jax.training import loop
+from tests.training.runs import train
 
 
 def weights(folder, step=None):
     path = folder / 'checkpoints' / str(step) if step else folder
-    stored = checkpoints.read_weights(checkpoints.newest(path))
+    stored = store.read_weights(store.newest(path))
     return {name: np.asarray(array) for name, array in stored.items()}
 
 
@@ -62,10 +64,10 @@ def test_a_run_leaves_what_it_promises(config, capsys):
     assert 'layers/*/memory/values' in output
 
 
-@pytest.mark.parametrize('accumulate', [1, 2])
-def test_killed_and_resumed_is_the_run_that_was_not(config, monkeypatch, tmp_path, accumulate):
+@pytest.mark.parametrize('steps', [1, 2])
+def test_killed_and_resumed_is_the_run_that_was_not(config, monkeypatch, tmp_path, steps):
     """Bit for bit, with dropout, batch norm and accumulation; killed between two checkpoints."""
-    config.train.accumulate = accumulate
+    config.train.gradient_accumulation_steps = steps
     config.memory.value_dropout = 0.1
     straight = train(config)
     with config.unlocked():
@@ -74,7 +76,7 @@ def test_killed_and_resumed_is_the_run_that_was_not(config, monkeypatch, tmp_pat
         kill_after(patch, 5)
         with pytest.raises(Killed):
             train(config)
-    assert checkpoints.newest(tmp_path / 'killed').name == '3'
+    assert store.newest(tmp_path / 'killed').name == '3'
     resumed = train(config)
     ours, theirs = weights(resumed), weights(straight)
     assert ours.keys() == theirs.keys() and 'statistics/layers/1/memory/query_norm/var' in ours
@@ -121,7 +123,7 @@ def test_no_checkpoint_left_is_an_error_that_names_them(config):
     folder = train(config)
     for step in (3, 6):
         shutil.rmtree(folder / 'checkpoints' / str(step) / 'model')
-    with pytest.raises(ValueError, match=r'\[6, 3\] .* can be read'):
+    with pytest.raises(Refusal, match=r'\[6, 3\] .* can be read'):
         train(config)
 
 
@@ -148,7 +150,7 @@ def test_memory_is_added_to_a_run_without_one(config, tmp_path, capsys):
 def test_init_from_other_sizes_names_every_mismatch(config, tmp_path, changes, message):
     source = train(config)
     config.update(workdir=str(tmp_path / 'other'), init_from=str(source), **changes)
-    with pytest.raises(ValueError, match=message):
+    with pytest.raises(Refusal, match=message):
         train(config)
 
 
@@ -158,13 +160,13 @@ def test_init_from_a_smaller_vocabulary_is_refused(config, tmp_path):
     vocab.write_text((source / 'vocab.txt').read_text() + 'another\n')
     config.update(workdir=str(tmp_path / 'other'), init_from=str(source))
     config.data.vocab = str(vocab)
-    with pytest.raises(ValueError, match='121 words, .* embeddings of 120'):
+    with pytest.raises(Refusal, match='121 words, .* embeddings of 120'):
         train(config)
 
 
 def test_init_from_nowhere(config):
     config.init_from = 'no/such/run'
-    with pytest.raises(FileNotFoundError, match='no/such/run'):
+    with pytest.raises(Refusal, match='no/such/run'):
         train(config)
 
 
@@ -173,7 +175,7 @@ def test_another_configuration_does_not_share_a_folder(config):
     config.log.every = 1
     train(config)
     config.train.learning_rate = 0.5
-    with pytest.raises(ValueError, match='train.learning_rate: 0.0001 there, 0.5 here'):
+    with pytest.raises(Refusal, match='train.learning_rate: 0.0001 there, 0.5 here'):
         train(config)
 
 

@@ -11,10 +11,12 @@ import pytest
 from pkm_jax.memory.layer import MemoryConfig
 from pkm_jax.memory.usage import NEVER
 from pkm_jax.models.bert import BertConfig
+from pkm_jax.tasks.masked_lm import MaskedLM
 from pkm_jax.training import evaluation, step
 from pkm_jax.training.state import initial_state, model_graph
 
 LENGTH, PREDICTIONS = 8, 3
+TASK = MaskedLM(length=LENGTH, max_predictions=PREDICTIONS)
 pytestmark = pytest.mark.usefixtures('compile_once')
 
 
@@ -27,11 +29,18 @@ def setup(query_norm='layer', rate=0., track_dead=False):
     state = jax.jit(functools.partial(initial_state, config=config, optimizer=optimizer,
                                       track_dead=track_dead))(0)
 
-    def take(state, batch, accumulate=1):
-        return step.train_step(state, batch, graph=model_graph(config), optimizer=optimizer, seed=0,
-                               accumulate=accumulate)
+    def take(state, batch, micro_steps=1):
+        return step.train_step(
+            state, batch, task=TASK, graph=model_graph(config), sites=config.memories,
+            optimizer=optimizer, seed=0, accumulation_steps=micro_steps)
 
-    return config, state, jax.jit(take, static_argnames='accumulate')
+    return config, state, jax.jit(take, static_argnames='micro_steps')
+
+
+def evaluate(state, batches, config, **options):
+    count = jax.jit(functools.partial(step.eval_step, task=TASK, graph=model_graph(config)))
+    examples = sum(len(batch['tokens']) for batch in batches)
+    return evaluation.evaluate(state, batches, count, TASK, config.memories, examples, **options)
 
 
 def batch(rows=8, seed=0):
@@ -46,23 +55,23 @@ def batch(rows=8, seed=0):
             'mlm_weights': jnp.asarray(asked, jnp.float32)}
 
 
-@pytest.mark.parametrize('accumulate', [2, 4])
-def test_accumulated_parts_equal_one_big_batch(accumulate):
+@pytest.mark.parametrize('micro_steps', [2, 4])
+def test_accumulated_parts_equal_one_big_batch(micro_steps):
     """Parts hold different numbers of predictions: their means must not be averaged."""
     _, state, take = setup()
     whole, metrics = take(state, batch())
-    parts, same = take(state, batch(), accumulate)
+    parts, same = take(state, batch(), micro_steps)
     for ours, theirs in zip(jax.tree.leaves(parts), jax.tree.leaves(whole)):
         np.testing.assert_allclose(ours, theirs, atol=2e-6)
-    for name in metrics:
-        np.testing.assert_allclose(same[name], metrics[name], rtol=1e-5)
+    for ours, theirs in zip(jax.tree.leaves(same), jax.tree.leaves(metrics), strict=True):
+        np.testing.assert_allclose(ours, theirs, rtol=1e-5)
 
 
 def test_running_statistics_see_the_parts_in_turn():
     _, state, take = setup('batch')
-    once = jax.tree.leaves(take(state, batch())[0].statistics)
-    twice = jax.tree.leaves(take(state, batch(), 2)[0].statistics)
-    start = jax.tree.leaves(state.statistics)
+    once = jax.tree.leaves(take(state, batch())[0].batch_stats)
+    twice = jax.tree.leaves(take(state, batch(), 2)[0].batch_stats)
+    start = jax.tree.leaves(state.batch_stats)
     assert len(once) == len(twice) == len(start) == 2
     # The running variance starts at 1: 0.9 of it is left after one update, 0.81 after two.
     np.testing.assert_allclose(np.mean(twice[1] - .81 * start[1]),
@@ -108,11 +117,10 @@ def test_slots_read_are_marked_with_the_step():
 
 def test_evaluation_sums_over_batches():
     config, state, take = setup('batch', track_dead=True)
-    count = jax.jit(functools.partial(step.eval_step, graph=model_graph(config)))
     one, two = batch(seed=1), batch(seed=2)
     both = jax.tree.map(lambda a, b: jnp.concatenate([a, b]), one, two)
-    split, split_counts = evaluation.evaluate(state, [one, two], count, config, 1)
-    whole, whole_counts = evaluation.evaluate(state, [both], count, config, 1)
+    split, split_counts = evaluate(state, [one, two], config, dead_after=1)
+    whole, whole_counts = evaluate(state, [both], config, dead_after=1)
     for name in ('loss', 'accuracy', 'perplexity', 'eval_tokens'):
         assert split[name] == pytest.approx(whole[name], rel=1e-5)
     np.testing.assert_array_equal(split_counts[1].selected, whole_counts[1].selected)
@@ -126,12 +134,11 @@ def test_evaluation_sums_over_batches():
 
 def test_rows_of_length_zero_count_nowhere():
     config, state, _ = setup('batch')
-    count = jax.jit(functools.partial(step.eval_step, graph=model_graph(config)))
     data = batch()
     empty = jax.tree.map(lambda a: jnp.zeros_like(a[:3]), data)
     filled = jax.tree.map(lambda a, b: jnp.concatenate([a, b]), data, empty)
-    ours = evaluation.evaluate(state, [filled], count, config)
-    theirs = evaluation.evaluate(state, [data], count, config)
+    ours = evaluate(state, [filled], config)
+    theirs = evaluate(state, [data], config)
     assert ours[0]['loss'] == pytest.approx(theirs[0]['loss'], rel=1e-6)
     assert ours[0]['eval_tokens'] == theirs[0]['eval_tokens']
     np.testing.assert_array_equal(ours[1][1].selected, theirs[1][1].selected)

@@ -1,14 +1,16 @@
 """Every shipped configuration is possible, and impossible ones are refused by name."""
 
-import sys
-from pathlib import Path
+import dataclasses
 
 import pytest
-from absl import flags
-from ml_collections import config_flags
 
 from configs import ablation, bert_base_pkm, bert_base_pkm_pod, bert_large, quickstart
-from pkm_jax.training import settings
+from pkm_jax.configuration import command_line
+from pkm_jax.configuration.resolve import MODELS, TASKS, described, resolve, runs_of
+from pkm_jax.configuration.run import Distributed, Log, Parts, Run, Tables, Train
+from pkm_jax.memory.layer import MemoryConfig
+from pkm_jax.refusal import Refusal
+from pkm_jax.training.layout import lay_out
 
 ABLATIONS = [f'init={init},placement={placement},scale={scale}' for scale in ('base', 'small')
              for init in ('scratch', 'pretrained') for placement in ('none', 'replace', 'add')]
@@ -19,18 +21,17 @@ ABLATIONS = [f'init={init},placement={placement},scale={scale}' for scale in ('b
     quickstart.get_config(),
     *map(ablation.get_config, ABLATIONS)])
 def test_shipped_configurations_pass(config):
-    config.data.corpus = config.data.corpus or 'corpus/*.txt'
-    for _, run in settings.runs_of(config):
-        settings.check(run, devices=8)
+    for run in runs_of(config):
+        lay_out(run, devices=8)
 
 
 def test_every_file_in_configs_is_tested_here():
-    assert {path.stem for path in Path('configs').glob('*.py')} == {
+    assert set(command_line.shipped()) == {
         'ablation', 'bert_base_pkm', 'bert_base_pkm_pod', 'bert_large', 'quickstart'}
 
 
 def test_the_paper_in_numbers():
-    config = settings.model_config(bert_base_pkm.get_config(), vocab_size=30522)
+    config = runs_of(bert_base_pkm.get_config())[0].model
     assert (config.layers, config.width, config.memory.slots) == (12, 768, 262_144)
     assert (config.memory.heads, config.memory.top_k, config.placement) == (4, 32, 'add')
 
@@ -48,24 +49,40 @@ def test_ablation_arguments():
 
 
 def test_runs_of_the_quickstart(config):
-    runs = dict(settings.runs_of(quickstart.get_config()))
+    runs = {run.name: run for run in runs_of(quickstart.get_config())}
     assert list(runs) == ['pretrain', 'add', 'replace']
-    assert runs['pretrain'].memory.placement == 'none' and runs['pretrain'].memory.layers == ()
+    assert runs['pretrain'].model.placement == 'none' and not runs['pretrain'].model.memories
     assert runs['add'].init_from == runs['pretrain'].workdir == 'runs/quickstart/pretrain'
-    assert runs['replace'].init_from == '' and runs['replace'].memory.placement == 'replace'
-    assert runs['add'].memory.layers == runs['replace'].memory.layers != ()
-    assert settings.runs_of(config) == [('', config)]
+    assert runs['replace'].init_from == '' and runs['replace'].model.placement == 'replace'
+    assert runs['add'].model.memories.keys() == runs['replace'].model.memories.keys() != set()
+    assert [run.name for run in runs_of(config)] == ['run']
+
+
+def test_a_run_described_resolves_to_itself(config):
+    for one in (config, bert_base_pkm_pod.get_config()):
+        run, = runs_of(one)
+        assert resolve(described(run)) == run
+
+
+def test_every_field_says_what_it_is_for():
+    kinds = [Run, Tables, Parts, Train, Distributed, Log, MemoryConfig, *MODELS.values(),
+             *TASKS.values()]
+    without = [f'{kind.__name__}.{field.name}' for kind in kinds
+               for field in dataclasses.fields(kind)
+               if 'help' not in field.metadata and not dataclasses.is_dataclass(field.default)
+               and field.name not in ('model', 'task')]
+    assert without == []
 
 
 @pytest.mark.parametrize('section, changes, message', [
     ('train', {'batch': 30}, r'batch of 30 .* over 8 devices: choose a multiple of 8'),
-    ('train', {'batch': 32, 'accumulate': 8}, r'batch of 4 .* over 8 devices: .* multiple of 64'),
-    ('train', {'accumulate': 3}, r'train.batch = 16 does not divide into train.accumulate = 3'),
+    ('train', {'batch': 32, 'gradient_accumulation_steps': 8}, r'batch of 4 .* over 8 devices: .* multiple of 64'),
+    ('train', {'gradient_accumulation_steps': 3}, r'train.batch = 16 .* micro-batches'),
     ('train', {'steps': 0}, r'train.steps = 0'),
     ('train', {'warmup': 6}, r'train.warmup = 6 must be less than train.steps = 6'),
-    ('memory', {'top_k': 7}, r'memory.top_k = 7 .* sub_keys is 6'),
+    ('memory', {'top_k': 7}, r'memory.top_k = 7 .* memory.sub_keys is 6'),
     ('memory', {'query_width': 7}, r'memory.query_width = 7'),
-    ('memory', {'layers': (2,)}, r'memory_layers = \(2,\).*model.layers = 2'),
+    ('memory', {'layers': (2,)}, r'memory.layers = \(2,\).*model.layers = 2'),
     ('memory', {'placement': 'beside'}, r"'beside'"),
     ('model', {'width': 15}, r'model.width = 15'),
     ('data', {'length': 17}, r'data.length = 17 exceeds model.max_length = 16'),
@@ -77,37 +94,18 @@ def test_runs_of_the_quickstart(config):
     ('model', {'attention_heads': 0}, r'model.attention_heads = 0'),
     ('model', {'dtype': 'bf16'}, r"model.dtype = 'bf16'"),
     ('log', {'profile': (3, 2)}, r'log.profile = \(3, 2\)'),
-    ('data', {'corpus': ''}, r'data.corpus is empty'),
+    ('memory', {'heads': 0}, r'memory.heads = 0 must be 1 or more'),
+    ('train', {'optimizer': 'lion'}, r"train.optimizer = 'lion' is none of"),
+    ('model', {'dropout': .999999}, r'model.dropout'),
+    ('memory', {'value_dropout': .999999}, r'memory.value_dropout'),
     ('log', {'every': 0}, r'log.every = 0'),
 ])
 def test_impossible_settings_are_refused(config, section, changes, message):
     config[section].update(changes)
-    with pytest.raises(ValueError, match=message):
-        settings.check(config, devices=8)
+    with pytest.raises(Refusal, match=message):
+        lay_out(runs_of(config)[0], devices=8)
 
 
 def test_a_batch_must_divide_over_processes(config):
-    with pytest.raises(ValueError, match='train.batch = 16 .* 3 processes'):
-        settings.check(config, devices=8, processes=3)
-
-
-def parse(monkeypatch, *arguments):
-    """What an entry point makes of its command line."""
-    values = flags.FlagValues()
-    monkeypatch.setattr('sys.argv', ['test', *arguments])
-    config_flags.DEFINE_config_file('config', flag_values=values)
-    values(sys.argv)
-    return values.config
-
-
-def test_the_command_line_overrides_a_configuration(monkeypatch):
-    config = parse(monkeypatch, '--config=configs/ablation.py:placement=replace,scale=small',
-                   '--config.memory.layers=(0,2)', '--config.train.steps=7')
-    assert config.memory.placement == 'replace'
-    assert config.memory.layers == (0, 2) and config.train.steps == 7
-    assert settings.runs_of(config)[0][1].train.steps == 7
-
-
-def test_an_unknown_field_is_refused(monkeypatch):
-    with pytest.raises(AttributeError, match='learning_ratio'):
-        parse(monkeypatch, '--config=configs/quickstart.py', '--config.train.learning_ratio=1')
+    with pytest.raises(Refusal, match='train.batch = 16 .* 3 processes'):
+        lay_out(runs_of(config)[0], devices=8, processes=3)

@@ -7,13 +7,14 @@ import numpy as np
 import pytest
 
 from pkm_jax import convert_checkpoint
+from pkm_jax.checkpoints import pretrained as loading
 from pkm_jax.convert import huggingface
-from pkm_jax.convert.tensors import flatten
 from pkm_jax.memory.layer import MemoryConfig
 from pkm_jax.models.bert import BertConfig
-from pkm_jax.training import init_from
+from pkm_jax.models.interface import flatten
+from pkm_jax.optimizers.build import OptimizerConfig, make_optimizer
+from pkm_jax.refusal import Refusal
 from pkm_jax.training.state import initial_state
-from pkm_jax.training.optimizer import make_optimizer
 
 GOLDEN = Path(__file__).parents[1] / 'convert/goldens/pretraining'
 WITH_MEMORY = BertConfig(
@@ -22,21 +23,21 @@ WITH_MEMORY = BertConfig(
     placement='add')
 
 
-def fresh(config, train):
-    return initial_state(0, config, make_optimizer(train), track_dead=False)
+def fresh(config):
+    return initial_state(0, config, make_optimizer(OptimizerConfig(), 100), track_dead=False)
 
 
 @pytest.mark.parametrize('kind', ['hugging_face', 'run'])
-def test_weights_go_under_new_memories(kind, config, tmp_path, capsys):
+def test_weights_go_under_new_memories(kind, tmp_path, capsys):
     found = huggingface.load(GOLDEN)
     folder = GOLDEN
     if kind == 'run':
         folder = tmp_path / 'converted'
         convert_checkpoint.write_run(folder, found, GOLDEN)
-    source = init_from.read(str(folder))
-    state = fresh(WITH_MEMORY, config.train)
-    init_from.check(source, jax.eval_shape(lambda: state), WITH_MEMORY, '')
-    started = flatten(init_from.graft(source, state).params)
+    source = loading.open_pretrained(str(folder))
+    state = fresh(WITH_MEMORY)
+    loading.check_fits(source, jax.eval_shape(lambda: state), WITH_MEMORY, '')
+    started = flatten(loading.load_pretrained(source, state).params)
     pretrained = flatten(found.params)
     for path, before in flatten(state.params).items():
         wanted = before if '/memory/' in path else pretrained[path]
@@ -46,28 +47,30 @@ def test_weights_go_under_new_memories(kind, config, tmp_path, capsys):
     assert 'layers/*/memory/values' in new and 'nsp/kernel' in left
 
 
-def test_other_sizes_are_refused(config):
+def test_other_sizes_are_refused():
     wide = BertConfig(vocab_size=40, layers=2, width=32, attention_heads=2, feed_forward_width=24)
-    with pytest.raises(ValueError, match=r'embeddings/word/embedding: \(40, 16\) there'):
-        init_from.check(init_from.read(str(GOLDEN)),
-                        jax.eval_shape(lambda: fresh(wide, config.train)), wide, '')
+    with pytest.raises(Refusal, match=r'embeddings/word/embedding: \(40, 16\) there'):
+        loading.check_fits(loading.open_pretrained(str(GOLDEN)),
+                        jax.eval_shape(lambda: fresh(wide)), wide, '')
 
 
-def test_other_words_are_refused(config, tmp_path):
+def test_other_words_are_refused(tmp_path):
     """As many words, of which two changed places."""
     found = huggingface.load(GOLDEN)
     words = ['[PAD]', '[UNK]', '[CLS]', '[SEP]', '[MASK]', *(f'w{i}' for i in range(35))]
     convert_checkpoint.write_run(tmp_path / 'run', found, GOLDEN)
+    for name in ('tokenizer.json', 'tokenizer_config.json'):
+        (tmp_path / 'run' / name).unlink(missing_ok=True)
     for path, order in ((tmp_path / 'run/vocab.txt', words),
                         (tmp_path / 'other.txt', words[:-2] + words[:-3:-1])):
         path.write_text('\n'.join(order) + '\n')
-    source = init_from.read(str(tmp_path / 'run'))
-    state = jax.eval_shape(lambda: fresh(WITH_MEMORY, config.train))
-    init_from.check(source, state, WITH_MEMORY, str(tmp_path / 'run/vocab.txt'))
-    with pytest.raises(ValueError, match='other words, or in another order'):
-        init_from.check(source, state, WITH_MEMORY, str(tmp_path / 'other.txt'))
+    source = loading.open_pretrained(str(tmp_path / 'run'))
+    state = jax.eval_shape(lambda: fresh(WITH_MEMORY))
+    loading.check_fits(source, state, WITH_MEMORY, str(tmp_path / 'run/vocab.txt'))
+    with pytest.raises(Refusal, match='other words, or in another order'):
+        loading.check_fits(source, state, WITH_MEMORY, str(tmp_path / 'other.txt'))
 
 
 def test_a_source_without_vocabulary_is_refused():
-    with pytest.raises(FileNotFoundError, match='Words must keep their indices'):
-        init_from.vocabulary_of(str(GOLDEN))
+    with pytest.raises(Refusal, match='Words must keep their indices'):
+        loading.vocabulary_of(str(GOLDEN))

@@ -3,41 +3,43 @@
 import pytest
 
 from configs import bert_base_pkm
+from pkm_jax.configuration.resolve import runs_of
 from pkm_jax.mesh import Shards
-from pkm_jax.training import settings
-from pkm_jax.training.plan import make_plan
+from pkm_jax.refusal import Refusal
+from pkm_jax.training.layout import lay_out
 
 
-def plan(devices=8, gigabytes=None, **changes):
+def layout(devices=8, gigabytes=None, **changes):
     config = bert_base_pkm.get_config()
     for name, value in changes.items():
         section, field = name.split('__')
         target = config.memory.shards if section == 'shards' else config[section]
         target[field] = value
-    model = settings.model_config(config, config.data.vocab_size)
-    return make_plan(config, model, devices, gigabytes and int(gigabytes * 1e9))
+    run, = runs_of(config)
+    return lay_out(run, devices, device_bytes=gigabytes and int(gigabytes * 1e9))
 
 
 def test_updates_are_sparse_where_a_step_cannot_reach_every_row():
-    dense = plan()
+    dense = layout()
     assert not dense.sparse and '67,108,864 reads of a step can reach' in dense.reasons[0]
-    sparse = plan(memory__sub_keys=4096, train__batch=64)       # 16,777,216 slots
+    sparse = layout(memory__sub_keys=4096, train__batch=64)       # 16,777,216 slots
     assert sparse.sparse and '4,194,304 reads of a step cannot reach' in sparse.reasons[0]
-    assert not plan(memory__sub_keys=2048, train__batch=64).sparse      # as many slots as reads
-    assert not plan(memory__sub_keys=2048, train__batch=64, train__accumulate=4).sparse
+    assert not layout(memory__sub_keys=2048, train__batch=64).sparse      # as many slots as reads
+    assert not layout(memory__sub_keys=2048, train__batch=64,
+                      train__gradient_accumulation_steps=4).sparse
 
 
 def test_updates_as_configured():
-    assert plan(memory__updates='sparse').sparse
-    assert not plan(memory__sub_keys=4096, train__batch=64, memory__updates='dense').sparse
-    assert plan(memory__values_dtype='bfloat16').sparse
+    assert layout(memory__updates='sparse').sparse
+    assert not layout(memory__sub_keys=4096, train__batch=64, memory__updates='dense').sparse
+    assert layout(memory__values_dtype='bfloat16').sparse
 
 
 def test_tables_that_fit_stay_whole():
-    chosen = plan(gigabytes=141)
+    chosen = layout(gigabytes=141)
     assert chosen.shards == Shards(8, 1, 1)
     assert '6.44 GB a device' in chosen.reasons[0] and '70.50 GB' in chosen.reasons[0]
-    assert plan().shards == Shards(8, 1, 1)
+    assert layout().shards == Shards(8, 1, 1)
 
 
 @pytest.mark.parametrize('gigabytes, shards', [
@@ -45,25 +47,25 @@ def test_tables_that_fit_stay_whole():
     (3, Shards(1, 2, 4)),       # 96 columns would be too narrow
     (0.1, Shards(1, 2, 4))])    # the most there is
 def test_tables_that_do_not_fit_are_split_by_columns_first(gigabytes, shards):
-    chosen = plan(gigabytes=gigabytes)
+    chosen = layout(gigabytes=gigabytes)
     assert chosen.shards == shards
     assert ('the most there are' in chosen.reasons[0]) == (gigabytes == 0.1)
 
 
 def test_given_numbers_are_kept():
-    assert plan(shards__rows=2, shards__columns=2).shards == Shards(2, 2, 2)
-    assert plan(shards__rows=4).shards == Shards(2, 4, 1)
-    assert plan(shards__columns=8).shards == Shards(1, 1, 8)
+    assert layout(shards__rows=2, shards__columns=2).shards == Shards(2, 2, 2)
+    assert layout(shards__rows=4).shards == Shards(2, 4, 1)
+    assert layout(shards__columns=8).shards == Shards(1, 1, 8)
 
 
 def test_a_model_without_memory_is_replicated():
-    assert plan(memory__placement='none', memory__layers=()).shards == Shards(8)
+    assert layout(memory__placement='none', memory__layers=()).shards == Shards(8)
 
 
 def test_replicas_say_what_they_exchange():
-    reasons = plan(memory__updates='sparse', shards__columns=2, train__batch=2048).reasons
+    reasons = layout(memory__updates='sparse', shards__columns=2, train__batch=2048).reasons
     assert '4 replicas of a table exchange rows' in reasons[1]
-    reasons = plan(memory__updates='sparse', memory__sub_keys=4096, shards__columns=2).reasons
+    reasons = layout(memory__updates='sparse', memory__sub_keys=4096, shards__columns=2).reasons
     assert '4 replicas of a table exchange tokens' in reasons[1]
 
 
@@ -77,5 +79,5 @@ def test_replicas_say_what_they_exchange():
     ({'train__values_optimizer': 'lion', 'memory__updates': 'sparse'}, r"'lion' is none of"),
 ])
 def test_what_cannot_be_is_refused(changes, message):
-    with pytest.raises(ValueError, match=message):
-        plan(**changes)
+    with pytest.raises(Refusal, match=message):
+        layout(**changes)
