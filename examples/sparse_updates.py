@@ -47,7 +47,7 @@ def train_step(
 
     delta = model.memory.no_delta(questions.size)                               # [sparse]
     (loss, touched), (gradients, rows) = nnx.value_and_grad(
-        loss_of, (nnx.DiffState(0, OTHERS), 1), has_aux=True)(model, delta)
+        loss_of, argnums=(nnx.DiffState(0, OTHERS), 1), has_aux=True)(model, delta)
     optimizer.update(model, gradients)
     gradient = {'values': SparseRows(touched.ids, rows, touched.count)}         # [sparse]
     updates, state = SPARSE.update(gradient, state)                             # [sparse]
