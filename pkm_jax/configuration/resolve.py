@@ -12,6 +12,7 @@ from pkm_jax.configuration.run import Distributed, Log, Parts, Run, Tables, Trai
 from pkm_jax.memory.layer import MemoryConfig
 from pkm_jax.models.bert import BertConfig
 from pkm_jax.models.causal import CausalConfig
+from pkm_jax.models.interface import ModelConfig
 from pkm_jax.models.transformer import TransformerConfig
 from pkm_jax.refusal import Refusal
 from pkm_jax.tasks.causal_lm import CausalLM
@@ -104,7 +105,7 @@ def described(run: Run) -> dict[str, Any]:
         tree | {'task': _name_of(TASKS, run.task), **sections, 'data': data}))
 
 
-def described_model(model: TransformerConfig) -> dict[str, dict[str, Any]]:
+def described_model(model: ModelConfig) -> dict[str, dict[str, Any]]:
     """The sections `model` and `memory` that describe a model."""
     sizes = dataclasses.asdict(model)
     memory = sizes.pop('memory', {})

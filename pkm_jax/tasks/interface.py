@@ -42,6 +42,7 @@ class Data(Protocol):
 class Task(Protocol):
     """What is learnt, and from what."""
     length: int         # tokens of an example
+    vocab_size: int     # words of a vocabulary that is not there yet, as plans assume
     workers: int        # processes that make batches; 0: threads of this one
 
     def check(self, model: ModelConfig) -> None:

@@ -47,7 +47,7 @@ def train(run: Run, layout: Layout) -> Path:
     with start.phase('preparing the data'), hosts.first_process_first('the prepared data'):
         data = run.task.prepare(pretrained.vocabulary_of(run.init_from),
                                 functools.partial(print, flush=True))
-    run = run.with_vocabulary(data.vocab_size)
+    configured, run = run, run.with_vocabulary(data.vocab_size)
     mesh = make_mesh(layout.shards)
 
     with contextlib.ExitStack() as closing:
@@ -69,9 +69,9 @@ def train(run: Run, layout: Layout) -> Path:
             if int(state.step) >= run.train.steps:
                 return run.folder
         else:
-            state = _first_state(run, program, data)
-        if jax.process_index() == 0 and (changed or not resumed):
-            run_folder.describe(run)
+            state = _first_state(run, program, data, lambda: run_folder.describe(configured))
+        if changed and jax.process_index() == 0:
+            run_folder.describe(configured)
 
         # 3. Say what is trained, and train it.
         log = closing.enter_context(contextlib.closing(
@@ -89,13 +89,15 @@ def train(run: Run, layout: Layout) -> Path:
     return run.folder
 
 
-def _first_state(run: Run, program: Program, data: Data) -> TrainState:
+def _first_state(
+    run: Run, program: Program, data: Data, make_folder: Callable[[], None],
+) -> TrainState:
     """Fresh weights, or those that the run starts from; the folder is made once they fit."""
     source = pretrained.open_pretrained(run.init_from) if run.init_from else None
     if source:
         pretrained.check_fits(source, program.abstract, run.model, data.vocab_path)
     if jax.process_index() == 0:
-        run_folder.describe(run)
+        make_folder()
         if data.vocab_path:
             tokenizer.load(data.vocab_path).save(run.folder)
     with start.phase('making the first state'):

@@ -7,6 +7,7 @@ import functools
 from typing import NamedTuple
 
 import jax
+import numpy as np
 from flax import nnx
 from jax.sharding import Mesh, NamedSharding, PartitionSpec as P
 from jax.stages import Wrapped
@@ -39,7 +40,7 @@ def make_program(run: Run, model: ModelConfig, sparse: bool, mesh: Mesh) -> Prog
     optimizer = make_optimizer(run.train, run.train.steps, sparse)
     initialise = functools.partial(initial_state, config=model, optimizer=optimizer,
                                    track_dead=run.tables.dead_after > 0)
-    abstract = laid_out(jax.eval_shape(initialise, run.seed), optimizer, mesh, run.train.fsdp)
+    abstract = laid_out(jax.eval_shape(initialise, np.uint32(run.seed)), optimizer, mesh, run.train.fsdp)
     layout = jax.tree.map(lambda leaf: leaf.sharding, abstract)
     graph = model_graph(model)
     step = functools.partial(

@@ -5,10 +5,11 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
 from flax import nnx
 from jax.sharding import Mesh, NamedSharding, PartitionSpec as P
-from jaxtyping import Array, Int32
+from jaxtyping import Array, Int32, Integer
 
 from pkm_jax.memory.usage import NEVER
 from pkm_jax.mesh import OWN
@@ -36,7 +37,7 @@ class TrainState(NamedTuple):
 
 
 def initial_state(
-    seed: Int32[Array, ''] | int, config: ModelConfig, optimizer: optax.GradientTransformation,
+    seed: Integer[Array, ''] | np.uint32 | int, config: ModelConfig, optimizer: optax.GradientTransformation,
     track_dead: bool,
 ) -> TrainState:
     """A fresh model; to be called under `jax.jit` (of the seed: as a constant, XLA would draw the

@@ -4,6 +4,7 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
 from einops import rearrange
 from flax import nnx
@@ -40,7 +41,7 @@ def train_step(
     as it has; batch norms and their running statistics see them in turn. `sparse`: gradients of
     value tables reach the optimizer as SparseRows.
     """
-    steps = jax.random.split(jax.random.key(seed))[1]   # the seed's own key drew the weights
+    steps = jax.random.split(jax.random.key(np.uint32(seed)))[1]   # the seed's own key drew the weights
     key, rounding = jax.random.split(jax.random.fold_in(steps, state.step))
     terms = jnp.maximum(task.terms(batch), 1)
     deltas = _no_deltas(sites, task.real(batch).size // accumulation_steps) if sparse else {}
@@ -56,7 +57,8 @@ def train_step(
         differentiate = jax.grad(loss_of, (0, 1), has_aux=True)
         (gradient, rows), (sums, reads, batch_stats) = differentiate(
             state.params, deltas, batch_stats, batch, key)
-        rows = {name: SparseRows(*reads[name].touched, rows[name]) for name in rows}
+        rows = {name: SparseRows(reads[name].touched.ids, rows[name], reads[name].touched.count)
+                for name in rows}
         gradient = _with_tables(gradient, sites, dict.fromkeys(_owners(sites)) if sparse else {})
         last_selected = {name: _mark(last, reads[name], task.real(batch), state.step)
                          for name, last in last_selected.items()}
