@@ -72,7 +72,7 @@ class MaskedLM(LanguageModelling):
         logits = model.mlm_logits(states, batch['mlm_positions'])
         labels, weights = batch['mlm_labels'], batch['mlm_weights']
         losses = optax.softmax_cross_entropy_with_integer_labels(logits, labels)
-        correct = jnp.sum((jnp.argmax(logits, axis=-1) == labels) * weights)
+        correct = jnp.sum(jnp.where(jnp.argmax(logits, axis=-1) == labels, weights, 0))
         return Outcome(jnp.sum(losses * weights), {'correct': correct}, reads)
 
     def predictions(self) -> int:
