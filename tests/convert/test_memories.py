@@ -86,7 +86,7 @@ def test_a_memory_computes_what_it_did(tmp_path, backbone, batch_norm, flat):
         statistics = joined.statistics['layers'][1]['memory']
         nnx.update(memory, jax.tree.map(jnp.asarray, statistics))
     x = np.random.default_rng(1).normal(size=(5, D)).astype(np.float32)
-    found, _ = memory(jnp.asarray(x), jnp.ones(5, bool), None)
+    found = memory(jnp.asarray(x), deterministic=True)
     np.testing.assert_allclose(found, read_by_definition(source, x), atol=1e-5, rtol=1e-5)
 
 

@@ -92,12 +92,15 @@ def test_block_is_the_sum_it_claims(placement):
 @pytest.mark.parametrize('training', [False, True])
 def test_padding_is_invisible(training):
     """What fills the padding changes neither the states of real tokens nor any statistic."""
-    model = build(dataclasses.replace(ADD, dropout=0., attention_dropout=0.))
+    def model(*arguments):
+        model = build(dataclasses.replace(ADD, dropout=0., attention_dropout=0.))
+        return model(*arguments, deterministic=not training)
+
     tokens, segments, lengths = batch(lengths=(9, 4))
     real = np.arange(12)[None] < np.asarray(lengths)[:, None]
     other = jnp.where(real, tokens, 49 - tokens)
-    (states, reads), (others, other_reads) = (
-        model(t, segments, lengths, deterministic=not training) for t in (tokens, other))
+    (states, reads), (others, other_reads) = (model(t, segments, lengths)
+                                              for t in (tokens, other))
     np.testing.assert_array_equal(np.asarray(states)[real], np.asarray(others)[real])
     for layer in (0, 2):
         np.testing.assert_array_equal(reads[layer].slots[real.reshape(-1)],
@@ -124,7 +127,7 @@ def test_rematerialised_gradients_are_the_same():
         graph, params, rest = nnx.split(model, nnx.Param, ...)
 
         def loss(params):
-            states, reads = nnx.merge(graph, params, rest)(
+            states, reads = nnx.merge(graph, params, nnx.to_pure_dict(rest))(
                 *batch(), deterministic=False, rngs=jax.random.key(3))
             return jnp.sum(states ** 3), reads
 
