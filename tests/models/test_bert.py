@@ -205,9 +205,9 @@ def test_bfloat16_computes_over_float32_parameters():
 
 @pytest.mark.parametrize('changes, message', [
     (dict(width=18), r'width = 18 does not divide into model.attention_heads = 4'),
-    (dict(memory_layers=(0, 3)), r'memory_layers = \(0, 3\).* 0\.\.2'),
+    (dict(memory_layers=(0, 3)), r'memory.layers = \(0, 3\).* 0\.\.2'),
     (dict(memory_layers=(1, 1)), r'\(1, 1\)'),
-    (dict(memory_layers=()), r"placement = 'add' with memory_layers = \(\)"),
+    (dict(memory_layers=()), r"placement = 'add' with memory.layers = \(\)"),
     (dict(placement='beside'), r"'beside' is none of"),
     (dict(heads=('mlm', 'lm')), r"'lm'"),
     (dict(heads=('nsp',)), r"read the 'pooler'"),
