@@ -9,6 +9,7 @@ import ml_collections
 from ml_collections import config_dict
 
 from pkm_jax.configuration.run import Distributed, Log, Parts, Run, Tables, Train
+from pkm_jax.data.files import expand
 from pkm_jax.memory.layer import MemoryConfig
 from pkm_jax.models.bert import BertConfig
 from pkm_jax.models.causal import CausalConfig
@@ -26,6 +27,7 @@ PLACEMENT = {'layers': 'memory_layers', 'placement': 'placement', 'zero_start': 
 # Fields of a model that its task or its weights decide, not a configuration.
 DECIDED = ('memory', *PLACEMENT.values(), 'heads', 'classes')
 TOP = ('workdir', 'init_from', 'seed', 'compilation_cache')
+PATHS = ('workdir', 'init_from', 'compilation_cache')
 
 
 def defaults(model: str = 'bert', task: str = 'masked_lm') -> ml_collections.ConfigDict:
@@ -76,7 +78,8 @@ def resolve(config: dict[str, Any], name: str = '') -> Run:
         tables=_tables(config['memory']), train=_section(Train, config['train'], 'train'),
         distributed=_section(Distributed, config.get('distributed', {}), 'distributed'),
         log=_section(Log, config['log'], 'log'),
-        **{field: config[field] for field in TOP if field in config})
+        **{field: expand(config[field]) if field in PATHS else config[field]
+           for field in TOP if field in config})
 
 
 def model_of(config: dict[str, Any]) -> TransformerConfig:

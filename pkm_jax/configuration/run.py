@@ -123,7 +123,7 @@ class Run:
     @property
     def folder(self) -> Path:
         """Where the run writes."""
-        return Path(self.workdir).expanduser()
+        return Path(self.workdir)
 
     @property
     def tokens_per_step(self) -> int:

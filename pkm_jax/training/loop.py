@@ -20,6 +20,7 @@ from pkm_jax.mesh import make_mesh
 from pkm_jax.models.interface import flatten
 from pkm_jax.optimizers.groups import schedule
 from pkm_jax.processes import hosts
+from pkm_jax.processes.lock import only_run_in
 from pkm_jax.processes.preemption import Stopped, StopRequests
 from pkm_jax.refusal import Refusal
 from pkm_jax.tasks.interface import Batch, Data
@@ -29,6 +30,10 @@ from pkm_jax.training.layout import Layout
 from pkm_jax.training.program import Program, abstract_batch, make_program
 from pkm_jax.training.run_log import RunLog, utilisation
 from pkm_jax.training.state import TrainState, batch_sharding
+
+class Diverged(RuntimeError):
+    """Loss or gradient are no numbers any more: the run has stopped, and nothing of it was saved."""
+
 
 EVALUATION_SEED = 0     # of the examples evaluated over: the same for runs of any seed
 
@@ -41,9 +46,17 @@ def train(run: Run, layout: Layout) -> Path:
     Raises:
       Refusal: the settings, corpus, checkpoint or folder cannot be used; before anything is compiled.
       Stopped: a signal asked for it; see preemption.py.
+      Diverged: a loss is not finite. The checkpoints are of before.
     """
-    # 1. Refuse what cannot work; prepare the data.
     changed = run_folder.check_same_run(run)
+    with contextlib.ExitStack() as alone:
+        if jax.process_index() == 0:
+            alone.enter_context(only_run_in(run.folder))
+        return _train(run, layout, changed)
+
+
+def _train(run: Run, layout: Layout, changed: str) -> Path:
+    # 1. Prepare the data.
     with start.phase('preparing the data'), hosts.first_process_first('the prepared data'):
         data = run.task.prepare(pretrained.vocabulary_of(run.init_from),
                                 functools.partial(print, flush=True))
@@ -162,6 +175,7 @@ def _reporter(run: Run, log: RunLog) -> Callable[[int, list[dict[str, Any]]], No
         values |= {'learning_rate': float(rate(step - 1)),
                    'steps_per_second': len(window) / seconds,
                    'tokens_per_second': tokens_per_second}
+        _check_finite(step, values['loss'], values['grad_norm'], run)
         used = utilisation(run.flops_per_step * len(window) / seconds)
         if used is not None:
             values['mfu'] = used
@@ -184,6 +198,7 @@ def _evaluation(run: Run, program: Program, mesh: Mesh, data: Data,
         values, counts = evaluate(
             state, (_to_devices(batch, mesh) for batch in batches), program.count, run.task, sites,
             min(number * size, data.num_records('validation')), run.tables.dead_after)
+        _check_finite(step, values['loss'], 0., run)
         log.write('eval', step, step * run.tokens_per_step, **values)
         shown = ', '.join(f'{name} {value:.4f}' for name, value in values.items()
                           if isinstance(value, float) and name != 'perplexity')
@@ -197,6 +212,16 @@ def _evaluation(run: Run, program: Program, mesh: Mesh, data: Data,
                 save_counts(run.folder / f'slot_counts_{name}.npz', slots)
 
     return evaluate_now
+
+
+def _check_finite(step: int, loss: float, grad_norm: float, run: Run) -> None:
+    """Stops a run whose numbers are none, before it is saved."""
+    if not (math.isfinite(loss) and math.isfinite(grad_norm)):
+        raise Diverged(
+            f'At step {step:,} the loss is {loss}, the norm of the gradient {grad_norm}: training has '
+            f'diverged, or the text has nothing to predict. The checkpoints in {run.folder} are of '
+            f'before. Lower train.learning_rate or train.values_learning_rate, lengthen '
+            f'train.warmup, or set train.clip, in another --config.workdir.')
 
 
 def _stream(run: Run, data: Data) -> loader.BatchStream:
