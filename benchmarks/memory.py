@@ -260,16 +260,16 @@ def check_read(dtype, zipf):
     busiest = np.argsort(np.bincount(ids.ravel()))[-4:]
     some = np.unique(np.concatenate([ids[0], busiest]))
     spread = np.stack([np.sum(np.where(ids == slot, w, 0), axis=1) for slot in some])
-    rows, _ = jax.jit(kernel_compact)(values, slots, weights, gradient)
-    where = np.searchsorted(np.asarray(rows.ids), some)
+    compact, _ = jax.jit(kernel_compact)(values, slots, weights, gradient)
+    where = np.searchsorted(np.asarray(compact.ids), some)
     errors = {
         'sums': relative(out[:64], np.einsum('tr,trv->tv', w[:64], rows)),
         'dense gradient': relative(by_value[some], spread @ g),
-        'compact gradient': relative(rows.rows[where], spread @ g),
+        'compact gradient': relative(compact.rows[where], spread @ g),
         'weight gradient': relative(by_weight[:64], np.einsum('tv,trv->tr', g[:64], rows)),
         'rows without a read': float(jnp.sum(jnp.abs(by_value)) != jnp.sum(jnp.abs(
             jnp.where(jnp.zeros(len(values), bool).at[slots].set(True)[:, None], by_value, 0)))),
-        'distinct slots': abs(int(rows.count[0]) - len(np.unique(ids))),
+        'distinct slots': abs(int(compact.count[0]) - len(np.unique(ids))),
     }
     again = (run(values, slots, weights, gradient)[1] for _ in range(10))
     return errors, all(_same(one, (by_value, by_weight)) for one in again)
