@@ -146,7 +146,8 @@ def test_flags_that_an_export_does_not_read_are_refused(tmp_path, source, conver
     convert(from_=source, to=tmp_path / 'run')
     for name, value in dict(allow_unused=True, memories='memory.pth', memory_layers=['1'],
                             placement='replace', top_k=2).items():
-        with pytest.raises(SystemExit, match=f'Leave out --{name}: of no use when a run is exported'):
+        with pytest.raises(SystemExit,
+                           match=f'Leave out --{name}: of no use when a run is exported'):
             convert(from_=tmp_path / 'run', to=tmp_path / 'out', **{name: value})
     assert not (tmp_path / 'out').exists()
 

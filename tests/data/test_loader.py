@@ -185,8 +185,9 @@ def test_a_state_of_another_stream_is_refused(prepared):
 
 def test_evaluation_is_over_fixed_records_with_fixed_masks(prepared):
     options = dict(batch_size=8, n_batches=3, seed=5)
-    batches, again = (list(evaluation_batches(prepared, 'validation', masked(prepared, 5), **options))
-                      for _ in range(2))
+    batches, again = (
+        list(evaluation_batches(prepared, 'validation', masked(prepared, 5), **options))
+        for _ in range(2))
     assert len(batches) == 3
     assert_same(batches, again)
 

@@ -106,7 +106,8 @@ def test_every_layout_finds_its_place_on_a_torus(topology):
 @needs_tpu_compiler
 @pytest.mark.slow
 def test_the_pod_configuration_fits():
-    found = estimate(run_of(bert_base_pkm_pod.get_config()), chips.parse('v5e:16x16'))
+    with jax.numpy_dtype_promotion('standard'):     # which the gradient of jax's attention needs
+        found = estimate(run_of(bert_base_pkm_pod.get_config()), chips.parse('v5e:16x16'))
     assert found.fits and found.table_sized == ()
     tables = found.memory.bytes['value tables']
     assert tables * math.prod(found.layout.shards[1:]) == 4096 ** 2 * 768 * 2

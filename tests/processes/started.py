@@ -12,8 +12,10 @@ ROOT = Path(__file__).parents[2]
 
 
 def arguments(config, prefix='--config'):
-    """The command line that makes a shipped configuration this one; None cannot be given, nor need be:
-    it is what a field is without a value."""
+    """The command line that makes a shipped configuration this one.
+
+    None cannot be given there: it is what a field without a value is.
+    """
     for name, value in config.items():
         if isinstance(value, dict):
             yield from arguments(value, f'{prefix}.{name}')
