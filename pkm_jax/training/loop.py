@@ -171,7 +171,10 @@ def _reporter(run: Run, log: RunLog) -> Callable[[int, list[dict[str, Any]]], No
         window = jax.device_get(window)
         seconds = log.lap()
         tokens_per_second = run.tokens_per_step * len(window) / seconds
+        norms = jax.tree.map(float, [metrics.pop('norms') for metrics in window][-1])
         values = jax.tree.map(lambda *numbers: float(np.mean(numbers)), *window)
+        if step % run.log.every == 0:
+            values['norms'] = norms
         values |= {'learning_rate': float(rate(step - 1)),
                    'steps_per_second': len(window) / seconds,
                    'tokens_per_second': tokens_per_second}

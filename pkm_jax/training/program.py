@@ -45,7 +45,8 @@ def make_program(run: Run, model: ModelConfig, sparse: bool, mesh: Mesh) -> Prog
     graph = model_graph(model)
     step = functools.partial(
         train_step, task=run.task, graph=graph, sites=model.memories, optimizer=optimizer,
-        seed=run.seed, accumulation_steps=run.train.gradient_accumulation_steps, sparse=sparse)
+        seed=run.seed, accumulation_steps=run.train.gradient_accumulation_steps, sparse=sparse,
+        norms_every=run.log.every)
     count = functools.partial(eval_step, task=run.task, graph=graph)
     return Program(graph, abstract, jax.jit(initialise, out_shardings=layout),
                    jax.jit(step, donate_argnums=0, out_shardings=(layout, None)),
