@@ -136,12 +136,13 @@ def test_rematerialised_gradients_are_the_same(changes):
     def gradients(remat):
         graph, params, stats = nnx.split(
             Causal(dataclasses.replace(config, remat=remat), nnx.Rngs(0)), nnx.Param, nnx.BatchStat)
+        params, stats = nnx.to_pure_dict(params), nnx.to_pure_dict(stats)
 
         def loss(params):
             model = nnx.merge(graph, params, stats)
             states, _ = model(tokens(), LENGTHS, deterministic=False, rngs=jax.random.key(1))
-            return jnp.sum(states ** 2 * jnp.arange(16)[None, None]), nnx.state(
-                model, nnx.BatchStat)
+            weighted = states ** 2 * jnp.arange(16, dtype=jnp.float32)[None, None]
+            return jnp.sum(weighted), nnx.to_pure_dict(nnx.state(model, nnx.BatchStat))
 
         return jax.jit(jax.grad(loss, has_aux=True))(params)
 

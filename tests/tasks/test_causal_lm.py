@@ -34,7 +34,7 @@ def test_loss_and_accuracy_are_those_of_the_tokens_that_follow():
             loss += np.log(np.exp(scores).sum()) - scores[word]
             correct += scores.argmax() == word
     np.testing.assert_allclose(outcome.loss, loss, rtol=1e-5)
-    assert outcome.sums['correct'] == correct and TASK.terms(data) == 11
+    assert float(outcome.sums['correct']) == correct and TASK.terms(data) == 11
     assert TASK.real(data).sum() == 13 and set(outcome.reads) == {0}
 
 

@@ -30,7 +30,7 @@ def test_loss_and_accuracy_are_those_of_the_asked_words():
     labels = np.asarray(data['mlm_labels'])
     loss = sum(np.log(np.exp(logits[at]).sum()) - logits[at][labels[at]] for at in asked)
     np.testing.assert_allclose(outcome.loss, loss, rtol=1e-5)
-    assert outcome.sums['correct'] == sum(logits[at].argmax() == labels[at] for at in asked)
+    assert float(outcome.sums['correct']) == sum(logits[at].argmax() == labels[at] for at in asked)
     assert TASK.terms(data) == 3 and TASK.real(data).sum() == 14
 
 
