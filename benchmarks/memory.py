@@ -19,14 +19,14 @@ import time
 
 os.environ.setdefault('XLA_PYTHON_CLIENT_PREALLOCATE', 'false')     # PyTorch needs memory too
 
-import jax  # noqa: E402
-import jax.numpy as jnp  # noqa: E402
-import numpy as np  # noqa: E402
+import jax
+import jax.numpy as jnp
+import numpy as np
 
-from benchmarks import memory_peers  # noqa: E402
-from pkm_jax.memory import layer  # noqa: E402
-from pkm_jax.memory.embedding_bag import compact_gradients, embedding_bag  # noqa: E402
-from pkm_jax.memory.product_keys import top_k_product_keys  # noqa: E402
+from benchmarks import memory_peers
+from pkm_jax.memory import layer
+from pkm_jax.memory.embedding_bag import compact_gradients, embedding_bag
+from pkm_jax.memory.product_keys import top_k_product_keys
 
 TOKENS, HEADS, TOP_K, HALF = 16384, 4, 32, 128
 READS = HEADS * TOP_K

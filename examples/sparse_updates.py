@@ -34,7 +34,7 @@ def main() -> None:
     graph, params, stats = nnx.split(Model(nnx.Rngs(0)), nnx.Param, ...)
     params = nnx.to_pure_dict(params)
     delta = nnx.merge(graph, params, stats).memory.no_delta(TOKENS)                     # sparse
-    groups = {'up': 'dense', 'down': 'dense', 'memory': {name: 'dense' for name in params['memory']}}
+    groups = {'up': 'dense', 'down': 'dense', 'memory': dict.fromkeys(params['memory'], 'dense')}
     groups['memory']['values'] = 'sparse'                                               # sparse
     optimizer = optax.partition({'dense': optax.adam(1e-2), 'sparse': lazy_adam(1e-1)}, groups)
     state = optimizer.init(params)

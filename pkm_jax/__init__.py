@@ -8,7 +8,11 @@ from pkm_jax.memory.sparse_rows import SparseRows, Touched
 from pkm_jax.memory.usage import SlotCounts, count_slots, no_counts, usage_metrics
 from pkm_jax.mesh import Axes, Shards, make_mesh
 from pkm_jax.optimizers.sparse import (
-    apply_updates, lazy_adam, rowwise_adagrad, rowwise_adam, sparse_sgd,
+    apply_updates,
+    lazy_adam,
+    rowwise_adagrad,
+    rowwise_adam,
+    sparse_sgd,
 )
 from pkm_jax.refusal import Refusal
 

@@ -8,14 +8,14 @@ os.environ.setdefault('JAX_NUM_CPU_DEVICES', '8')
 # Programs here are compiled more often than run: a third less time in all.
 os.environ.setdefault('XLA_FLAGS', '--xla_backend_optimization_level=0')
 
-import jax  # noqa: E402
-import numpy as np  # noqa: E402
-import optax  # noqa: E402
-import pytest  # noqa: E402
-from flax import nnx  # noqa: E402
-from hypothesis import HealthCheck, settings  # noqa: E402
+import jax
+import numpy as np
+import optax
+import pytest
+from flax import nnx
+from hypothesis import HealthCheck, settings
 
-from configs import bert_base_pkm  # noqa: E402
+from configs import bert_base_pkm
 
 jax.config.update('jax_numpy_rank_promotion', 'raise')
 jax.config.update('jax_numpy_dtype_promotion', 'strict')

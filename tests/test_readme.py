@@ -12,7 +12,7 @@ def test_the_blocks_of_your_own_model_run_one_after_the_other(capsys):
     assert len(blocks) == 3
     names = {}
     for block in blocks:
-        exec(compile(block, str(README), 'exec'), names)    # noqa: S102
+        exec(compile(block, str(README), 'exec'), names)
     assert names['y'].shape == (2, 16, 128)
     assert 0 < float(capsys.readouterr().out.split()[-1]) < 1
     touched = int(names['touched'].count[0])

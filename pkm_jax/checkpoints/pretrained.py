@@ -140,7 +140,7 @@ def parameter_table(shapes: dict[str, tuple[int, ...]]) -> str:
         size = len(layers) * int(np.prod(shape, dtype=np.int64))
         total += size
         note = '' if layers == [None] else f'  layers {",".join(layers)}'
-        lines.append(f'{name:44} {str(shape):>18} {size:>14,}{note}')
+        lines.append(f'{name:44} {shape!s:>18} {size:>14,}{note}')
     return '\n'.join([*lines, f'{"parameters":44} {"":>18} {total:>14,}'])
 
 

@@ -18,7 +18,13 @@ from pkm_jax.convert import configuration, names
 from pkm_jax.convert.folders import appearing
 from pkm_jax.convert.model_card import model_card
 from pkm_jax.convert.tensors import (
-    ConversionLog, Entry, Pretrained, StoredTensor, assemble, expected, flatten,
+    ConversionLog,
+    Entry,
+    Pretrained,
+    StoredTensor,
+    assemble,
+    expected,
+    flatten,
 )
 from pkm_jax.convert.weights import SHARD_BYTES, open_weights, write_weights
 from pkm_jax.data.vocabulary import Vocabulary

@@ -13,7 +13,8 @@ from pathlib import Path
 import tensorflow_datasets as tfds
 from etils import epath
 
-from pkm_jax.data import installed_docs, tfds_text, tokenizer, vocabulary as vocabularies
+from pkm_jax.data import installed_docs, tfds_text, tokenizer
+from pkm_jax.data import vocabulary as vocabularies
 from pkm_jax.data.corpus import Corpus, Counts, Splits
 from pkm_jax.data.files import ContentHashes, expand, read_json
 from pkm_jax.data.packing import write_records

@@ -87,5 +87,5 @@ class TextExamples:
         return {}
 
     def __call__(self, record: dict, epoch: int, number: int) -> Example:
-        tokens: Int32[np.ndarray, 'length'] = record['tokens']
+        tokens: Int32[np.ndarray, length] = record['tokens']
         return {'tokens': tokens, 'lengths': len(tokens)}

@@ -169,7 +169,7 @@ def _from_words(file: epath.Path, words: list[str], config: dict[str, Any],
         if not isinstance(config.get(name), kind | None):
             raise Refusal(f'the tokenizer_config.json beside it has {name} = {config[name]!r}: '
                           f'{kind.__name__} or null is expected')
-    names = _special_tokens(config, {word: 0 for word in words}, {})
+    names = _special_tokens(config, dict.fromkeys(words, 0), {})
     lowercase, strip_accents = _case_and_accents(file, words, names, config, wanted, log)
     vocabulary = word_pieces(
         words, lowercase, strip_accents, special_tokens=names,

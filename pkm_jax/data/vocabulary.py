@@ -11,7 +11,13 @@ import numpy as np
 from etils import epath
 from jaxtyping import Bool, Int
 from tokenizers import (
-    Tokenizer, decoders, models, normalizers, pre_tokenizers, processors, trainers,
+    Tokenizer,
+    decoders,
+    models,
+    normalizers,
+    pre_tokenizers,
+    processors,
+    trainers,
 )
 
 from pkm_jax.refusal import Refusal

@@ -9,7 +9,12 @@ import jax.numpy as jnp
 import numpy as np
 
 from pkm_jax.memory.usage import (
-    SlotCounts, host_counts, no_counts, uniform_ceiling, usage_metrics, used_shares,
+    SlotCounts,
+    host_counts,
+    no_counts,
+    uniform_ceiling,
+    usage_metrics,
+    used_shares,
 )
 from pkm_jax.models.interface import MemorySite
 from pkm_jax.tasks.interface import Batch, Task

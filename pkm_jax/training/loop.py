@@ -31,6 +31,7 @@ from pkm_jax.training.program import Program, abstract_batch, make_program
 from pkm_jax.training.run_log import RunLog, utilisation
 from pkm_jax.training.state import TrainState, batch_sharding
 
+
 class Diverged(RuntimeError):
     """Loss or gradient are no numbers any more: the run has stopped, and nothing of it was saved."""
 

@@ -9,14 +9,19 @@ from typing import NamedTuple
 import jax
 import numpy as np
 from flax import nnx
-from jax.sharding import Mesh, NamedSharding, PartitionSpec as P
+from jax.sharding import Mesh, NamedSharding
+from jax.sharding import PartitionSpec as P
 from jax.stages import Wrapped
 
 from pkm_jax.configuration.run import Run
 from pkm_jax.models.interface import ModelConfig
 from pkm_jax.optimizers.build import make_optimizer
 from pkm_jax.training.state import (
-    TrainState, batch_sharding, initial_state, laid_out, model_graph,
+    TrainState,
+    batch_sharding,
+    initial_state,
+    laid_out,
+    model_graph,
 )
 from pkm_jax.training.step import eval_step, train_step
 

@@ -1,7 +1,6 @@
 """What a person sees before the first step: each phase with its time, and what will run."""
 
 import contextlib
-import math
 import time
 from collections.abc import Iterator
 

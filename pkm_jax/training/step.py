@@ -8,7 +8,7 @@ import numpy as np
 import optax
 from einops import rearrange
 from flax import nnx
-from jaxtyping import Array, Bool, Float, Int32, Key
+from jaxtyping import Array, Bool, Float, Int32
 
 from pkm_jax.memory.layer import MemoryReads
 from pkm_jax.memory.sharded import merge, no_delta, put_rows

@@ -126,7 +126,7 @@ def test_layers_can_be_given(tmp_path, backbone):
     assert add_memories(backbone, path, 'add', K, [0]).config.memory_layers == (0,)
     with pytest.raises(Refusal, match=r'1 memories.*\(0, 1\)'):
         add_memories(backbone, path, 'add', K, [0, 1])
-    with pytest.raises(Refusal, match='memory_layers'):
+    with pytest.raises(Refusal, match='memory.layers'):
         add_memories(backbone, path, 'add', K, [2])
 
 

@@ -7,7 +7,8 @@ import re
 import jax
 import jax.numpy as jnp
 import pytest
-from jax.sharding import NamedSharding, PartitionSpec as P
+from jax.sharding import NamedSharding
+from jax.sharding import PartitionSpec as P
 
 from configs import bert_base_pkm_pod
 from pkm_jax.mesh import OWN, Shards, make_mesh
