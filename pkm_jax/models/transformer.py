@@ -47,7 +47,8 @@ class TransformerConfig:
     memory_layers: tuple[int, ...] = setting((), 'layers that have a memory, counted from 0')
     placement: str = setting('none', 'of the memory in each of these layers', choices=PLACEMENTS)
     zero_start: bool = setting(
-        False, 'scale memories by a learnt scalar that starts at 0: step 0 equals the model without')
+        False, 'scale memories by a learnt scalar that starts at 0: it begins as the model without, '
+        'to the bit in evaluation')
     shared_values: bool = setting(False, 'one value table for all memory layers')
 
     def __post_init__(self) -> None:
