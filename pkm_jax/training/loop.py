@@ -11,6 +11,7 @@ import jax
 import numpy as np
 from jax.sharding import Mesh
 
+from pkm_jax import dispatch
 from pkm_jax.checkpoints import pretrained
 from pkm_jax.checkpoints.store import Checkpoints
 from pkm_jax.configuration import folder as run_folder
@@ -97,7 +98,10 @@ def _train(run: Run, layout: Layout, changed: str) -> Path:
             log.write('start', 0, 0, parameters=sum(map(math.prod, shapes.values())))
         requests = closing.enter_context(StopRequests(mesh))
         with start.phase('compiling the step'), log.pause():
-            take_step = program.take_step.lower(state, abstract_batch(run, mesh)).compile()
+            with dispatch.recorded() as chosen:
+                lowered = program.take_step.lower(state, abstract_batch(run, mesh))
+            log.say('\n'.join(f'{operation}: {how}' for operation, how in chosen.items()))
+            take_step = lowered.compile()
         _loop(run, state, take_step, _evaluation(run, program, mesh, data, log), stream, mesh,
               checkpoints, log, requests)
     return run.folder

@@ -39,13 +39,9 @@ def summary(run: Run, layout: Layout, mesh: Mesh) -> list[str]:
         f'{sizes or "one"}; jax {jax.__version__}',
         *layout.reasons,
         *run.model.fast_paths(device.platform),
-        *_kernels(run, layout, device),
         f'compiled programs: kept in {cache}' if cache else
         'compiled programs: not kept (compilation_cache is empty): each start compiles anew',
         f'a step: {run.train.batch:,} examples of {run.task.length:,} tokens, '
         f'{run.train.gradient_accumulation_steps} micro-batch(es), '
         f'{run.flops_per_step / 1e12:,.3f} TFLOP']
 
-
-def _kernels(run, layout, device):
-    return []
