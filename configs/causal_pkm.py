@@ -4,9 +4,10 @@ r"""A causal decoder with a product-key memory, after Lample et al. 2019: 16 lay
     python -m pkm_jax.pretrain --config=causal_pkm:placement=replace,layers=4+8+12
 
 Arguments: placement=none|replace|add (default add), layers=I+J+… (0-based, default 8).
-Lample et al. put memories of 512² slots, 4 heads of 32 reads and batch norm of queries in the place of
-feed-forward layers; their text, 28 billion words of news, and their vocabulary are not public. How long
-this takes and how it ends has not been measured: docs/scaling.md has what it needs on TPU slices.
+Lample et al. put memories of 512² slots, 4 heads of 32 reads and batch norm of queries in the place
+of feed-forward layers; their text, 28 billion words of news, and their vocabulary are not public.
+How long this takes and how it ends has not been measured: docs/scaling.md has what it needs on TPU
+slices.
 """
 
 import ml_collections
@@ -20,13 +21,14 @@ def get_config(arguments: str = '') -> ml_collections.ConfigDict:
     for argument in filter(None, arguments.split(',')):
         name, _, value = argument.partition('=')
         if name not in given:
-            raise Refusal(f'configs/causal_pkm.py: {argument!r} is none of placement=…, layers=I+J.')
+            raise Refusal(f'configs/causal_pkm.py: {argument!r} is none of placement=…, '
+                          f'layers=I+J.')
         given[name] = value
     try:
         layers = tuple(map(int, given['layers'].split('+')))
     except ValueError:
-        raise Refusal(f'configs/causal_pkm.py: layers={given["layers"]!r} must be numbers joined by '
-                      f'+, such as 4+8.') from None
+        raise Refusal(f'configs/causal_pkm.py: layers={given["layers"]!r} must be numbers joined '
+                      f'by +, such as 4+8.') from None
 
     config = defaults('causal', 'causal_lm')
     config.workdir = f'runs/causal_pkm_{given["placement"]}'

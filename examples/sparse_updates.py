@@ -11,7 +11,14 @@ import numpy as np
 import optax
 from flax import nnx
 
-from pkm_jax import MemoryConfig, ProductKeyMemory, SparseRows, apply_updates, lazy_adam
+from pkm_jax import (
+    MemoryConfig,
+    MemoryReads,
+    ProductKeyMemory,
+    SparseRows,
+    apply_updates,
+    lazy_adam,
+)
 
 TOKENS, WIDTH = 64, 16
 
@@ -25,7 +32,7 @@ class Model(nnx.Module):
             MemoryConfig(sub_keys=128, heads=2, top_k=4, query_width=16), WIDTH, rngs=rngs)
         self.down = nnx.Linear(WIDTH, 1, rngs=rngs)
 
-    def __call__(self, x, delta=None):
+    def __call__(self, x, delta=None) -> tuple[jax.Array, MemoryReads]:
         read, reads = self.memory.read(self.up(x), delta=delta)                         # sparse
         return self.down(read)[:, 0], reads
 
@@ -59,8 +66,8 @@ def main() -> None:
         read |= set(np.asarray(touched.ids)[:int(touched.count[0])].tolist())
         losses.append(float(loss))
     changed = np.flatnonzero((np.asarray(params['memory']['values']) != before).any(axis=1))
-    print(f'loss {np.mean(losses[:10]):.3f} -> {np.mean(losses[-10:]):.3f}; of {len(before):,} rows '
-          f'{len(read):,} were read and {len(changed):,} changed')
+    print(f'loss {np.mean(losses[:10]):.3f} -> {np.mean(losses[-10:]):.3f}; of {len(before):,} '
+          f'rows {len(read):,} were read and {len(changed):,} changed')
     assert set(changed.tolist()) <= read and len(read) < len(before)
     assert np.mean(losses[-10:]) < np.mean(losses[:10]) / 2
 

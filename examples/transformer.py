@@ -1,7 +1,7 @@
 """The layer in somebody's own transformer, under their own mesh: python examples/transformer.py
 
-Nothing here is pkm_jax's but the memory. It is called like a feed-forward layer; its batch statistics
-are updated by the call, as those of `nnx.BatchNorm` are.
+Nothing here is pkm_jax's but the memory. It is called like a feed-forward layer; its batch
+statistics are updated by the call, as those of `nnx.BatchNorm` are.
 """
 
 import os
@@ -51,8 +51,8 @@ class Model(nnx.Module):
 @nnx.jit
 def train_step(model: Model, optimizer: nnx.Optimizer, tokens: jax.Array) -> jax.Array:
     def loss_of(model):
-        losses = optax.softmax_cross_entropy_with_integer_labels(model(tokens), (tokens * 7) % WORDS)
-        return losses.mean()
+        labels = (tokens * 7) % WORDS
+        return optax.softmax_cross_entropy_with_integer_labels(model(tokens), labels).mean()
 
     loss, gradients = nnx.value_and_grad(loss_of)(model)
     optimizer.update(model, gradients)

@@ -1,4 +1,6 @@
-"""Which slots fired for which tokens, and how evenly they are used: python examples/which_slots.py"""
+"""Which slots fired for which tokens, and how evenly they are used:
+python examples/which_slots.py
+"""
 
 import jax
 from flax import nnx
@@ -12,7 +14,7 @@ def main() -> None:
     states = jax.random.normal(jax.random.key(0), (3, 50, 64))      # any leading shape
     real = jax.numpy.arange(50)[None] < jax.numpy.array([50, 20, 35])[:, None]
 
-    y, reads = memory.read(states, real, deterministic=True)
+    _, reads = memory.read(states, real, deterministic=True)
     for token in range(3):
         for head in range(config.heads):
             best = ', '.join(f'{slot} ({weight:.2f})' for slot, weight in zip(

@@ -1,4 +1,4 @@
-"""Large product-key memories inside pretrained language models (Kim & Jung, 2020), in JAX and Flax."""
+"""Large product-key memories in pretrained language models (Kim & Jung, 2020), in JAX and Flax."""
 
 from pkm_jax.memory.embedding_bag import embedding_bag
 from pkm_jax.memory.layer import MemoryConfig, MemoryReads, ProductKeyMemory

@@ -2,10 +2,10 @@
 
     python -m pkm_jax.pretrain --config=quickstart
     python -m pkm_jax.pretrain --config=bert_base_pkm --config.data.corpus='/corpora/*.jsonl.xz'
-    python -m pkm_jax.pretrain --config=ablation:init=scratch,placement=replace --config.train.steps=1000
+    python -m pkm_jax.pretrain --config=ablation:init=scratch,placement=replace --config.seed=1
 
-The configuration says what is trained; docs/configuration.md lists every field. The same command goes
-on where a run stopped.
+The configuration says what is trained; docs/configuration.md lists every field. The same command
+goes on where a run stopped.
 """
 
 import sys

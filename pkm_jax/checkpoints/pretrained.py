@@ -46,8 +46,8 @@ def vocabulary_of(source: str) -> str:
                       f'a Hugging Face BERT folder.')
     path = _vocabulary_beside(folder)
     if path is None:
-        raise Refusal(f'init_from = {source!r} has no tokenizer.json or vocab.txt: put it there, or '
-                      f'name it by --config.data.vocab. Words must keep their indices.')
+        raise Refusal(f'init_from = {source!r} has no tokenizer.json or vocab.txt: put it there, '
+                      f'or name it by --config.data.vocab. Words must keep their indices.')
     return str(path)
 
 
@@ -60,8 +60,8 @@ def open_pretrained(source: str) -> Pretrained:
     folder = Path(expand(source))
     described = _beside(folder, 'config.json')
     if described is None:
-        raise Refusal(f'init_from = {source!r} has no config.json: it is neither a run nor a Hugging '
-                      f'Face folder.')
+        raise Refusal(f'init_from = {source!r} has no config.json: it is neither a run nor a '
+                      f'Hugging Face folder.')
     config, vocabulary = read_description(described.parent), _vocabulary_beside(folder)
     if 'model' not in config:       # not one of ours
         found = foreign.load(folder)
@@ -85,8 +85,8 @@ def check_fits(
     if config.vocab_size != rows:
         raise Refusal(f'The vocabulary has {config.vocab_size:,} words, but init_from = '
                       f'{pretrained.name} has embeddings of {rows:,}: set --config.data.vocab to '
-                      f'the vocabulary that it was trained with, or, where that has fewer words than '
-                      f'embeddings, --config.model.vocab_size={rows}.')
+                      f'the vocabulary that it was trained with, or, where that has fewer words '
+                      f'than embeddings, --config.model.vocab_size={rows}.')
     if pretrained.vocabulary and vocab_path and (
             tokenizer.load(pretrained.vocabulary) != tokenizer.load(vocab_path)):
         raise Refusal(f'{vocab_path} and {pretrained.vocabulary} hold other words, or in another '

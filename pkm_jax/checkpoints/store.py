@@ -18,7 +18,7 @@ FINISHED = ('_CHECKPOINT_METADATA', 'commit_success.txt')
 # What another run can start from, by what it is called in a checkpoint: the fields of a state.
 MODEL = {'params': 'params', 'statistics': 'batch_stats'}
 
-State = Any     # a NamedTuple with these fields, `step` and others, such as training.state.TrainState
+State = Any     # a NamedTuple with these fields, `step` and others: training.state.TrainState
 
 
 class Checkpoints:
@@ -51,8 +51,8 @@ class Checkpoints:
         if free < needed:
             self.wait()
             raise Refusal(f'No room for the checkpoint of step {int(state.step):,}: it needs '
-                          f'{needed / 1e6:,.1f} MB, and {self.folder} has {free / 1e6:,.1f} MB left. '
-                          f'Those of steps {self.steps()} are kept: with more room, the same '
+                          f'{needed / 1e6:,.1f} MB, and {self.folder} has {free / 1e6:,.1f} MB '
+                          f'left. Those of steps {self.steps()} are kept: with more room, the same '
                           f'command goes on from the last.')
 
     def restore(self, like: State) -> tuple[State, dict] | None:

@@ -27,8 +27,8 @@ def read_description(folder: Path) -> dict[str, Any]:
     except OSError as error:
         raise Refusal(f'{path} cannot be read ({error.strerror}): {folder} is no run.') from error
     except ValueError as error:
-        raise Refusal(f'{path} is damaged ({error}): restore it from a copy; the checkpoints beside '
-                      f'it are not harmed.') from error
+        raise Refusal(f'{path} is damaged ({error}): restore it from a copy; the checkpoints '
+                      f'beside it are not harmed.') from error
     if not isinstance(config, dict):
         raise Refusal(f'{path} is damaged (no JSON object): restore it from a copy.')
     for section, names in RENAMED.items():

@@ -12,9 +12,9 @@ from pkm_jax.models.transformer import TransformerConfig
 
 INTRODUCTION = '''# Configuration
 
-Written by `python -m pkm_jax.configuration.reference` from the dataclasses that check it. Fields are set
-in a file of `configs/`, or on the command line: `--config.train.steps=1000`. Defaults here are those of
-the program; a configuration can have others.
+Written by `python -m pkm_jax.configuration.reference` from the dataclasses that check it. Fields
+are set in a file of `configs/`, or on the command line: `--config.train.steps=1000`. Defaults here
+are those of the program; a configuration can have others.
 '''
 
 
@@ -22,8 +22,8 @@ def reference() -> str:
     """The whole page: a table of fields for each section."""
     lines = [INTRODUCTION, '## Top\n', *_table(_fields(Run, '', only=TOP)),
              f'| `task` | `masked_lm` | what is learnt, of {", ".join(TASKS)}: see `data` |',
-             '| `runs` | `{}` | {name: changes}: several runs in turn, each in a folder of its own; '
-             '`init_from` can name an earlier one |']
+             '| `runs` | `{}` | {name: changes}: several runs in turn, each in a folder of its '
+             'own; `init_from` can name an earlier one |']
     for family, model in MODELS.items():
         lines += [f"\n## `model`, with `model.family = '{family}'`\n",
                   *_table(_fields(model, 'model', without=DECIDED))]

@@ -108,7 +108,7 @@ def open_state_dict(path: Path) -> dict[str, StoredTensor]:
 def _open_safetensors(path: Path) -> Iterator[tuple[str, StoredTensor]]:
     try:
         with safetensors.safe_open(path, 'np') as file:
-            for name in file.keys():
+            for name in file.keys():    # noqa: SIM118 - no dict: it cannot be iterated
                 tensor = file.get_slice(name)
                 dtype = np.dtype(DTYPES[tensor.get_dtype()])
                 yield name, StoredTensor(tuple(tensor.get_shape()), dtype,

@@ -203,8 +203,8 @@ def _check_unknown(prepared: Prepared, allow_unknown: bool, log: Callable[[str],
     share, words = prepared.unknown_share, ', '.join(map(repr, prepared.unknown_words))
     if share > MOST_UNKNOWN and not allow_unknown:
         raise Refusal(f'{share:.0%} of the tokens are [UNK], unknown words, most often {words}: '
-                      'the vocabulary is not one for this text. Name another, train one on the text '
-                      '(data.vocab empty), or set data.allow_unknown=True to go on')
+                      'the vocabulary is not one for this text. Name another, train one on the '
+                      'text (data.vocab empty), or set data.allow_unknown=True to go on')
     if share > MANY_UNKNOWN:
         log(f'WARNING: {share:.1%} of the tokens are [UNK], unknown words, most often {words}: '
             'a model learns nothing of them')

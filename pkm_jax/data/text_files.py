@@ -119,7 +119,9 @@ def _read(path: Path, encoding: str, counts: Counts) -> Iterator[str]:
                       'written in') from error
 
 
-def _opened(raw: io.BufferedReader, path: Path) -> io.BufferedReader | gzip.GzipFile | lzma.LZMAFile:
+def _opened(
+    raw: io.BufferedReader, path: Path,
+) -> io.BufferedReader | gzip.GzipFile | lzma.LZMAFile:
     return _OPENERS.get(path.suffix.lower(), lambda file: file)(raw)
 
 

@@ -15,8 +15,8 @@ from pkm_jax.refusal import Refusal
 
 FILES = ('tokenizer.json', 'vocab.txt')
 # Classes of transformers that cut text as BERT's does, given a vocab.txt.
-_LIKE_BERT = re.compile(r'(Bert|DistilBert|Electra|MobileBert|ConvBert|LayoutLM|Funnel|Lxmert|MPNet|'
-                        r'SqueezeBert|RetriBert|Splinter|Realm|DPR\w*)Tokenizer(Fast)?')
+_LIKE_BERT = re.compile(r'(Bert|DistilBert|Electra|MobileBert|ConvBert|LayoutLM|Funnel|Lxmert|'
+                        r'MPNet|SqueezeBert|RetriBert|Splinter|Realm|DPR\w*)Tokenizer(Fast)?')
 # What folders call the five tokens, and what they are where nothing names them.
 _NAMES = {'pad': ('pad_token',), 'unk': ('unk_token',), 'cls': ('cls_token', 'bos_token'),
           'sep': ('sep_token', 'eos_token'), 'mask': ('mask_token',)}
@@ -189,14 +189,14 @@ def _refuse_other_classes(config: dict[str, Any], folder: epath.Path | None) -> 
     if config.get('word_tokenizer_type', 'basic') != 'basic' or (
             config.get('do_basic_tokenize') is False):
         raise Refusal('its tokenizer_config.json asks for a way of cutting text that is not '
-                      "BERT's (word_tokenizer_type, do_basic_tokenize): put a tokenizer.json beside "
-                      'it, or take another model')
+                      "BERT's (word_tokenizer_type, do_basic_tokenize): put a tokenizer.json "
+                      'beside it, or take another model')
 
 
 def _case_and_accents(file: epath.Path, words: list[str], names: SpecialTokens,
                       config: dict[str, Any], wanted: dict[str, bool | None],
                       log: Callable[[str], None]) -> tuple[bool, bool]:
-    """Whether BERT's tokenizer lowers text and strips its accents, with the words of a vocab.txt."""
+    """Whether BERT's tokenizer lowers text and strips accents, with the words of a vocab.txt."""
     if config.keys() & {'tokenizer_class', 'do_lower_case', 'strip_accents'}:
         lowercase = config.get('do_lower_case') is not False
         stated = config.get('strip_accents')

@@ -53,7 +53,7 @@ class MemoryConfig:
     weights_dtype: str = setting('float32', "of the reads' weights, also where devices exchange "
                                  'them', choices=('float32', 'bfloat16'))
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         check_settings(self, 'memory')
         if self.top_k > self.sub_keys:
             raise Refusal(f'memory.top_k = {self.top_k} must lie within 1..sub_keys, and '

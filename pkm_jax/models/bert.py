@@ -89,14 +89,14 @@ class Bert(nnx.Module):
     def __call__(
         self, tokens: Int[Array, 'B L'], segments: Int[Array, 'B L'], lengths: Int[Array, 'B'],
         *, deterministic: bool = True, rngs: Key[Array, ''] | None = None,
-        deltas: dict[int, Float[Array, 'rows V']] = {},
+        deltas: dict[int, Float[Array, 'rows V']] | None = None,
     ) -> tuple[Float[Array, 'B L D'], dict[int, MemoryReads]]:
         if tokens.shape[1] > self.config.max_length:
             raise Refusal(f'Sequences of {tokens.shape[1]} tokens, but model.max_length = '
                           f'{self.config.max_length}: shorten them or enlarge it.')
         keys = _split(self._key(deterministic, rngs), self.config.layers + 1)
         states = self.embeddings(tokens, segments, keys[0])
-        reads = {}
+        reads, deltas = {}, deltas or {}
         for layer, block in enumerate(self.layers):
             run = functools.partial(block, deterministic=deterministic)
             run = jax.checkpoint(run) if self.config.remat else run
@@ -155,7 +155,9 @@ class Embeddings(nnx.Module):
         self.norm = _layer_norm(config, rngs)
         self.rate = config.dropout
 
-    def __call__(self, tokens, segments, key):
+    def __call__(
+        self, tokens: Int[Array, 'B L'], segments: Int[Array, 'B L'], key: Key[Array, ''] | None,
+    ) -> Float[Array, 'B L D']:
         # A gather's gradient is a scatter-add: slow where most tokens share a row, and on a GPU
         # different each time. The memory's read is neither, and one-hot products are none.
         words = embedding_lookup(self.word.embedding[...], tokens.reshape(-1))
@@ -181,7 +183,10 @@ class Block(nnx.Module):
                              else None)
         self.output_norm = _layer_norm(config, rngs)
 
-    def __call__(self, states, lengths, key, delta=None, *, deterministic=True):
+    def __call__(
+        self, states: Float[Array, 'B L D'], lengths: Int[Array, 'B'], key: Key[Array, ''] | None,
+        delta: Float[Array, 'rows V'] | None = None, *, deterministic: bool = True,
+    ) -> tuple[Float[Array, 'B L D'], MemoryReads | None]:
         rate, keys = self.config.dropout, _split(key, 4)
         attended = self.attention(states, lengths, keys[0])
         states = add_norm(self.attention_norm, states, self.attention.output, attended, rate,
@@ -215,7 +220,9 @@ class Attention(nnx.Module):
         self.query, self.key, self.value, self.output = (
             _linear(config, rngs, config.width, config.width) for _ in range(4))
 
-    def __call__(self, states, lengths, key):
+    def __call__(
+        self, states: Float[Array, 'B L D'], lengths: Int[Array, 'B'], key: Key[Array, ''] | None,
+    ) -> Float[Array, 'B L D']:
         # One product instead of three: more work for the matrix unit at a time, forward and back.
         projections = self.query, self.key, self.value
         kernel, bias = (jnp.concatenate(parts, axis=-1).astype(states.dtype) for parts in zip(
@@ -234,7 +241,7 @@ class FeedForward(nnx.Module):
         self.up = _linear(config, rngs, config.width, config.feed_forward_width)
         self.down = _linear(config, rngs, config.feed_forward_width, config.width)
 
-    def __call__(self, states):
+    def __call__(self, states: Float[Array, 'B L D']) -> Float[Array, 'B L F']:
         return gelu(self.up(states))
 
 
@@ -249,7 +256,9 @@ class MaskedLMHead(nnx.Module):
             _normal(rngs.params(), (config.vocab_size, config.width)))
         self.dtype = config.dtype
 
-    def __call__(self, states, word_embedding):
+    def __call__(
+        self, states: Float[Array, 'B P D'], word_embedding: nnx.Embed,
+    ) -> Float[Array, 'B P vocab']:
         states = self.norm(gelu(self.transform(states)))
         decoder = word_embedding.embedding if self.decoder is None else self.decoder
         return logits(states, decoder[...].astype(self.dtype), self.bias[...])

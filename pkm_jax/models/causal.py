@@ -1,6 +1,6 @@
 """A causal decoder whose feed-forward layers can have, or be, a product-key memory.
 
-Pre-norm blocks as in GPT-2 (Radford et al. 2019), tied head; with a memory, after Lample et al. 2019:
+Pre-norm blocks as in GPT-2 (Radford et al. 2019), tied head; a memory as in Lample et al. 2019:
 
     h' = h + Attention(LN(h))
     none     h'' = h' + FFN(LN(h'))
@@ -76,7 +76,7 @@ class Causal(nnx.Module):
 
     def __call__(
         self, tokens: Int[Array, 'B L'], lengths: Int[Array, 'B'], *, deterministic: bool = True,
-        rngs: Key[Array, ''] | None = None, deltas: dict[int, Float[Array, 'rows V']] = {},
+        rngs: Key[Array, ''] | None = None, deltas: dict[int, Float[Array, 'rows V']] | None = None,
     ) -> tuple[Float[Array, 'B L D'], dict[int, MemoryReads]]:
         config = self.config
         if tokens.shape[1] > config.max_length:
@@ -85,7 +85,7 @@ class Causal(nnx.Module):
         keys = _split(None if deterministic else rngs, config.layers + 1)
         positions = jnp.arange(tokens.shape[1])
         states = self.embeddings(tokens, positions, keys[0])
-        reads = {}
+        reads, deltas = {}, deltas or {}
         for layer, block in enumerate(self.layers):
             run = functools.partial(block, deterministic=deterministic)
             run = jax.checkpoint(run) if config.remat else run
@@ -111,7 +111,9 @@ class Embeddings(nnx.Module):
         self.position = embed(config.max_length) if config.positions == 'learned' else None
         self.rate, self.dtype = config.dropout, config.dtype
 
-    def __call__(self, tokens, positions, key):
+    def __call__(
+        self, tokens: Int[Array, 'B L'], positions: Int[Array, 'L'], key: Key[Array, ''] | None,
+    ) -> Float[Array, 'B L D']:
         words = embedding_lookup(self.word.embedding[...], tokens.reshape(-1))
         states = words.reshape(*tokens.shape, -1)
         if self.position is not None:
@@ -134,7 +136,11 @@ class Block(nnx.Module):
         self.memory_scale = (nnx.Param(jnp.zeros(())) if self.memory and config.zero_start
                              else None)
 
-    def __call__(self, states, positions, lengths, key, delta=None, *, deterministic=True):
+    def __call__(
+        self, states: Float[Array, 'B L D'], positions: Int[Array, 'L'], lengths: Int[Array, 'B'],
+        key: Key[Array, ''] | None, delta: Float[Array, 'rows V'] | None = None, *,
+        deterministic: bool = True,
+    ) -> tuple[Float[Array, 'B L D'], MemoryReads | None]:
         keys = _split(key, 4)
         attended = self.attention(self.attention_norm(states), positions, lengths, keys[0])
         states += dropout(attended, self.rate, keys[1])
@@ -163,7 +169,10 @@ class Attention(nnx.Module):
         self.qkv = _linear(config, rngs, config.width, 3 * config.width)
         self.output = _linear(config, rngs, config.width, config.width)
 
-    def __call__(self, states, positions, lengths, key):
+    def __call__(
+        self, states: Float[Array, 'B L D'], positions: Int[Array, 'L'], lengths: Int[Array, 'B'],
+        key: Key[Array, ''] | None,
+    ) -> Float[Array, 'B L D']:
         query, keys, values = self.heads(states, positions)
         attended = attend(query, keys, values, lengths, self.config.attention_dropout, key,
                           causal=True)
@@ -205,7 +214,7 @@ class FeedForward(nnx.Module):
         self.up = _linear(config, rngs, config.width, config.feed_forward_width)
         self.down = _linear(config, rngs, config.feed_forward_width, config.width)
 
-    def __call__(self, states):
+    def __call__(self, states: Float[Array, 'B L D']) -> Float[Array, 'B L D']:
         return self.down(gelu(self.up(states)))
 
 

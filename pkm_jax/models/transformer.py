@@ -1,6 +1,6 @@
 """What the configurations of all transformers here have in common: sizes, memories, costs.
 
-Placement of a memory in a block (docs/method.md, section 2), LN being the norm of a post-norm block:
+Placement of a memory in a post-norm block (docs/method.md, section 2), LN being its output norm:
 
     none     h' = LN(h + FFN(h))
     replace  h' = LN(h + PKM(h))                 Lample et al. 2019
@@ -47,8 +47,8 @@ class TransformerConfig:
     memory_layers: tuple[int, ...] = setting((), 'layers that have a memory, counted from 0')
     placement: str = setting('none', 'of the memory in each of these layers', choices=PLACEMENTS)
     zero_start: bool = setting(
-        False, 'scale memories by a learnt scalar that starts at 0: it begins as the model without, '
-        'to the bit in evaluation')
+        False, 'scale memories by a learnt scalar that starts at 0: it begins as the model '
+        'without, to the bit in evaluation')
     shared_values: bool = setting(False, 'one value table for all memory layers')
 
     def __post_init__(self) -> None:
@@ -91,8 +91,9 @@ class TransformerConfig:
         if platform != 'gpu':
             return ["attention: XLA's (a fused one exists for GPUs)"]
         if self.attention_dropout:
-            return [f'attention: NOT FUSED, since model.attention_dropout = {self.attention_dropout} '
-                    f'drops its weights; 0 makes a step of BERT-base 1.6 times as fast']
+            return [f'attention: NOT FUSED, since model.attention_dropout = '
+                    f'{self.attention_dropout} drops its weights; 0 makes a step of BERT-base 1.6 '
+                    f'times as fast']
         if self.dtype != 'bfloat16':
             return [f'attention: NOT FUSED, since model.dtype = {self.dtype!r} is not bfloat16']
         return ['attention: fused (cuDNN)']

@@ -79,14 +79,14 @@ def _step(estimate):
              'not known: the program for CPUs moves other bytes than that for GPUs')
     return [
         'a step of a device, at peak rates',
-        f'  arithmetic  {_ms(seconds["arithmetic"])}   {estimate.flops / 1e12:.3f} TFLOP of the model '
-        f'at {chip.flops / 1e12:,.0f} TFLOP/s (XLA counts {estimate.counted_flops / 1e12:.3f}: loop '
-        f'bodies once)',
+        f'  arithmetic  {_ms(seconds["arithmetic"])}   {estimate.flops / 1e12:.3f} TFLOP of the '
+        f'model at {chip.flops / 1e12:,.0f} TFLOP/s (XLA counts '
+        f'{estimate.counted_flops / 1e12:.3f}: loop bodies once)',
         f'  HBM         {_ms(seconds["HBM"])}   {moved}',
         f'  links       {_ms(seconds["links"])}   ring algorithms, at {chip.links / 1e9:,.0f} GB/s '
         f'over all links',
-        f'  estimate    {_ms(estimate.step_seconds)}   the longer of arithmetic and HBM, then the links'
-        f': {tokens / estimate.step_seconds:,.0f} tokens/s of all devices']
+        f'  estimate    {_ms(estimate.step_seconds)}   the longer of arithmetic and HBM, then the '
+        f'links: {tokens / estimate.step_seconds:,.0f} tokens/s of all devices']
 
 
 def _ms(seconds):

@@ -80,7 +80,7 @@ def _lives(path: Path, found: dict) -> bool:
 
 
 def _started(process: int) -> str:
-    """When a process of this machine began, in ticks since it was booted; '' where it is unknown."""
+    """When a process of this machine began, in ticks since it was booted; '' where unknown."""
     try:
         return Path(f'/proc/{process}/stat').read_text().rpartition(')')[2].split()[19]
     except (OSError, IndexError):

@@ -23,7 +23,7 @@ class Outcome(NamedTuple):
     loss: Float[Array, '']              # summed over the terms that `Task.terms` counts
     sums: dict[str, Array]              # further sums over them
     reads: dict[Any, MemoryReads]       # what each memory read
-    outputs: dict[str, Array] = {}      # by example, for metrics of an evaluation that are no sums
+    outputs: dict[str, Array]           # by example, for metrics of an evaluation that are no sums
 
 
 @runtime_checkable
@@ -67,7 +67,7 @@ class Task(Protocol):
 
     def outcome(
         self, model: nnx.Module, batch: Batch, *, deterministic: bool,
-        rngs: Key[Array, ''] | None = None, deltas: dict[Any, Array] = {},
+        rngs: Key[Array, ''] | None = None, deltas: dict[Any, Array] | None = None,
     ) -> Outcome:
         """Sums over the batch. `deltas` stand for the value rows that a sparse update changes."""
 

@@ -64,7 +64,7 @@ class MaskedLM(LanguageModelling):
 
     def outcome(
         self, model: Bert, batch: Batch, *, deterministic: bool,
-        rngs: Key[Array, ''] | None = None, deltas: dict[Any, Array] = {},
+        rngs: Key[Array, ''] | None = None, deltas: dict[Any, Array] | None = None,
     ) -> Outcome:
         """Cross-entropy summed over the masked words, and how many were guessed right."""
         states, reads = model(batch['tokens'], batch['segments'], batch['lengths'],
@@ -73,7 +73,7 @@ class MaskedLM(LanguageModelling):
         labels, weights = batch['mlm_labels'], batch['mlm_weights']
         losses = optax.softmax_cross_entropy_with_integer_labels(logits, labels)
         correct = jnp.sum(jnp.where(jnp.argmax(logits, axis=-1) == labels, weights, 0))
-        return Outcome(jnp.sum(losses * weights), {'correct': correct}, reads)
+        return Outcome(jnp.sum(losses * weights), {'correct': correct}, reads, {})
 
     def predictions(self) -> int:
         return self.max_predictions

@@ -34,7 +34,7 @@ from pkm_jax.training.state import TrainState, batch_sharding
 
 
 class Diverged(RuntimeError):
-    """Loss or gradient are no numbers any more: the run has stopped, and nothing of it was saved."""
+    """Loss or gradient are no numbers any more: the run has stopped, and did not save them."""
 
 
 EVALUATION_SEED = 0     # of the examples evaluated over: the same for runs of any seed
@@ -46,8 +46,8 @@ def train(run: Run, layout: Layout) -> Path:
     Returns the folder; of a finished run at once. `layout` is `layout.lay_out`'s.
 
     Raises:
-      Refusal: the settings, corpus, checkpoint or folder cannot be used; before anything is compiled.
-      Stopped: a signal asked for it; see preemption.py.
+      Refusal: the settings, corpus, checkpoint or folder cannot be used; before anything is
+      compiled. Stopped: a signal asked for it; see preemption.py.
       Diverged: a loss is not finite. The checkpoints are of before.
     """
     changed = run_folder.check_same_run(run)
@@ -226,9 +226,9 @@ def _check_finite(step: int, loss: float, grad_norm: float, run: Run) -> None:
     """Stops a run whose numbers are none, before it is saved."""
     if not (math.isfinite(loss) and math.isfinite(grad_norm)):
         raise Diverged(
-            f'At step {step:,} the loss is {loss}, the norm of the gradient {grad_norm}: training has '
-            f'diverged, or the text has nothing to predict. The checkpoints in {run.folder} are of '
-            f'before. Lower train.learning_rate or train.values_learning_rate, lengthen '
+            f'At step {step:,} the loss is {loss}, the norm of the gradient {grad_norm}: training '
+            f'has diverged, or the text has nothing to predict. The checkpoints in {run.folder} '
+            f'are of before. Lower train.learning_rate or train.values_learning_rate, lengthen '
             f'train.warmup, or set train.clip, in another --config.workdir.')
 
 
@@ -242,9 +242,9 @@ def _check_vocabulary(folder: Path, data: Data) -> None:
     """Refuses other words than a run began with, whose embeddings would go to the wrong ones."""
     if tokenizer.find(folder) and data.vocab_path and (
             tokenizer.load(folder).tokens != tokenizer.load(data.vocab_path).tokens):
-        raise Refusal(f'The text or the vocabulary changed: {data.vocab_path} holds other words than '
-                      f'{folder}, with which the run began. Restore them, or start another run '
-                      f'(--config.workdir).')
+        raise Refusal(f'The text or the vocabulary changed: {data.vocab_path} holds other words '
+                      f'than {folder}, with which the run began. Restore them, or start another '
+                      f'run (--config.workdir).')
 
 
 def _hosts() -> dict[str, int]:

@@ -36,8 +36,8 @@ class Program(NamedTuple):
 
 
 def make_program(run: Run, model: ModelConfig, sparse: bool, mesh: Mesh) -> Program:
-    """The program of a run over a mesh, by the rules of `state.laid_out`; `model` is the run's, with
-    its vocabulary.
+    """The program of a run over a mesh, by the rules of `state.laid_out`; `model` is the run's,
+    with its vocabulary.
 
     Raises:
       Refusal: a size does not divide over the devices.
@@ -45,7 +45,8 @@ def make_program(run: Run, model: ModelConfig, sparse: bool, mesh: Mesh) -> Prog
     optimizer = make_optimizer(run.train, run.train.steps, sparse)
     initialise = functools.partial(initial_state, config=model, optimizer=optimizer,
                                    track_dead=run.tables.dead_after > 0)
-    abstract = laid_out(jax.eval_shape(initialise, np.uint32(run.seed)), optimizer, mesh, run.train.fsdp)
+    abstract = laid_out(jax.eval_shape(initialise, np.uint32(run.seed)), optimizer, mesh,
+                        run.train.fsdp)
     layout = jax.tree.map(lambda leaf: leaf.sharding, abstract)
     graph = model_graph(model)
     step = functools.partial(

@@ -38,8 +38,8 @@ class TrainState(NamedTuple):
 
 
 def initial_state(
-    seed: Integer[Array, ''] | np.uint32 | int, config: ModelConfig, optimizer: optax.GradientTransformation,
-    track_dead: bool,
+    seed: Integer[Array, ''] | np.uint32 | int, config: ModelConfig, optimizer:
+    optax.GradientTransformation, track_dead: bool,
 ) -> TrainState:
     """A fresh model; to be called under `jax.jit` (of the seed: as a constant, XLA would draw the
     random weights while it compiles) or `jax.eval_shape`."""
@@ -122,6 +122,6 @@ def _check_divides(name, shape, spec, mesh):
         for axis in axes:
             parts *= mesh.shape[axis]
         if size % parts:
-            raise Refusal(f'{name} has the shape {shape}, whose {size} do not divide over the {parts} '
-                          f'devices along {" × ".join(axes)}: change that size, the number of '
-                          f'devices or memory.shards, or set train.fsdp = False.')
+            raise Refusal(f'{name} has the shape {shape}, whose {size} do not divide over the '
+                          f'{parts} devices along {" × ".join(axes)}: change that size, the number '
+                          f'of devices or memory.shards, or set train.fsdp = False.')

@@ -39,10 +39,10 @@ def train_step(
 
     The batch is computed in `accumulation_steps` micro-batches, each of which weighs as many terms
     as it has; batch norms and their running statistics see them in turn. `sparse`: gradients of
-    value tables reach the optimizer as SparseRows. Every `norms_every` steps the metrics 'norms' hold
-    norms by group of parameters, else zeros.
+    value tables reach the optimizer as SparseRows. Every `norms_every` steps the metrics 'norms'
+    hold norms by group of parameters, else zeros.
     """
-    steps = jax.random.split(jax.random.key(np.uint32(seed)))[1]   # the seed's own key drew the weights
+    steps = jax.random.split(jax.random.key(np.uint32(seed)))[1]    # the other drew the weights
     key, rounding = jax.random.split(jax.random.fold_in(steps, state.step))
     terms = jnp.maximum(task.terms(batch), 1)
     deltas = _no_deltas(sites, task.real(batch).size // accumulation_steps) if sparse else {}

@@ -5,7 +5,12 @@ import dataclasses
 import pytest
 
 from configs import (
-    ablation, bert_base_pkm, bert_base_pkm_pod, bert_large, causal_pkm, quickstart,
+    ablation,
+    bert_base_pkm,
+    bert_base_pkm_pod,
+    bert_large,
+    causal_pkm,
+    quickstart,
 )
 from pkm_jax.configuration import command_line
 from pkm_jax.configuration.resolve import MODELS, TASKS, described, resolve, runs_of

@@ -126,8 +126,8 @@ class Regression:
     def real(self, batch):
         return batch['known'] > 0
 
-    def outcome(self, model, batch, *, deterministic, rngs=None, deltas={}):
-        guess, reads = model(batch['x'], deterministic, deltas.get('bank'))
+    def outcome(self, model, batch, *, deterministic, rngs=None, deltas=None):
+        guess, reads = model(batch['x'], deterministic, (deltas or {}).get('bank'))
         error = (guess - batch['y'])[:, 0] * batch['known']
         return Outcome(jnp.sum(error ** 2), {'absolute': jnp.sum(jnp.abs(error))},
                        {'bank': reads}, {'guess': guess[:, 0], 'y': batch['y'][:, 0]})
