@@ -1,7 +1,7 @@
 """Weights pretrained elsewhere, loaded into a model that has memories they do not know."""
 
 import dataclasses
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -27,7 +27,7 @@ class Pretrained:
     Those of a checkpoint are read when they are asked for, so that a table need fit on no host.
     """
     name: str
-    weights: dict[str, np.ndarray | StoredArray]
+    weights: Mapping[str, np.ndarray | StoredArray]
     model: ModelConfig
     vocabulary: Path | None     # the folder of it, beside the weights
 
@@ -80,7 +80,7 @@ def check_fits(
       Refusal: nothing has a name in common, or sizes or words differ; every mismatch is named.
     """
     own, weights = _named(state), pretrained.weights
-    words = '/'.join(('params', *config.word_embedding))
+    words = '/'.join(['params', *map(str, config.word_embedding)])
     rows = weights[words].shape[0] if words in weights else config.vocab_size
     if config.vocab_size != rows:
         raise Refusal(f'The vocabulary has {config.vocab_size:,} words, but init_from = '

@@ -88,8 +88,8 @@ def _architecture(path: Path, found: dict[str, Any]) -> str:
 
 
 def _check(path: Path, name: str, value: Any, kind: type) -> None:
-    fits = (isinstance(value, (int, float) if kind is float else kind)
-            and isinstance(value, bool) == (kind is bool) and math.isfinite(value))
+    is_kind = isinstance(value, (int, float) if kind is float else kind)
+    fits = is_kind and isinstance(value, bool) == (kind is bool) and math.isfinite(value)
     if not fits or value < (kind is int):
         raise Refusal(f'{path} has {name} = {value!r}, which is no {kind.__name__} that a BERT '
                       f'can have.')

@@ -5,6 +5,7 @@ are transposed between PyTorch and here; nothing else is changed.
 """
 
 import dataclasses
+import functools
 import json
 import re
 import shutil
@@ -204,9 +205,12 @@ def _row_blocks(table: Any, shard_bytes: int) -> list[int]:
 
 def _split(name: str, table: Any, rows: list[int]) -> dict[str, StoredTensor]:
     stops = np.cumsum(rows)
+
+    def read(stop: int, count: int) -> np.ndarray:
+        return np.asarray(table[stop - count:stop])
+
     return {f'{name}.{i}': StoredTensor((count, table.shape[1]), np.dtype(table.dtype),
-                                        lambda stop=stop, count=count:
-                                        np.asarray(table[stop - count:stop]))
+                                        functools.partial(read, stop, count))
             for i, (stop, count) in enumerate(zip(stops, rows, strict=True))}
 
 

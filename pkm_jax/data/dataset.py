@@ -99,7 +99,7 @@ def prepare(corpus: str | list[str], *, vocab: str = '', vocab_size: int = 30_52
     hashes = ContentHashes(cache)
     text = _open_text(corpus, encoding, cache, hashes, log)
     if text is None:
-        prepared = open_prepared(expand(corpus))
+        prepared = open_prepared(expand(str(corpus)))
         _check(prepared, vocabulary, length)
     else:
         log(f'text: {text.described}, content {_key(text.identity)}')
@@ -215,13 +215,13 @@ def _damage(folder: str | os.PathLike, hashes: ContentHashes | None = None) -> s
 
     Compares sizes, and with `hashes` contents too.
     """
-    folder = epath.Path(folder)
+    place = epath.Path(folder)
     try:
-        files = read_json(folder / _FILES)
+        files = read_json(place / _FILES)
     except Refusal as refusal:
         return str(refusal)
     for name, state in files.items():
-        path = folder / name
+        path = place / name
         if not path.exists():
             return f'{path} is missing'
         if path.stat().length != state[0]:

@@ -259,10 +259,10 @@ def _added_tokens(config: dict[str, Any], folder: epath.Path | None) -> dict[int
                               'fetch it again')
             added[number] = AddedToken(token, normalized=False)
     decoder = config.get('added_tokens_decoder')
-    for number, token in (decoder.items() if isinstance(decoder, dict) else ()):
-        if (number.isdecimal() and isinstance(token, dict)
-                and isinstance(token.get('content'), str)):
-            flags = {name: token[name] for name in ('single_word', 'lstrip', 'rstrip', 'normalized',
-                                                    'special') if isinstance(token.get(name), bool)}
-            added[int(number)] = AddedToken(token['content'], **flags)
+    for key, entry in (decoder if isinstance(decoder, dict) else {}).items():
+        if (key.isdecimal() and isinstance(entry, dict)
+                and isinstance(entry.get('content'), str)):
+            flags = {name: entry[name] for name in ('single_word', 'lstrip', 'rstrip', 'normalized',
+                                                    'special') if isinstance(entry.get(name), bool)}
+            added[int(key)] = AddedToken(entry['content'], **flags)
     return added

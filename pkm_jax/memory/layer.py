@@ -3,7 +3,7 @@
 import dataclasses
 import functools
 import math
-from typing import NamedTuple
+from typing import Any, NamedTuple, cast
 
 import jax
 import jax.numpy as jnp
@@ -182,9 +182,10 @@ class ProductKeyMemory(nnx.Module):
         given = Axes(*(tuple(name for name in names if name in typed) for names in axes))
         *leading, _ = jax.typeof(x).sharding.spec
         tokens = given.tokens if axes.names else P(None if any(leading[1:]) else leading[0])
-        rows = P(given.table[0])
+        rows: Any = P(given.table[0])   # specs in the places of arrays
+        split, whole = cast(Any, tokens), cast(Any, P())
         specs = (jax.typeof(x).sharding.spec, MemoryReads(
-            tokens, tokens, P(), None if delta is None else Touched(rows, rows)))
+            split, split, whole, None if delta is None else Touched(rows, rows)))
 
         def run(state, *arrays):
             return nnx.merge(graph, state)._read(*arrays, axes=axes, **settings)
@@ -229,7 +230,8 @@ class ProductKeyMemory(nnx.Module):
     def no_delta(self, tokens: int) -> Float[Array, 'rows V']:
         """A delta for a call with that many tokens, in the mesh in use."""
         reads = tokens * self.config.heads * self.config.top_k
-        return sharded.no_delta(*self.values.shape, reads, axes=axes_of(self.axes)[0])
+        slots, width = self.values.shape
+        return sharded.no_delta(slots, width, reads, axes=axes_of(self.axes)[0])
 
 
 def _key_of(rngs):

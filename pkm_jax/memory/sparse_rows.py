@@ -15,13 +15,13 @@ class SparseRows(NamedTuple):
     """
     ids: Int32[Array, 'rows']
     rows: Float[Array, 'rows V']    # float32
-    count: Int32[Array, 'shards']
+    count: Int32[Array, 'shards']   # type: ignore[assignment]  # hides a method of tuples
 
 
 class Touched(NamedTuple):
     """`ids` and `count` of the SparseRows that a read touched."""
     ids: Int32[Array, 'rows']
-    count: Int32[Array, 'shards']
+    count: Int32[Array, 'shards']   # type: ignore[assignment]  # hides a method of tuples
 
 
 def is_rows(node: Any) -> bool:

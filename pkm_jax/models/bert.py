@@ -2,6 +2,7 @@
 
 import dataclasses
 import functools
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -98,7 +99,7 @@ class Bert(nnx.Module):
         states = self.embeddings(tokens, segments, keys[0])
         reads, deltas = {}, deltas or {}
         for layer, block in enumerate(self.layers):
-            run = functools.partial(block, deterministic=deterministic)
+            run: Callable = functools.partial(block, deterministic=deterministic)
             run = jax.checkpoint(run) if self.config.remat else run
             states, read = run(states, lengths, keys[layer + 1], deltas.get(layer))
             if read is not None:

@@ -10,6 +10,7 @@ Pre-norm blocks as in GPT-2 (Radford et al. 2019), tied head; a memory as in Lam
 
 import dataclasses
 import functools
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -87,7 +88,7 @@ class Causal(nnx.Module):
         states = self.embeddings(tokens, positions, keys[0])
         reads, deltas = {}, deltas or {}
         for layer, block in enumerate(self.layers):
-            run = functools.partial(block, deterministic=deterministic)
+            run: Callable = functools.partial(block, deterministic=deterministic)
             run = jax.checkpoint(run) if config.remat else run
             states, read = run(states, positions, lengths, keys[layer + 1], deltas.get(layer))
             if read is not None:

@@ -26,7 +26,8 @@ def drop(
     rate: float,
 ) -> Float[Array, 'rows columns']:
     """What `keep_mask` keeps of a part of a matrix, scaled to keep its mean."""
-    return jnp.where(keep_mask(words, part, *x.shape, rate), x / (1 - rate), 0)
+    rows, columns = x.shape
+    return jnp.where(keep_mask(words, part, rows, columns, rate), x / (1 - rate), 0)
 
 
 def words_of(key: Key[Array, '']) -> UInt32[Array, '2']:

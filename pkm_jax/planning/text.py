@@ -42,7 +42,7 @@ def _collectives(estimate):
     sums = collections.defaultdict(lambda: np.zeros(3))     # of times, bytes and seconds, by line
     for one, axes, seconds in estimate.transfers:
         sums[one.kind, _largest(one.shapes), axes] += one.times, one.bytes_sent, seconds
-    total = sum(sums.values())
+    total = np.sum(list(sums.values()), axis=0)
     lines = [f'{"collectives of a step":23} {"of":24} {"along":24} {"MB sent":>9} {"ms":>8} '
              f'{"of the step":>12}']
     smaller = np.zeros(3)
@@ -50,7 +50,8 @@ def _collectives(estimate):
         if of_line[2] < SMALL * total[2]:
             smaller += of_line
         else:
-            lines.append(_row(*key, of_line, estimate))
+            kind, shapes, axes = key
+            lines.append(_row(kind, shapes, axes, of_line, estimate))
     if smaller[0]:
         lines.append(_row('smaller', '', '', smaller, estimate))
     return [*lines, _row('in all', '', '', total, estimate)]

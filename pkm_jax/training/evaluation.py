@@ -44,7 +44,8 @@ def evaluate(
         seen.append(_seen(totals))
     totals, seen, outputs = jax.device_get((totals, seen, outputs))
     joined = jax.tree.map(lambda *parts: np.concatenate(parts)[:examples], *outputs)
-    values = {**task.evaluation(totals.sums, joined), 'eval_tokens': int(totals.tokens)}
+    values: dict[str, Any] = {**task.evaluation(totals.sums, joined),
+                              'eval_tokens': int(totals.tokens)}
     if sites:
         values['memory'] = {str(name): _memory_values(name, counts, seen, sites[name].config)
                             for name, counts in totals.counts.items()}

@@ -10,7 +10,7 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import triton as plt
 
 
-def column_blocks(width: int) -> list[pl.Slice]:
+def column_blocks(width: int) -> list:
     """Column ranges of a power-of-two size, as the Triton backend wants them, that cover a row."""
     size = min(width & -width, 256)
     return [pl.ds(first, size) for first in range(0, width, size)]
