@@ -163,7 +163,7 @@ def test_bert_base_converts_in_time_and_in_memory(tmp_path):
     """Under 30 s and under twice its size, the interpreter and its libraries included."""
     (tmp_path / 'base').mkdir()
     rng = np.random.default_rng(0)
-    config = BertConfig(vocab_size=30_522, heads=('mlm', 'pooler', 'nsp'))
+    config = BertConfig(vocab_size=30_522, output_heads=('mlm', 'pooler', 'nsp'))
     params, _ = expected(config)
     weights = {names.huggingface(path): rng.standard_normal(
         leaf.shape[::-1] if names.is_kernel(path) else leaf.shape, np.float32)

@@ -12,7 +12,8 @@ from pkm_jax.refusal import Refusal
 FREE = ('log', 'workdir', 'compilation_cache', 'distributed', 'memory.shards', 'train.fsdp',
         'model.remat', 'data.corpus', 'data.cache', 'data.workers')    # data: compared by content
 # What fields were called before, by section: runs of then go on.
-RENAMED = {'train': {'accumulate': 'gradient_accumulation_steps', 'split_backbone': 'fsdp'}}
+RENAMED = {'model': {'heads': 'output_heads'},
+           'train': {'accumulate': 'gradient_accumulation_steps', 'split_backbone': 'fsdp'}}
 
 
 def read_description(folder: Path) -> dict[str, Any]:

@@ -23,7 +23,7 @@ TASKS = {'masked_lm': MaskedLM, 'causal_lm': CausalLM}
 PLACEMENT = {'layers': 'memory_layers', 'placement': 'placement', 'zero_start': 'zero_start',
              'shared_values': 'shared_values'}
 # Fields of a model that its task or its weights decide, not a configuration.
-DECIDED = ('memory', *PLACEMENT.values(), 'heads', 'classes')
+DECIDED = ('memory', *PLACEMENT.values(), 'output_heads', 'classes')
 TOP = ('workdir', 'init_from', 'seed', 'compilation_cache')
 PATHS = ('workdir', 'init_from', 'compilation_cache')
 

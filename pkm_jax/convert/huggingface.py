@@ -56,7 +56,7 @@ def load(folder: str | Path, allow_unused: bool = False) -> Pretrained:
     stored, left = _canonical(_unwrapped(open_weights(folder)))
     _leave_unknown_head(configuration.unknown_head(folder / 'config.json'), stored, left)
     config = configuration.with_heads(config, stored, names.huggingface)
-    if 'mlm' in config.heads:
+    if 'mlm' in config.output_heads:
         tied = _settle_decoder(stored, left, config.tied)
         config = dataclasses.replace(config, tied=tied)
     return assemble(config, stored, names.huggingface, names.is_kernel, left, allow_unused)
@@ -152,10 +152,10 @@ def save(folder: str | Path, config: BertConfig, params: dict, statistics: dict,
             stored |= _split(names.huggingface(path), leaf, table_rows)
         else:
             stored[names.huggingface(path)] = _outward(path, leaf)
-    if not config.tied and 'mlm' in config.heads:
+    if not config.tied and 'mlm' in config.output_heads:
         stored[DECODER + 'bias'] = stored['cls.predictions.bias']
     content = configuration.write(config, table_rows)
-    if not config.heads:
+    if not config.output_heads:
         logging.warning('The model has no pooler: transformers will say that it makes a new one.')
     if configuration.architecture_of(config) == 'BertModel':
         stored = {name.removeprefix('bert.'): tensor for name, tensor in stored.items()}

@@ -32,16 +32,17 @@ class BertConfig(TransformerConfig):
       Refusal: a size or name is impossible; the message names it, its value and the remedy.
     """
     segments: int = setting(2, 'kinds of sentence that a token can belong to', least=1)
-    heads: tuple[str, ...] = setting(('mlm',), f'outputs, of {", ".join(HEADS)}')
+    output_heads: tuple[str, ...] = setting(('mlm',), f'outputs, of {", ".join(HEADS)}')
     classes: int = setting(2, 'outputs of the classifier; 1 for regression', least=1)
     tied: bool = setting(True, 'the MLM head predicts with the word embedding')
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if unknown := sorted(set(self.heads) - set(HEADS)):
-            raise Refusal(f'heads {unknown} are none of {HEADS}.')
-        if {'nsp', 'classifier'} & set(self.heads) and 'pooler' not in self.heads:
-            raise Refusal(f"heads = {self.heads}: 'nsp' and 'classifier' read the 'pooler'.")
+        if unknown := sorted(set(self.output_heads) - set(HEADS)):
+            raise Refusal(f'output_heads {unknown} are none of {HEADS}.')
+        if {'nsp', 'classifier'} & set(self.output_heads) and 'pooler' not in self.output_heads:
+            raise Refusal(f"output_heads = {self.output_heads}: 'nsp' and 'classifier' read the "
+                          f"'pooler'.")
 
     def build(self, rngs: nnx.Rngs) -> 'Bert':
         """A BERT with fresh parameters."""
@@ -76,15 +77,15 @@ class Bert(nnx.Module):
                 values = blocks[-1].memory.values
         self.layers = nnx.List(blocks)
         linear = functools.partial(_linear, config, rngs)
-        if 'mlm' in config.heads:
+        if 'mlm' in config.output_heads:
             self.mlm = MaskedLMHead(config, rngs)
-        if 'pooler' in config.heads:
+        if 'pooler' in config.output_heads:
             self.pooler = linear(config.width, config.width)
-        if 'nsp' in config.heads:
+        if 'nsp' in config.output_heads:
             self.nsp = linear(config.width, 2)
-        if 'classifier' in config.heads:
+        if 'classifier' in config.output_heads:
             self.classifier = linear(config.width, config.classes)
-        if 'span' in config.heads:
+        if 'span' in config.output_heads:
             self.span = linear(config.width, 2)
 
     def __call__(

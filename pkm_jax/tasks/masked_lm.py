@@ -45,7 +45,7 @@ class MaskedLM(LanguageModelling):
           Refusal: it has none.
         """
         super().check(model)
-        if not isinstance(model, BertConfig) or 'mlm' not in model.heads:
+        if not isinstance(model, BertConfig) or 'mlm' not in model.output_heads:
             raise Refusal(f"task = 'masked_lm' needs a BERT with an 'mlm' head, not {model}.")
 
     def examples(self, data: Prepared, seed: int) -> MaskedExamples:

@@ -14,7 +14,7 @@ from pkm_jax.models.bert import Bert, BertConfig
 from pkm_jax.refusal import Refusal
 
 PLAIN = BertConfig(vocab_size=50, layers=3, width=16, attention_heads=4, feed_forward_width=32,
-                   max_length=12, heads=('mlm', 'pooler', 'nsp', 'classifier', 'span'), classes=3)
+                   max_length=12, output_heads=('mlm', 'pooler', 'nsp', 'classifier', 'span'), classes=3)
 ADD = dataclasses.replace(PLAIN, memory=MemoryConfig(sub_keys=6, heads=2, top_k=3, query_width=8),
                           memory_layers=(0, 2), placement='add')
 
@@ -209,8 +209,8 @@ def test_bfloat16_computes_over_float32_parameters():
     (dict(memory_layers=(1, 1)), r'\(1, 1\)'),
     (dict(memory_layers=()), r"placement = 'add' with memory.layers = \(\)"),
     (dict(placement='beside'), r"'beside' is none of"),
-    (dict(heads=('mlm', 'lm')), r"'lm'"),
-    (dict(heads=('nsp',)), r"read the 'pooler'"),
+    (dict(output_heads=('mlm', 'lm')), r"'lm'"),
+    (dict(output_heads=('nsp',)), r"read the 'pooler'"),
     (dict(dropout=1.), r'model.dropout = 1.0'),
     (dict(attention_dropout=.999999), r'model.attention_dropout = 0.999999'),
 ])

@@ -41,7 +41,7 @@ def test_arrays_are_those_of_an_example():
         'mlm_weights': ((3,), np.float32)}
 
 
-@pytest.mark.parametrize('model', [CausalConfig(), BertConfig(heads=('pooler',))])
+@pytest.mark.parametrize('model', [CausalConfig(), BertConfig(output_heads=('pooler',))])
 def test_models_without_the_head_are_refused(model):
     with pytest.raises(Refusal, match="needs a BERT with an 'mlm' head"):
         TASK.check(model)
