@@ -8,7 +8,7 @@ Placement of a memory in a post-norm block (docs/method.md, section 2), LN being
 """
 
 import dataclasses
-from typing import Any, Self
+from typing import Any
 
 import jax.numpy as jnp
 
@@ -66,7 +66,7 @@ class TransformerConfig:
             raise Refusal(f'memory.layers = {self.memory_layers}: every layer must be given once '
                           f'and lie within 0..{self.layers - 1} (model.layers = {self.layers}).')
 
-    def with_vocabulary(self, words: int) -> Self:
+    def with_vocabulary(self, words: int) -> Any:
         """The same with an embedding for that many words, where its rows were not given.
 
         Raises:
