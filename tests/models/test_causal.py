@@ -12,6 +12,7 @@ from flax import nnx
 from pkm_jax.memory.layer import MemoryConfig
 from pkm_jax.models.causal import Causal, CausalConfig, rotated
 from pkm_jax.refusal import Refusal
+from tests.memory.test_layer import reference as memory_reference
 
 PLAIN = CausalConfig(vocab_size=40, layers=2, width=16, attention_heads=2, feed_forward_width=24,
                      max_length=10, dropout=0., attention_dropout=0., norm_epsilon=1e-5)
@@ -62,7 +63,7 @@ def attended(x, p, config):
 
 
 def reference(model, config):
-    """States by formula; of a memory its own read, which has tests of its own."""
+    """States by formula, with the reference of the memory's own tests."""
     p = jax.tree.map(lambda a: np.asarray(a, np.float64),
                      nnx.to_pure_dict(nnx.state(model, nnx.Param)))
     x = p['embeddings']['word']['embedding'][np.asarray(tokens())]
@@ -75,10 +76,10 @@ def reference(model, config):
             total = total + linear(gelu(linear(h, block['feed_forward']['up'])),
                                    block['feed_forward']['down'])
         if 'memory' in block:
-            real = jnp.arange(10)[None] < LENGTHS[:, None]
-            read, _ = model.layers[i].memory.read(jnp.asarray(h, jnp.float32), real,
-                                                  deterministic=True)
-            total = total + np.asarray(read, np.float64)
+            real = np.arange(10)[None] < np.asarray(LENGTHS)[:, None]
+            read, _ = memory_reference(config.memory, block['memory'], {}, h.reshape(20, -1),
+                                       real.reshape(-1), training=False)
+            total = total + read.reshape(h.shape)
         x = total
     return norm(x, p['norm']), p['embeddings']['word']['embedding']
 
@@ -149,6 +150,26 @@ def test_rematerialised_gradients_are_the_same(changes):
     ours, theirs = gradients(True), gradients(False)
     for a, b in zip(jax.tree.leaves(ours), jax.tree.leaves(theirs), strict=True):
         np.testing.assert_allclose(a, b, atol=2e-5)
+
+
+def test_dropout_needs_a_key_and_depends_on_it():
+    model = Causal(dataclasses.replace(ADD, dropout=.1), nnx.Rngs(0))
+
+    def run(key):
+        return np.asarray(model(tokens(), LENGTHS, deterministic=key is None, rngs=key)[0])
+
+    assert np.array_equal(run(jax.random.key(1)), run(jax.random.key(1)))
+    assert not np.array_equal(run(jax.random.key(1)), run(jax.random.key(2)))
+    assert not np.array_equal(run(jax.random.key(1)), run(None))
+    with pytest.raises(Refusal, match='needs a key'):
+        model(tokens(), LENGTHS, deterministic=False)
+
+
+@pytest.mark.parametrize('changes', [
+    {'dropout': .1}, {'attention_dropout': .1},
+    {'memory': dataclasses.replace(ADD.memory, value_dropout=.1)}])
+def test_any_dropout_needs_a_key(changes):
+    assert not ADD.has_dropout and dataclasses.replace(ADD, **changes).has_dropout
 
 
 def test_zero_scaled_memory_changes_no_bit_in_evaluation():
