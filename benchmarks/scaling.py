@@ -17,7 +17,8 @@ from pkm_jax.planning import chips
 from pkm_jax.planning.estimate import Estimate, estimate
 from pkm_jax.planning.text import text_of
 
-CONFIGS = flags.DEFINE_list('configs', ['bert_base_pkm_pod', 'bert_base_pkm', 'bert_large'],
+CONFIGS = flags.DEFINE_list('configs', ['bert_base_pkm_pod', 'bert_base_pkm', 'bert_large',
+                                        'causal_pkm'],
                             'Names in pkm_jax/configs/.')
 TOPOLOGIES = flags.DEFINE_list('topologies', ['v5e:4x4', 'v5e:16x16', 'v6e:16x16', 'v5p:4x4x4'],
                                'See pkm_jax.compile_check.')

@@ -109,11 +109,9 @@ class Bert(nnx.Module):
         return states, reads
 
     def _key(self, deterministic, rngs):
-        config = self.config
         if deterministic:
             return None
-        if rngs is None and (config.dropout or config.attention_dropout
-                             or config.memory_layers and config.memory.has_dropout):
+        if rngs is None and self.config.has_dropout:
             raise Refusal('A model with dropout needs a key, rngs, where it is not deterministic.')
         return rngs
 

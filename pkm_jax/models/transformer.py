@@ -98,6 +98,12 @@ class TransformerConfig:
             return [f'attention: NOT FUSED, since model.dtype = {self.dtype!r} is not bfloat16']
         return ['attention: fused (cuDNN)']
 
+    @property
+    def has_dropout(self) -> bool:
+        """Whether a model in training needs a key."""
+        return bool(self.dropout or self.attention_dropout
+                    or self.memory_layers and self.memory.has_dropout)
+
     def has_feed_forward(self, layer: int) -> bool:
         return not (self.placement == 'replace' and layer in self.memory_layers)
 

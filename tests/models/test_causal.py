@@ -11,7 +11,9 @@ from flax import nnx
 
 from pkm_jax.memory.layer import MemoryConfig
 from pkm_jax.models.causal import Causal, CausalConfig, rotated
+from pkm_jax.models.interface import at, flatten, replaced
 from pkm_jax.refusal import Refusal
+from tests.memory.test_layer import reference as memory_reference
 
 PLAIN = CausalConfig(vocab_size=40, layers=2, width=16, attention_heads=2, feed_forward_width=24,
                      max_length=10, dropout=0., attention_dropout=0., norm_epsilon=1e-5)
@@ -52,9 +54,9 @@ def attended(x, p, config):
     if config.positions == 'rotary':
         query, key = turned(query), turned(key)
     scores = np.einsum('bqhd,bkhd->bhqk', query, key) / np.sqrt(query.shape[-1])
-    at = np.arange(length)
-    seen = (at[None] <= at[:, None])[None, None] & (
-        at[None] < np.asarray(LENGTHS)[:, None])[:, None, None]
+    place = np.arange(length)
+    seen = (place[None] <= place[:, None])[None, None] & (
+        place[None] < np.asarray(LENGTHS)[:, None])[:, None, None]
     scores = np.where(seen, scores, -1e30)
     weights = np.exp(scores - scores.max(-1, keepdims=True))
     weights /= weights.sum(-1, keepdims=True)
@@ -62,7 +64,7 @@ def attended(x, p, config):
 
 
 def reference(model, config):
-    """States by formula; of a memory its own read, which has tests of its own."""
+    """States by formula, with the reference of the memory's own tests."""
     p = jax.tree.map(lambda a: np.asarray(a, np.float64),
                      nnx.to_pure_dict(nnx.state(model, nnx.Param)))
     x = p['embeddings']['word']['embedding'][np.asarray(tokens())]
@@ -75,10 +77,10 @@ def reference(model, config):
             total = total + linear(gelu(linear(h, block['feed_forward']['up'])),
                                    block['feed_forward']['down'])
         if 'memory' in block:
-            real = jnp.arange(10)[None] < LENGTHS[:, None]
-            read, _ = model.layers[i].memory.read(jnp.asarray(h, jnp.float32), real,
-                                                  deterministic=True)
-            total = total + np.asarray(read, np.float64)
+            real = np.arange(10)[None] < np.asarray(LENGTHS)[:, None]
+            read, _ = memory_reference(config.memory, block['memory'], {}, h.reshape(20, -1),
+                                       real.reshape(-1), training=False)
+            total = total + read.reshape(h.shape)
         x = total
     return norm(x, p['norm']), p['embeddings']['word']['embedding']
 
@@ -149,6 +151,73 @@ def test_rematerialised_gradients_are_the_same(changes):
     ours, theirs = gradients(True), gradients(False)
     for a, b in zip(jax.tree.leaves(ours), jax.tree.leaves(theirs), strict=True):
         np.testing.assert_allclose(a, b, atol=2e-5)
+
+
+def test_dropout_needs_a_key_and_depends_on_it():
+    model = Causal(dataclasses.replace(ADD, dropout=.1), nnx.Rngs(0))
+
+    def run(key):
+        return np.asarray(model(tokens(), LENGTHS, deterministic=key is None, rngs=key)[0])
+
+    assert np.array_equal(run(jax.random.key(1)), run(jax.random.key(1)))
+    assert not np.array_equal(run(jax.random.key(1)), run(jax.random.key(2)))
+    assert not np.array_equal(run(jax.random.key(1)), run(None))
+    with pytest.raises(Refusal, match='needs a key'):
+        model(tokens(), LENGTHS, deterministic=False)
+
+
+@pytest.mark.parametrize('changes', [
+    {'dropout': .1}, {'attention_dropout': .1},
+    {'memory': dataclasses.replace(ADD.memory, value_dropout=.1)}])
+def test_any_dropout_needs_a_key(changes):
+    assert not ADD.has_dropout and dataclasses.replace(ADD, **changes).has_dropout
+
+
+@pytest.mark.parametrize('place', [
+    ('embeddings', 'word', 'embedding'), ('layers', 0, 'attention', 'output', 'bias'),
+    ('layers', 0, 'feed_forward', 'down', 'bias')])
+def test_embeddings_and_both_branches_are_dropped_from(place):
+    """A model of zeros but for one array of ones: its states are constant unless some are dropped,
+    and a norm makes 0 of what is constant."""
+    config = dataclasses.replace(PLAIN, layers=1, dropout=.5)
+    graph, params = nnx.split(Causal(config, nnx.Rngs(0)), nnx.Param)
+    params = jax.tree.map(jnp.zeros_like, nnx.to_pure_dict(params))
+    params['norm']['scale'] = jnp.ones(16)
+    params = replaced(params, place, jnp.ones_like(at(params, place)))
+    model = nnx.merge(graph, params)
+    assert not np.asarray(model(tokens(), LENGTHS)[0]).any()
+    states, _ = model(tokens(), LENGTHS, deterministic=False, rngs=jax.random.key(0))
+    assert .4 < np.mean(np.asarray(states) > 0) < .6
+
+
+@pytest.mark.parametrize('remat', [False, True])
+def test_training_updates_batch_statistics_by_real_tokens(remat):
+    config = dataclasses.replace(ADD, remat=remat, memory=dataclasses.replace(
+        ADD.memory, query_norm='batch'))
+
+    def statistics(given, deterministic):
+        model = Causal(config, nnx.Rngs(0))
+        model(given, LENGTHS, deterministic=deterministic)
+        return jax.tree.leaves(nnx.to_pure_dict(nnx.state(model, nnx.BatchStat)))
+
+    fresh, ours, padded, other = (statistics(*call) for call in (
+        (tokens(), True), (tokens(), False), (tokens().at[1, 6:].set(7), False),
+        (tokens().at[1, 5].set(7), False)))
+    assert len(ours) == 2
+    for before, a, b, c in zip(fresh, ours, padded, other, strict=True):
+        assert not np.array_equal(before, a) and not np.array_equal(a, c)
+        np.testing.assert_array_equal(a, b)
+
+
+@pytest.mark.parametrize('shared', [False, True])
+def test_memories_tables_and_words_are_where_the_configuration_says(shared):
+    config = dataclasses.replace(ADD, memory_layers=(0, 1), shared_values=shared)
+    params = nnx.to_pure_dict(nnx.state(Causal(config, nnx.Rngs(0)), nnx.Param))
+    tables = {path for path in flatten(params) if path.endswith('/values')}
+    assert tables == {'/'.join(map(str, site.table)) for site in config.memories.values()}
+    assert len(tables) == 2 - shared
+    assert all('codebooks' in at(params, site.path) for site in config.memories.values())
+    assert at(params, config.word_embedding).shape == (40, 16)
 
 
 def test_zero_scaled_memory_changes_no_bit_in_evaluation():
