@@ -36,8 +36,8 @@ def get_config(arguments: str = '') -> ml_collections.ConfigDict:
     config = defaults('causal', 'causal_lm')
     config.workdir = f'runs/causal_pkm_{given["placement"]}'
     config.model.update(layers=16, width=1024, attention_heads=16, feed_forward_width=4096,
-                        max_length=512, positions='learned', attention_dropout=0.0, norm_epsilon=1e-5,
-                        dtype='bfloat16')
+                        max_length=512, positions='learned', attention_dropout=0.0,
+                        norm_epsilon=1e-5, dtype='bfloat16')
     config.memory.update(placement=given['placement'],
                          layers=() if given['placement'] == 'none' else layers)
     config.train.update(steps=250_000, batch=512, warmup=4_000, learning_rate=2.5e-4,

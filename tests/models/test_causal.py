@@ -70,7 +70,7 @@ def reference(model, config):
     x = p['embeddings']['word']['embedding'][np.asarray(tokens())]
     if config.positions == 'learned':
         x = x + p['embeddings']['position']['embedding']
-    for i, block in p['layers'].items():
+    for block in p['layers'].values():
         x = x + attended(norm(x, block['attention_norm']), block['attention'], config)
         h, total = norm(x, block['norm']), x
         if 'feed_forward' in block:
