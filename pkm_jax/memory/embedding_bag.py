@@ -1,4 +1,4 @@
-"""Weighted sum of value rows, and its derivative (METHOD.md section 1, step 5)."""
+"""Weighted sum of value rows, and its derivative (docs/method.md, section 1, step 5)."""
 
 import functools
 

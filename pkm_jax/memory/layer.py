@@ -1,4 +1,4 @@
-"""The product-key memory layer (METHOD.md section 1): query, retrieval, weights, read."""
+"""The product-key memory layer (docs/method.md, section 1): query, retrieval, weights, read."""
 
 import dataclasses
 import functools

@@ -39,7 +39,7 @@ def xlm_memory(batch_norm: bool, flat: bool, seed: int = 0) -> dict[str, np.ndar
 
 
 def read_by_definition(memory: dict[str, np.ndarray], x: np.ndarray) -> np.ndarray:
-    """METHOD.md section 1 over all N² slots, from the names and shapes of the source."""
+    """docs/method.md, section 1 over all N² slots, from the names and shapes of the source."""
     query = x @ memory['query_proj.query_mlps.0.weight'].T + memory['query_proj.query_mlps.0.bias']
     norm = {name.rsplit('.', 1)[1]: array for name, array in memory.items() if 'mlps.1' in name}
     if norm:
