@@ -1,4 +1,4 @@
-"""Gradients and updates of the few rows of a value table that a step read (docs/method.md, section 5)."""
+"""Gradients and updates of the few rows of a table that a step read (docs/method.md, section 5)."""
 
 from typing import Any, NamedTuple
 
