@@ -19,14 +19,14 @@ import time
 
 os.environ.setdefault('XLA_PYTHON_CLIENT_PREALLOCATE', 'false')     # PyTorch needs memory too
 
-import jax  # noqa: E402
-import jax.numpy as jnp  # noqa: E402
-import numpy as np  # noqa: E402
+import jax
+import jax.numpy as jnp
+import numpy as np
 
-from benchmarks import memory_peers  # noqa: E402
-from pkm_jax.memory import layer  # noqa: E402
-from pkm_jax.memory.embedding_bag import compact_gradients, embedding_bag  # noqa: E402
-from pkm_jax.memory.product_keys import top_k_product_keys  # noqa: E402
+from benchmarks import memory_peers
+from pkm_jax.memory import layer
+from pkm_jax.memory.embedding_bag import compact_gradients, embedding_bag
+from pkm_jax.memory.product_keys import top_k_product_keys
 
 TOKENS, HEADS, TOP_K, HALF = 16384, 4, 32, 128
 READS = HEADS * TOP_K
@@ -260,16 +260,16 @@ def check_read(dtype, zipf):
     busiest = np.argsort(np.bincount(ids.ravel()))[-4:]
     some = np.unique(np.concatenate([ids[0], busiest]))
     spread = np.stack([np.sum(np.where(ids == slot, w, 0), axis=1) for slot in some])
-    rows, _ = jax.jit(kernel_compact)(values, slots, weights, gradient)
-    where = np.searchsorted(np.asarray(rows.ids), some)
+    compact, _ = jax.jit(kernel_compact)(values, slots, weights, gradient)
+    where = np.searchsorted(np.asarray(compact.ids), some)
     errors = {
         'sums': relative(out[:64], np.einsum('tr,trv->tv', w[:64], rows)),
         'dense gradient': relative(by_value[some], spread @ g),
-        'compact gradient': relative(rows.rows[where], spread @ g),
+        'compact gradient': relative(compact.rows[where], spread @ g),
         'weight gradient': relative(by_weight[:64], np.einsum('tv,trv->tr', g[:64], rows)),
         'rows without a read': float(jnp.sum(jnp.abs(by_value)) != jnp.sum(jnp.abs(
             jnp.where(jnp.zeros(len(values), bool).at[slots].set(True)[:, None], by_value, 0)))),
-        'distinct slots': abs(int(rows.count[0]) - len(np.unique(ids))),
+        'distinct slots': abs(int(compact.count[0]) - len(np.unique(ids))),
     }
     again = (run(values, slots, weights, gradient)[1] for _ in range(10))
     return errors, all(_same(one, (by_value, by_weight)) for one in again)

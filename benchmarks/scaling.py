@@ -12,28 +12,30 @@ from pathlib import Path
 import jax
 from absl import app, flags, logging
 
+from pkm_jax.configuration.resolve import runs_of
 from pkm_jax.planning import chips
-from pkm_jax.planning.check import Check, check
-from pkm_jax.planning.report import report
+from pkm_jax.planning.estimate import Estimate, estimate
+from pkm_jax.planning.text import text_of
 
-CONFIGS = flags.DEFINE_list('configs', ['bert_base_pkm_pod', 'bert_base_pkm', 'bert_large'],
-                            'Names in configs/.')
+CONFIGS = flags.DEFINE_list('configs', ['bert_base_pkm_pod', 'bert_base_pkm', 'bert_large',
+                                        'causal_pkm'],
+                            'Names in pkm_jax/configs/.')
 TOPOLOGIES = flags.DEFINE_list('topologies', ['v5e:4x4', 'v5e:16x16', 'v6e:16x16', 'v5p:4x4x4'],
                                'See pkm_jax.compile_check.')
 REPORTS = flags.DEFINE_string('reports', None, 'Folder for the reports.')
 
 
-def row(name: str, found: Check) -> str:
+def row(name: str, found: Estimate) -> str:
     """A line of the table; of a step that the compiler refused, what it would have needed."""
-    plan, needed = found.plan, found.memory
+    needed = found.memory
     fits = 'fits' if found.fits else '**does not fit**'
-    cells = [name, found.topology.name, ' × '.join(map(str, plan.shards)),
+    cells = [name, found.topology.name, ' × '.join(map(str, found.layout.shards)),
              f'{needed.total / 1e9:.1f} of {needed.available / 1e9:.1f}, {fits}']
     if found.refusal:
         return f'| {" | ".join(cells)} | | | | |'
     seconds = found.seconds
     cells += [f'{seconds[part] * 1e3:.1f}' for part in ('arithmetic', 'HBM', 'links')]
-    tokens = found.config.train.batch * found.config.data.length / found.step_seconds
+    tokens = found.run.tokens_per_step / found.step_seconds
     return f'| {" | ".join([*cells, f"{tokens / 1e6:.2f}"])} |'
 
 
@@ -45,12 +47,12 @@ def main(_):
     print('| --- ' * 8 + '|')
     for topology in TOPOLOGIES.value:
         for name in CONFIGS.value:
-            config = importlib.import_module(f'configs.{name}').get_config()
-            found = check(config, chips.parse(topology))
+            run, = runs_of(importlib.import_module(f'pkm_jax.configs.{name}').get_config())
+            found = estimate(run, chips.parse(topology))
             print(row(f'`{name}`', found), flush=True)
             if REPORTS.value:
                 path = Path(REPORTS.value) / f'{name}_{topology.replace(":", "_")}.txt'
-                path.write_text(report(found, name) + '\n')
+                path.write_text(text_of(found, name) + '\n')
 
 
 if __name__ == '__main__':

@@ -22,7 +22,7 @@ import optax
 
 from pkm_jax.memory import sharded
 from pkm_jax.memory.sparse_rows import SparseRows
-from pkm_jax.training import sparse_updates
+from pkm_jax.optimizers import sparse
 
 READS = 128
 
@@ -35,7 +35,7 @@ def sparse_step(optimizer, table, state, slots, weights, gradient):
     rows, by_weight = pull(gradient + read)     # as in training, it waits for the read
     gradients = {'values': SparseRows(touched.ids, rows, touched.count)}
     updates, state = optimizer.update(gradients, state)
-    changed = sparse_updates.apply_updates({'values': table}, updates, jax.random.key(0))
+    changed = sparse.apply_updates({'values': table}, updates, jax.random.key(0))
     return changed['values'], state, by_weight
 
 
@@ -80,7 +80,7 @@ def main():
     for name, largest in (('rowwise_adagrad', 24), ('lazy_adam', 22)):
         times = []
         for exponent in (e for e in exponents if e <= largest):
-            took, extra = milliseconds(sparse_step, getattr(sparse_updates, name)(1e-3),
+            took, extra = milliseconds(sparse_step, getattr(sparse, name)(1e-3),
                                        2 ** exponent, width, dtype, tokens)
             times.append(took)
             print(f'| 2^{exponent} × {width} {jnp.dtype(dtype).name} | {name} | {took:.3f} | '
@@ -88,7 +88,7 @@ def main():
         growth[name] = times[-1] / times[0] - 1
     keys, width = (64, 128) if options.small else (2048, 1024)
     compared = []
-    for title, step, optimizer in (('sparse', sparse_step, sparse_updates.lazy_adam(1e-3)),
+    for title, step, optimizer in (('sparse', sparse_step, sparse.lazy_adam(1e-3)),
                                    ('dense', dense_step, optax.adam(1e-3))):
         took, extra = milliseconds(step, optimizer, keys ** 2, width, jnp.float32, tokens)
         compared.append(took)

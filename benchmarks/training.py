@@ -19,10 +19,9 @@ import jax.numpy as jnp
 import numpy as np
 from absl import app, flags
 
-from configs import bert_base_pkm, bert_large
-from pkm_jax.training import settings
-from pkm_jax.training.metrics import training_flops
-from pkm_jax.training.optimizer import make_optimizer
+from pkm_jax.configs import bert_base_pkm, bert_large
+from pkm_jax.configuration.resolve import runs_of
+from pkm_jax.optimizers.build import make_optimizer
 from pkm_jax.training.state import initial_state, model_graph
 from pkm_jax.training.step import train_step
 
@@ -66,22 +65,24 @@ def random_batch(rows: int, length: int, vocab_size: int, predictions: int) -> d
 
 def compiled(config):
     """What makes the state of a model, its training step, a batch, and the operations per token."""
-    config.train.update(batch=BATCH.value, accumulate=1)
     predictions = config.data.max_predictions * LENGTH.value // config.data.length
-    model = settings.model_config(config, vocab_size=30522)
-    optimizer = make_optimizer(config.train)
+    config.train.update(batch=BATCH.value)
+    config.data.update(length=LENGTH.value, max_predictions=predictions)
+    run = runs_of(config)[0].with_vocabulary(30522)
+    model, optimizer = run.model, make_optimizer(run.train, run.train.steps)
     initialise = jax.jit(functools.partial(initial_state, config=model, optimizer=optimizer,
                                            track_dead=False))
-    step = jax.jit(functools.partial(train_step, graph=model_graph(model), optimizer=optimizer,
-                                     seed=0, accumulate=1), donate_argnums=0)
+    step = jax.jit(functools.partial(
+        train_step, task=run.task, graph=model_graph(model), sites=model.memories,
+        optimizer=optimizer, seed=0), donate_argnums=0)
     batch = random_batch(BATCH.value, LENGTH.value, 30522, predictions)
-    return (initialise.lower(0).compile(),
-            step.lower(jax.eval_shape(initialise, 0), batch).compile(), batch,
-            training_flops(model, LENGTH.value, predictions))
+    return (initialise.lower(np.uint32(0)).compile(),
+            step.lower(jax.eval_shape(initialise, np.uint32(0)), batch).compile(), batch,
+            run.flops_per_step / run.tokens_per_step)
 
 
 def seconds_of_step(initialise, step, batch) -> float:
-    state = initialise(0)
+    state = initialise(np.uint32(0))
 
     def take():
         nonlocal state

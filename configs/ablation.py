@@ -1,8 +1,8 @@
 r"""The paper's comparisons: where the memory sits, and what the network starts from.
 
-    python -m pkm_jax.pretrain --config=configs/ablation.py:init=scratch,placement=none
-    python -m pkm_jax.pretrain --config=configs/ablation.py:init=scratch,placement=replace
-    python -m pkm_jax.pretrain --config=configs/ablation.py:init=pretrained,placement=add,layers=4+8 \
+    python -m pkm_jax.pretrain --config=ablation:init=scratch,placement=none
+    python -m pkm_jax.pretrain --config=ablation:init=scratch,placement=replace
+    python -m pkm_jax.pretrain --config=ablation:init=pretrained,placement=add,layers=4+8 \
         --config.init_from=runs/ablation/scratch-none
 
 Arguments: init=scratch|pretrained, placement=none|replace|add, layers=I+J+… (0-based, default 4+8),

@@ -1,4 +1,4 @@
-"""Large product-key memories inside pretrained language models (Kim & Jung, 2020), in JAX and Flax."""
+"""Large product-key memories in pretrained language models (Kim & Jung, 2020), in JAX and Flax."""
 
 from pkm_jax.memory.embedding_bag import embedding_bag
 from pkm_jax.memory.layer import MemoryConfig, MemoryReads, ProductKeyMemory
@@ -7,8 +7,13 @@ from pkm_jax.memory.sharded import sparse_embedding_bag
 from pkm_jax.memory.sparse_rows import SparseRows, Touched
 from pkm_jax.memory.usage import SlotCounts, count_slots, no_counts, usage_metrics
 from pkm_jax.mesh import Axes, Shards, make_mesh
-from pkm_jax.optimizers.sparse import (apply_updates, lazy_adam, rowwise_adagrad, rowwise_adam,
-                                       sparse_sgd)
+from pkm_jax.optimizers.sparse import (
+    apply_updates,
+    lazy_adam,
+    rowwise_adagrad,
+    rowwise_adam,
+    sparse_sgd,
+)
 from pkm_jax.refusal import Refusal
 
 __all__ = [

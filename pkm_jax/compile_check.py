@@ -1,7 +1,7 @@
 """Plans a run without its hardware: python -m pkm_jax.compile_check --config=… --topology=v5e:16x16
 
     python -m pkm_jax.compile_check --config=bert_base_pkm_pod --topology=v5e:16x16
-    python -m pkm_jax.compile_check --config=bert_base_pkm --topology=h200:8 --config.train.batch=256
+    python -m pkm_jax.compile_check --config=bert_base_pkm --topology=h200:8 --config.seed=1
 
 Compiles the real training step for a TPU topology, on any machine (pip install 'jax[tpu]'), and
 prints what a device would hold, compute and send. For GPUs ('h200:8') it estimates. The exit

@@ -103,7 +103,7 @@ def export(source: Path, target: Path) -> ConversionLog:
     heads = tuple(head for head in HEADS if head in params)
     described = read_description(run)
     described['model'] |= {'vocab_size': params['embeddings']['word']['embedding'].shape[0],
-                           'heads': tuple(HEADS_KEPT.value or heads),
+                           'output_heads': tuple(HEADS_KEPT.value or heads),
                            'tied': 'decoder' not in params.get('mlm', {})}
     if 'classifier' in heads:
         described['model']['classes'] = params['classifier']['kernel'].shape[1]

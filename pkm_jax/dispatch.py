@@ -6,10 +6,11 @@ one of the two. So a program that is lowered for a GPU on a machine without one 
 a kernel's module is imported only where a program for its device is lowered.
 """
 
+import contextlib
 import dataclasses
 import functools
 import logging
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any, Literal, NamedTuple
 
 import jax
@@ -121,6 +122,7 @@ def _lower(context, *values, choice, forced, static, batched):
     function = _plain(choice, static, batched)
     if forced:
         function = _kernel(choice.load(), static, interpret=True)
+    _record(choice.operation, 'a GPU kernel, interpreted' if forced else 'plain XLA')
     return mlir.lower_fun(function)(context, *values)
 
 
@@ -131,11 +133,32 @@ def _lower_for_cuda(context, *values, choice, forced, static, batched):
         function = _plain(choice, static, batched)
     else:
         function = _kernel(kernel, static, interpret=False)
+    _record(choice.operation, f'plain XLA, slower: no kernel for {reason}' if reason else
+            'a GPU kernel')
     return mlir.lower_fun(function)(context, *values)
 
 
 mlir.register_lowering(choice_p, _lower)
 mlir.register_lowering(choice_p, _lower_for_cuda, platform='cuda')
+
+
+@contextlib.contextmanager
+def recorded() -> Iterator[dict[str, str]]:
+    """What each operation is lowered as while this is entered, by its name."""
+    found: dict[str, str] = {}
+    _records.append(found)
+    try:
+        yield found
+    finally:
+        _records.remove(found)
+
+
+_records: list[dict[str, str]] = []
+
+
+def _record(operation, implementation):
+    for found in _records:
+        found[operation] = implementation
 
 
 def _supported(choice, arrays, static, batched):

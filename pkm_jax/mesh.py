@@ -12,7 +12,8 @@ from typing import NamedTuple
 
 import jax
 from jax.experimental import mesh_utils
-from jax.sharding import AbstractMesh, AxisType, Mesh, PartitionSpec as P
+from jax.sharding import AbstractMesh, AxisType, Mesh
+from jax.sharding import PartitionSpec as P
 from jaxtyping import Array, Int32
 
 from pkm_jax.refusal import Refusal

@@ -2,10 +2,10 @@
 
     python -m pkm_jax.pretrain --config=quickstart
     python -m pkm_jax.pretrain --config=bert_base_pkm --config.data.corpus='/corpora/*.jsonl.xz'
-    python -m pkm_jax.pretrain --config=ablation:init=scratch,placement=replace --config.train.steps=1000
+    python -m pkm_jax.pretrain --config=ablation:init=scratch,placement=replace --config.seed=1
 
-The configuration says what is trained; docs/configuration.md lists every field. The same command goes
-on where a run stopped.
+The configuration says what is trained; docs/configuration.md lists every field. The same command
+goes on where a run stopped.
 """
 
 import sys
@@ -24,8 +24,9 @@ from pkm_jax.refusal import Refusal
 from pkm_jax.report.report import write_report
 from pkm_jax.training import start
 from pkm_jax.training.layout import bytes_of_device, lay_out
-from pkm_jax.training.loop import train
+from pkm_jax.training.loop import Diverged, train
 
+DIVERGED = 3    # exit status; 1: refused, 128 + signal: stopped by it
 CONFIG = command_line.define_config()
 
 
@@ -37,6 +38,7 @@ def run(config: ml_collections.ConfigDict) -> Path | None:
     Raises:
       Refusal: see `loop.train`; bad settings of any run are found before the first starts.
       Stopped: a signal asked for it; started again it goes on.
+      Diverged: a loss is not finite.
     """
     runs = runs_of(config)
     start.use_compilation_cache(runs[0].compilation_cache)
@@ -47,7 +49,8 @@ def run(config: ml_collections.ConfigDict) -> Path | None:
         train(one, layout)
     if jax.process_index() > 0:
         return None
-    return write_report(Path(config.workdir), [one.name for one in runs] if config.runs else None)
+    return write_report(runs[0].folder.parent if config.runs else runs[0].folder,
+                        [one.name for one in runs] if config.runs else None)
 
 
 def main(_: list[str]) -> None:
@@ -57,6 +60,9 @@ def main(_: list[str]) -> None:
         page = run(CONFIG.value)
     except Refusal as refusal:
         sys.exit(f'Not trained: {refusal}')
+    except Diverged as diverged:
+        print(f'Stopped: {diverged}', file=sys.stderr)
+        sys.exit(DIVERGED)
     except Stopped as stopped:
         print(stopped)
         sys.exit(stopped.status)

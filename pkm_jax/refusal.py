@@ -4,6 +4,6 @@
 class Refusal(ValueError):
     """Something that was handed in cannot be used; the message names it, its value and the remedy.
 
-    Entry points print it in one line. Any other exception is a fault of the program, and they let its
-    traceback through.
+    Entry points print it in one line. Any other exception is a fault of the program, and they let
+    its traceback through.
     """

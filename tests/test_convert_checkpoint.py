@@ -18,11 +18,13 @@ from safetensors.numpy import load_file, save_file
 
 from configs import bert_base_pkm
 from pkm_jax import convert_checkpoint
+from pkm_jax.checkpoints.store import Checkpoints
+from pkm_jax.configuration import folder as run_folder
+from pkm_jax.configuration.resolve import runs_of
 from pkm_jax.convert import configuration, huggingface, names
-from pkm_jax.convert.tensors import expected, flatten
+from pkm_jax.convert.tensors import expected
 from pkm_jax.models.bert import BertConfig
-from pkm_jax.training.checkpoints import Checkpoints
-from pkm_jax.training.settings import model_config
+from pkm_jax.models.interface import flatten
 from pkm_jax.training.state import initial_state
 
 GOLDENS = Path(__file__).parent / 'convert/goldens'
@@ -80,16 +82,19 @@ def test_what_training_wrote_goes_out(tmp_path, convert):
     settings = bert_base_pkm.get_config()
     settings.model.update(layers=2, width=8, attention_heads=2, feed_forward_width=12, max_length=9)
     settings.memory.update(layers=(1,), sub_keys=4, heads=2, top_k=3, query_width=4)
-    config = model_config(settings, vocab_size=30)
+    settings.data.update(length=9, max_predictions=2)
+    settings.workdir = str(tmp_path / 'run')
+    run, = runs_of(settings)
+    run_folder.describe(run)
+    config = run.with_vocabulary(30).model
     state = initial_state(0, config, optax.sgd(0.1), track_dead=True)
     saved = Checkpoints(tmp_path / 'run/checkpoints', keep=1)
     saved.save(state, {})
     saved.close()
-    (tmp_path / 'run/config.json').write_text(settings.to_json())
     convert(from_=tmp_path / 'run', to=tmp_path / 'out')
     found = huggingface.load(tmp_path / 'out')
     assert found.config == dataclasses.replace(config, dtype='float32')
-    wanted = flatten(state.params) | flatten(state.statistics)
+    wanted = flatten(state.params) | flatten(state.batch_stats)
     for path, array in (flatten(found.params) | flatten(found.statistics)).items():
         np.testing.assert_array_equal(array, wanted.pop(path), err_msg=path)
     assert not wanted
@@ -141,7 +146,8 @@ def test_flags_that_an_export_does_not_read_are_refused(tmp_path, source, conver
     convert(from_=source, to=tmp_path / 'run')
     for name, value in dict(allow_unused=True, memories='memory.pth', memory_layers=['1'],
                             placement='replace', top_k=2).items():
-        with pytest.raises(SystemExit, match=f'Leave out --{name}: of no use when a run is exported'):
+        with pytest.raises(SystemExit,
+                           match=f'Leave out --{name}: of no use when a run is exported'):
             convert(from_=tmp_path / 'run', to=tmp_path / 'out', **{name: value})
     assert not (tmp_path / 'out').exists()
 
@@ -157,7 +163,7 @@ def test_bert_base_converts_in_time_and_in_memory(tmp_path):
     """Under 30 s and under twice its size, the interpreter and its libraries included."""
     (tmp_path / 'base').mkdir()
     rng = np.random.default_rng(0)
-    config = BertConfig(heads=('mlm', 'pooler', 'nsp'))
+    config = BertConfig(vocab_size=30_522, output_heads=('mlm', 'pooler', 'nsp'))
     params, _ = expected(config)
     weights = {names.huggingface(path): rng.standard_normal(
         leaf.shape[::-1] if names.is_kernel(path) else leaf.shape, np.float32)

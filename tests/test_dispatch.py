@@ -158,3 +158,18 @@ traced.lower(lowering_platforms=('cuda',))
     done = subprocess.run([sys.executable, '-c', script], capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     assert done.stderr.count('The kernel of the embedding bag does not support jax') == 1
+
+
+def test_what_was_chosen_is_recorded():
+    """For the platform of the lowering, with the reason where it is no kernel."""
+    values, slots = jnp.ones((8, 128)), jnp.zeros((4, 2), jnp.int32)
+
+    def chosen(values, platform):
+        with use_abstract_mesh(H100), dispatch.recorded() as found:
+            jax.jit(embedding_bag).trace(values, slots, jnp.ones((4, 2))).lower(
+                lowering_platforms=(platform,))
+        return found
+
+    assert chosen(values, 'cpu') == {'embedding bag': 'plain XLA'}
+    assert chosen(values, 'cuda') == {'embedding bag': 'a GPU kernel'}
+    assert 'no kernel for a value width of 96' in chosen(values[:, :96], 'cuda')['embedding bag']

@@ -4,11 +4,21 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from jax.sharding import AxisType, PartitionSpec as P
+from jax.sharding import AxisType
+from jax.sharding import PartitionSpec as P
 
 from pkm_jax import mesh as meshes
-from pkm_jax.mesh import (NONE, OWN, Axes, Shards, axes_of, device_index, make_mesh, over_tokens,
-                          shards_in_use)
+from pkm_jax.mesh import (
+    NONE,
+    OWN,
+    Axes,
+    Shards,
+    axes_of,
+    device_index,
+    make_mesh,
+    over_tokens,
+    shards_in_use,
+)
 from pkm_jax.refusal import Refusal
 
 
@@ -68,7 +78,7 @@ def test_a_foreign_mesh_is_named_in_one_logged_line(monkeypatch, caplog):
 def test_devices_are_numbered_in_the_order_of_their_tokens(axes):
     with jax.set_mesh(make_mesh(Shards(2, 2, 2))):
         numbers = jax.jit(over_tokens(
-            lambda x, offset: x + offset + device_index(axes), 1, axes))(jnp.zeros(16), 100)
+            lambda x, offset: x + offset + device_index(axes), 1, axes))(jnp.zeros(16, jnp.int32), 100)
         devices = shards_in_use(axes)
     count = int(np.prod(devices))
     np.testing.assert_array_equal(numbers, np.repeat(np.arange(count), 16 // count) + 100)

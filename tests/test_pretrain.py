@@ -13,7 +13,8 @@ import pytest
 
 from configs import quickstart
 from pkm_jax import pretrain
-from pkm_jax.training import checkpoints
+from pkm_jax.checkpoints import store
+from pkm_jax.refusal import Refusal
 
 
 def test_the_quickstart_in_seconds(config, tmp_path):
@@ -30,9 +31,9 @@ def test_the_quickstart_in_seconds(config, tmp_path):
         lines = [json.loads(line) for line in (folder / 'metrics.jsonl').read_text().splitlines()]
         assert lines[-1]['kind'] == 'eval' and len(lines[-1].get('memory', {})) == memories
         assert name in page
-    pretrained = checkpoints.read_weights(checkpoints.newest(tmp_path / 'quickstart' / 'pretrain'))
-    added = checkpoints.read_weights(checkpoints.newest(tmp_path / 'quickstart' / 'add'))
-    replaced = checkpoints.read_weights(checkpoints.newest(tmp_path / 'quickstart' / 'replace'))
+    pretrained = store.read_weights(store.newest(tmp_path / 'quickstart' / 'pretrain'))
+    added = store.read_weights(store.newest(tmp_path / 'quickstart' / 'add'))
+    replaced = store.read_weights(store.newest(tmp_path / 'quickstart' / 'replace'))
     assert pretrained.keys() < added.keys()
     assert not any('layers/1/feed_forward' in name for name in replaced)
 
@@ -41,7 +42,7 @@ def test_every_run_is_checked_before_the_first_starts(config, tmp_path):
     small = quickstart.get_config()
     small.workdir = str(tmp_path / 'quickstart')
     small.runs.replace.memory.top_k = 65
-    with pytest.raises(ValueError, match='top_k = 65'):
+    with pytest.raises(Refusal, match='top_k = 65'):
         pretrain.run(small)
     assert not (tmp_path / 'quickstart').exists()
 
@@ -68,9 +69,9 @@ def test_a_killed_process_goes_on_to_the_same_bits(corpus, cache, tmp_path):
         time.sleep(0.05)
     process.send_signal(signal.SIGKILL)
     assert process.wait() == -signal.SIGKILL
-    assert int(checkpoints.newest(killed).name) < 300
+    assert int(store.newest(killed).name) < 300
     subprocess.run(command(killed, corpus, cache), env=environment, check=True)
-    ours, theirs = (checkpoints.read_weights(checkpoints.newest(f)) for f in (killed, straight))
+    ours, theirs = (store.read_weights(store.newest(f)) for f in (killed, straight))
     for name in theirs:
         np.testing.assert_array_equal(ours[name], theirs[name], err_msg=name)
 

@@ -1,7 +1,7 @@
 """Weights pretrained elsewhere, loaded into a model that has memories they do not know."""
 
 import dataclasses
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -27,7 +27,7 @@ class Pretrained:
     Those of a checkpoint are read when they are asked for, so that a table need fit on no host.
     """
     name: str
-    weights: dict[str, np.ndarray | StoredArray]
+    weights: Mapping[str, np.ndarray | StoredArray]
     model: ModelConfig
     vocabulary: Path | None     # the folder of it, beside the weights
 
@@ -46,8 +46,8 @@ def vocabulary_of(source: str) -> str:
                       f'a Hugging Face BERT folder.')
     path = _vocabulary_beside(folder)
     if path is None:
-        raise Refusal(f'init_from = {source!r} has no tokenizer.json or vocab.txt: put it there, or '
-                      f'name it by --config.data.vocab. Words must keep their indices.')
+        raise Refusal(f'init_from = {source!r} has no tokenizer.json or vocab.txt: put it there, '
+                      f'or name it by --config.data.vocab. Words must keep their indices.')
     return str(path)
 
 
@@ -60,8 +60,8 @@ def open_pretrained(source: str) -> Pretrained:
     folder = Path(expand(source))
     described = _beside(folder, 'config.json')
     if described is None:
-        raise Refusal(f'init_from = {source!r} has no config.json: it is neither a run nor a Hugging '
-                      f'Face folder.')
+        raise Refusal(f'init_from = {source!r} has no config.json: it is neither a run nor a '
+                      f'Hugging Face folder.')
     config, vocabulary = read_description(described.parent), _vocabulary_beside(folder)
     if 'model' not in config:       # not one of ours
         found = foreign.load(folder)
@@ -80,13 +80,13 @@ def check_fits(
       Refusal: nothing has a name in common, or sizes or words differ; every mismatch is named.
     """
     own, weights = _named(state), pretrained.weights
-    words = '/'.join(('params', *config.word_embedding))
+    words = '/'.join(['params', *map(str, config.word_embedding)])
     rows = weights[words].shape[0] if words in weights else config.vocab_size
     if config.vocab_size != rows:
         raise Refusal(f'The vocabulary has {config.vocab_size:,} words, but init_from = '
                       f'{pretrained.name} has embeddings of {rows:,}: set --config.data.vocab to '
-                      f'the vocabulary that it was trained with, or, where that has fewer words than '
-                      f'embeddings, --config.model.vocab_size={rows}.')
+                      f'the vocabulary that it was trained with, or, where that has fewer words '
+                      f'than embeddings, --config.model.vocab_size={rows}.')
     if pretrained.vocabulary and vocab_path and (
             tokenizer.load(pretrained.vocabulary) != tokenizer.load(vocab_path)):
         raise Refusal(f'{vocab_path} and {pretrained.vocabulary} hold other words, or in another '
@@ -140,7 +140,7 @@ def parameter_table(shapes: dict[str, tuple[int, ...]]) -> str:
         size = len(layers) * int(np.prod(shape, dtype=np.int64))
         total += size
         note = '' if layers == [None] else f'  layers {",".join(layers)}'
-        lines.append(f'{name:44} {str(shape):>18} {size:>14,}{note}')
+        lines.append(f'{name:44} {shape!s:>18} {size:>14,}{note}')
     return '\n'.join([*lines, f'{"parameters":44} {"":>18} {total:>14,}'])
 
 

@@ -1,5 +1,6 @@
 """Checkpoints of a run: written asynchronously, verified when read, none believed blindly."""
 
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +18,7 @@ FINISHED = ('_CHECKPOINT_METADATA', 'commit_success.txt')
 # What another run can start from, by what it is called in a checkpoint: the fields of a state.
 MODEL = {'params': 'params', 'statistics': 'batch_stats'}
 
-State = Any     # a NamedTuple with these fields, `step` and others, such as training.state.TrainState
+State = Any     # a NamedTuple with these fields, `step` and others: training.state.TrainState
 
 
 class Checkpoints:
@@ -33,11 +34,26 @@ class Checkpoints:
         return sorted(self._manager.all_steps())
 
     def save(self, state: State, progress: dict) -> None:
-        """Starts to write a state and a JSON-able `progress`; returns before it is written."""
+        """Starts to write a state and a JSON-able `progress`; returns before it is written.
+
+        Raises:
+          Refusal: the disk has no room for it; the checkpoints before are whole.
+        """
+        self._check_room(state)
         model, rest = _items(state)
         self._manager.save(int(state.step), args=ocp.args.Composite(
             model=ocp.args.StandardSave(model), rest=ocp.args.StandardSave(rest),
             progress=ocp.args.JsonSave(progress)))
+
+    def _check_room(self, state):
+        needed = sum(leaf.nbytes for leaf in jax.tree.leaves(state))
+        free = shutil.disk_usage(self.folder).free
+        if free < needed:
+            self.wait()
+            raise Refusal(f'No room for the checkpoint of step {int(state.step):,}: it needs '
+                          f'{needed / 1e6:,.1f} MB, and {self.folder} has {free / 1e6:,.1f} MB '
+                          f'left. Those of steps {self.steps()} are kept: with more room, the same '
+                          f'command goes on from the last.')
 
     def restore(self, like: State) -> tuple[State, dict] | None:
         """The newest checkpoint that can be read, laid out as the abstract state `like`; or None.

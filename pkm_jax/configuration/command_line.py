@@ -14,8 +14,8 @@ from ml_collections.config_flags.config_flags import ConfigFileFlagParser
 from pkm_jax.refusal import Refusal
 
 SHIPPED = Path(__file__).parents[1] / 'configs'
-HELP = ("A configuration: one of those that are shipped, such as quickstart, or the path of a file, "
-        "with its arguments after ':'. Fields are set by --config.section.field=value.")
+HELP = ("A configuration: one of those that are shipped, such as quickstart, or the path of a "
+        "file, with its arguments after ':'. Fields are set by --config.section.field=value.")
 
 
 def define_config() -> flags.FlagHolder:

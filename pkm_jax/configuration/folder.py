@@ -12,7 +12,8 @@ from pkm_jax.refusal import Refusal
 FREE = ('log', 'workdir', 'compilation_cache', 'distributed', 'memory.shards', 'train.fsdp',
         'model.remat', 'data.corpus', 'data.cache', 'data.workers')    # data: compared by content
 # What fields were called before, by section: runs of then go on.
-RENAMED = {'train': {'accumulate': 'gradient_accumulation_steps', 'split_backbone': 'fsdp'}}
+RENAMED = {'model': {'heads': 'output_heads'},
+           'train': {'accumulate': 'gradient_accumulation_steps', 'split_backbone': 'fsdp'}}
 
 
 def read_description(folder: Path) -> dict[str, Any]:
@@ -27,8 +28,8 @@ def read_description(folder: Path) -> dict[str, Any]:
     except OSError as error:
         raise Refusal(f'{path} cannot be read ({error.strerror}): {folder} is no run.') from error
     except ValueError as error:
-        raise Refusal(f'{path} is damaged ({error}): restore it from a copy; the checkpoints beside '
-                      f'it are not harmed.') from error
+        raise Refusal(f'{path} is damaged ({error}): restore it from a copy; the checkpoints '
+                      f'beside it are not harmed.') from error
     if not isinstance(config, dict):
         raise Refusal(f'{path} is damaged (no JSON object): restore it from a copy.')
     for section, names in RENAMED.items():

@@ -9,10 +9,10 @@ import ml_collections
 from ml_collections import config_dict
 
 from pkm_jax.configuration.run import Distributed, Log, Parts, Run, Tables, Train
+from pkm_jax.data.files import expand
 from pkm_jax.memory.layer import MemoryConfig
 from pkm_jax.models.bert import BertConfig
 from pkm_jax.models.causal import CausalConfig
-from pkm_jax.models.transformer import TransformerConfig
 from pkm_jax.refusal import Refusal
 from pkm_jax.tasks.causal_lm import CausalLM
 from pkm_jax.tasks.masked_lm import MaskedLM
@@ -23,8 +23,9 @@ TASKS = {'masked_lm': MaskedLM, 'causal_lm': CausalLM}
 PLACEMENT = {'layers': 'memory_layers', 'placement': 'placement', 'zero_start': 'zero_start',
              'shared_values': 'shared_values'}
 # Fields of a model that its task or its weights decide, not a configuration.
-DECIDED = ('memory', *PLACEMENT.values(), 'heads', 'classes')
+DECIDED = ('memory', *PLACEMENT.values(), 'output_heads', 'classes')
 TOP = ('workdir', 'init_from', 'seed', 'compilation_cache')
+PATHS = ('workdir', 'init_from', 'compilation_cache')
 
 
 def defaults(model: str = 'bert', task: str = 'masked_lm') -> ml_collections.ConfigDict:
@@ -69,16 +70,18 @@ def resolve(config: dict[str, Any], name: str = '') -> Run:
       Refusal: a field is unknown or cannot work; the message names it, its value and the remedy.
     """
     task = _chosen(TASKS, 'task', config.get('task', 'masked_lm'))
+    top: dict[str, Any] = {field: expand(config[field]) if field in PATHS else config[field]
+                           for field in TOP if field in config}
     return Run(
         model=model_of(config), name=name or Path(config.get('workdir', '')).name,
         task=_section(task, config['data'], 'data'),
         tables=_tables(config['memory']), train=_section(Train, config['train'], 'train'),
         distributed=_section(Distributed, config.get('distributed', {}), 'distributed'),
         log=_section(Log, config['log'], 'log'),
-        **{field: config[field] for field in TOP if field in config})
+        **top)
 
 
-def model_of(config: dict[str, Any]) -> TransformerConfig:
+def model_of(config: dict[str, Any]) -> Any:
     """The model in the sections `model` and `memory` of a configuration.
 
     Raises:
@@ -104,7 +107,7 @@ def described(run: Run) -> dict[str, Any]:
         tree | {'task': _name_of(TASKS, run.task), **sections, 'data': data}))
 
 
-def described_model(model: TransformerConfig) -> dict[str, dict[str, Any]]:
+def described_model(model: Any) -> dict[str, dict[str, Any]]:
     """The sections `model` and `memory` that describe a model."""
     sizes = dataclasses.asdict(model)
     memory = sizes.pop('memory', {})
@@ -147,7 +150,7 @@ def _default(kind, name):
 
 
 def _plain(value):
-    return dataclasses.asdict(value) if dataclasses.is_dataclass(value) else value
+    return dataclasses.asdict(value) if isinstance(value, MemoryConfig | Parts) else value
 
 
 def _config(tree):

@@ -27,7 +27,7 @@ class Parts:
 @dataclasses.dataclass(frozen=True)
 class Tables:
     """How value tables are updated, watched and split."""
-    updates: str = setting('auto', "'dense', 'sparse' (the rows read alone), or 'auto', which says why",
+    updates: str = setting('auto', "'dense', 'sparse' (rows read alone), or 'auto', which says why",
                            choices=('auto', 'dense', 'sparse'))
     dead_after: int = setting(0, 'steps unread until a slot is dead; 0: not tracked', least=0)
     shards: Parts = Parts()
@@ -44,7 +44,8 @@ class Train(OptimizerConfig):
     gradient_accumulation_steps: int = setting(
         1, 'micro-batches that a batch is computed in, one after the other: less memory', least=1)
     fsdp: bool = setting(False, 'fully sharded data parallelism: the backbone and its optimizer '
-                                'state split over the replicas of tables; less memory, more traffic')
+                                'state split over the replicas of tables; less memory, more '
+                                'traffic')
 
     def __post_init__(self) -> None:
         check_settings(self, 'train')
@@ -123,7 +124,7 @@ class Run:
     @property
     def folder(self) -> Path:
         """Where the run writes."""
-        return Path(self.workdir).expanduser()
+        return Path(self.workdir)
 
     @property
     def tokens_per_step(self) -> int:

@@ -55,7 +55,7 @@ def read(path: Path) -> BertConfig:
     heads = ARCHITECTURES.get(_architecture(path, found), ())
     heads = () if heads == ARCHITECTURES['BertModel'] else heads    # its pooler may be left out
     try:
-        return BertConfig(**fields, **_memory(found.get('memory')), heads=heads)
+        return BertConfig(**fields, **_memory(found.get('memory')), output_heads=heads)
     except (ValueError, TypeError, KeyError) as error:
         raise Refusal(f'{path} describes no model that can be: {error}') from error
 
@@ -88,8 +88,8 @@ def _architecture(path: Path, found: dict[str, Any]) -> str:
 
 
 def _check(path: Path, name: str, value: Any, kind: type) -> None:
-    fits = (isinstance(value, (int, float) if kind is float else kind)
-            and isinstance(value, bool) == (kind is bool) and math.isfinite(value))
+    is_kind = isinstance(value, (int, float) if kind is float else kind)
+    fits = is_kind and isinstance(value, bool) == (kind is bool) and math.isfinite(value)
     if not fits or value < (kind is int):
         raise Refusal(f'{path} has {name} = {value!r}, which is no {kind.__name__} that a BERT '
                       f'can have.')
@@ -115,9 +115,9 @@ def with_heads(config: BertConfig, stored: dict[str, StoredTensor],
              if name_of(weight) in stored}
     if 'pooler' not in found:
         found.pop('classifier', None)
-    heads = tuple(head for head in HEADS if head in found or head in config.heads)
+    heads = tuple(head for head in HEADS if head in found or head in config.output_heads)
     classes = found['classifier'].shape[0] if 'classifier' in found else config.classes
-    return dataclasses.replace(config, heads=heads, classes=classes)
+    return dataclasses.replace(config, output_heads=heads, classes=classes)
 
 
 def write(config: BertConfig, table_rows: list[int]) -> dict[str, Any]:
@@ -130,7 +130,7 @@ def write(config: BertConfig, table_rows: list[int]) -> dict[str, Any]:
     content = {theirs: getattr(config, ours) for ours, theirs in FIELDS.items()} | FIXED
     content |= {'architectures': [architecture], 'model_type': 'bert', 'dtype': 'float32',
                 'pad_token_id': 0}
-    if 'classifier' in config.heads:
+    if 'classifier' in config.output_heads:
         content['id2label'] = {str(i): f'LABEL_{i}' for i in range(config.classes)}
         content['label2id'] = {f'LABEL_{i}': i for i in range(config.classes)}
     if config.memory_layers:
@@ -152,7 +152,7 @@ def write(config: BertConfig, table_rows: list[int]) -> dict[str, Any]:
 def architecture_of(config: BertConfig) -> str:
     """The class of transformers with the heads of `config`; without any, BertModel."""
     for name, heads in ARCHITECTURES.items():
-        if set(config.heads) in ({*heads}, set()):
+        if set(config.output_heads) in ({*heads}, set()):
             return name
-    raise Refusal(f'No BERT of transformers has just the heads {config.heads}; there are '
+    raise Refusal(f'No BERT of transformers has just the heads {config.output_heads}; there are '
                   f'{ARCHITECTURES}. Choose among the heads with --heads.')

@@ -5,6 +5,7 @@ are transposed between PyTorch and here; nothing else is changed.
 """
 
 import dataclasses
+import functools
 import json
 import re
 import shutil
@@ -18,7 +19,13 @@ from pkm_jax.convert import configuration, names
 from pkm_jax.convert.folders import appearing
 from pkm_jax.convert.model_card import model_card
 from pkm_jax.convert.tensors import (
-    ConversionLog, Entry, Pretrained, StoredTensor, assemble, expected, flatten,
+    ConversionLog,
+    Entry,
+    Pretrained,
+    StoredTensor,
+    assemble,
+    expected,
+    flatten,
 )
 from pkm_jax.convert.weights import SHARD_BYTES, open_weights, write_weights
 from pkm_jax.data.vocabulary import Vocabulary
@@ -49,7 +56,7 @@ def load(folder: str | Path, allow_unused: bool = False) -> Pretrained:
     stored, left = _canonical(_unwrapped(open_weights(folder)))
     _leave_unknown_head(configuration.unknown_head(folder / 'config.json'), stored, left)
     config = configuration.with_heads(config, stored, names.huggingface)
-    if 'mlm' in config.heads:
+    if 'mlm' in config.output_heads:
         tied = _settle_decoder(stored, left, config.tied)
         config = dataclasses.replace(config, tied=tied)
     return assemble(config, stored, names.huggingface, names.is_kernel, left, allow_unused)
@@ -145,10 +152,10 @@ def save(folder: str | Path, config: BertConfig, params: dict, statistics: dict,
             stored |= _split(names.huggingface(path), leaf, table_rows)
         else:
             stored[names.huggingface(path)] = _outward(path, leaf)
-    if not config.tied and 'mlm' in config.heads:
+    if not config.tied and 'mlm' in config.output_heads:
         stored[DECODER + 'bias'] = stored['cls.predictions.bias']
     content = configuration.write(config, table_rows)
-    if not config.heads:
+    if not config.output_heads:
         logging.warning('The model has no pooler: transformers will say that it makes a new one.')
     if configuration.architecture_of(config) == 'BertModel':
         stored = {name.removeprefix('bert.'): tensor for name, tensor in stored.items()}
@@ -198,9 +205,12 @@ def _row_blocks(table: Any, shard_bytes: int) -> list[int]:
 
 def _split(name: str, table: Any, rows: list[int]) -> dict[str, StoredTensor]:
     stops = np.cumsum(rows)
+
+    def read(stop: int, count: int) -> np.ndarray:
+        return np.asarray(table[stop - count:stop])
+
     return {f'{name}.{i}': StoredTensor((count, table.shape[1]), np.dtype(table.dtype),
-                                        lambda stop=stop, count=count:
-                                        np.asarray(table[stop - count:stop]))
+                                        functools.partial(read, stop, count))
             for i, (stop, count) in enumerate(zip(stops, rows, strict=True))}
 
 

@@ -20,7 +20,14 @@ import numpy as np
 
 from pkm_jax.convert import names
 from pkm_jax.convert.tensors import (
-    ConversionLog, Entry, Pretrained, StoredTensor, expected, flatten, take, unflatten,
+    ConversionLog,
+    Entry,
+    Pretrained,
+    StoredTensor,
+    expected,
+    flatten,
+    take,
+    unflatten,
 )
 from pkm_jax.convert.weights import open_state_dict
 from pkm_jax.models.bert import BertConfig

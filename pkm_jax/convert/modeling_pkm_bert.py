@@ -15,8 +15,12 @@ import transformers
 from torch import nn
 from transformers import BertConfig
 from transformers.models.bert.modeling_bert import (
-    BertForMaskedLM, BertForPreTraining, BertForQuestionAnswering, BertForSequenceClassification,
-    BertLayer, BertModel,
+    BertForMaskedLM,
+    BertForPreTraining,
+    BertForQuestionAnswering,
+    BertForSequenceClassification,
+    BertLayer,
+    BertModel,
 )
 
 if tuple(map(int, transformers.__version__.split('.')[:2])) < (4, 40):

@@ -4,6 +4,7 @@ A folder holds `bert_config.json` (or `config.json`), `vocab.txt` and one checkp
 `bert_model.ckpt.*`. TensorFlow's own reader reads it: `pip install 'pkm_jax[tensorflow]'`.
 """
 
+import functools
 import re
 from pathlib import Path
 
@@ -69,5 +70,5 @@ def _open(prefix: Path) -> dict[str, StoredTensor]:
                       f'again, with its .data files.') from error
     dtypes = reader.get_variable_to_dtype_map()
     return {name: StoredTensor(tuple(shape), np.dtype(dtypes[name].as_numpy_dtype),
-                               lambda name=name: reader.get_tensor(name))
+                               functools.partial(reader.get_tensor, name))
             for name, shape in reader.get_variable_to_shape_map().items()}

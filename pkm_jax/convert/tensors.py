@@ -47,7 +47,7 @@ class Entry:
         checksum = 0
         for start in range(0, rows.shape[0], BLOCK):
             block = np.ascontiguousarray(rows[start:min(start + BLOCK, rows.shape[0])])
-            checksum = zlib.crc32(block.view(np.uint8), checksum)
+            checksum = zlib.crc32(block.view(np.uint8).data, checksum)
         return cls(path, source, array.shape, str(array.dtype), f'{checksum:08x}')
 
 
@@ -80,7 +80,7 @@ class Pretrained:
 def expected(config: BertConfig) -> tuple[dict[str, Any], dict[str, Any]]:
     """Shapes of the parameters and of the batch statistics of `Bert(config)`, by path."""
     model = nnx.eval_shape(lambda: Bert(config, nnx.Rngs(0)))
-    _, params, statistics = nnx.split(model, nnx.Param, nnx.BatchStat)
+    params, statistics = nnx.state(model, nnx.Param), nnx.state(model, nnx.BatchStat)
     return flatten(nnx.to_pure_dict(params)), flatten(nnx.to_pure_dict(statistics))
 
 

@@ -5,6 +5,7 @@ which tensor is in which (`model.safetensors.index.json`). A folder without any 
 one weight file of another name.
 """
 
+import functools
 import json
 from collections.abc import Iterator
 from pathlib import Path
@@ -108,11 +109,11 @@ def open_state_dict(path: Path) -> dict[str, StoredTensor]:
 def _open_safetensors(path: Path) -> Iterator[tuple[str, StoredTensor]]:
     try:
         with safetensors.safe_open(path, 'np') as file:
-            for name in file.keys():
+            for name in file.keys():    # noqa: SIM118 - no dict: it cannot be iterated
                 tensor = file.get_slice(name)
                 dtype = np.dtype(DTYPES[tensor.get_dtype()])
                 yield name, StoredTensor(tuple(tensor.get_shape()), dtype,
-                                         lambda name=name: _read_safetensors(path, name))
+                                         functools.partial(_read_safetensors, path, name))
     except KeyError as error:
         raise Refusal(f'{path} holds numbers of type {error}: not supported.') from error
     except safetensors.SafetensorError as error:

@@ -13,7 +13,8 @@ from pathlib import Path
 import tensorflow_datasets as tfds
 from etils import epath
 
-from pkm_jax.data import installed_docs, tfds_text, tokenizer, vocabulary as vocabularies
+from pkm_jax.data import installed_docs, tfds_text, tokenizer
+from pkm_jax.data import vocabulary as vocabularies
 from pkm_jax.data.corpus import Corpus, Counts, Splits
 from pkm_jax.data.files import ContentHashes, expand, read_json
 from pkm_jax.data.packing import write_records
@@ -98,7 +99,7 @@ def prepare(corpus: str | list[str], *, vocab: str = '', vocab_size: int = 30_52
     hashes = ContentHashes(cache)
     text = _open_text(corpus, encoding, cache, hashes, log)
     if text is None:
-        prepared = open_prepared(expand(corpus))
+        prepared = open_prepared(expand(str(corpus)))
         _check(prepared, vocabulary, length)
     else:
         log(f'text: {text.described}, content {_key(text.identity)}')
@@ -202,8 +203,8 @@ def _check_unknown(prepared: Prepared, allow_unknown: bool, log: Callable[[str],
     share, words = prepared.unknown_share, ', '.join(map(repr, prepared.unknown_words))
     if share > MOST_UNKNOWN and not allow_unknown:
         raise Refusal(f'{share:.0%} of the tokens are [UNK], unknown words, most often {words}: '
-                      'the vocabulary is not one for this text. Name another, train one on the text '
-                      '(data.vocab empty), or set data.allow_unknown=True to go on')
+                      'the vocabulary is not one for this text. Name another, train one on the '
+                      'text (data.vocab empty), or set data.allow_unknown=True to go on')
     if share > MANY_UNKNOWN:
         log(f'WARNING: {share:.1%} of the tokens are [UNK], unknown words, most often {words}: '
             'a model learns nothing of them')
@@ -214,13 +215,13 @@ def _damage(folder: str | os.PathLike, hashes: ContentHashes | None = None) -> s
 
     Compares sizes, and with `hashes` contents too.
     """
-    folder = epath.Path(folder)
+    place = epath.Path(folder)
     try:
-        files = read_json(folder / _FILES)
+        files = read_json(place / _FILES)
     except Refusal as refusal:
         return str(refusal)
     for name, state in files.items():
-        path = folder / name
+        path = place / name
         if not path.exists():
             return f'{path} is missing'
         if path.stat().length != state[0]:

@@ -1,7 +1,7 @@
 """From a record of tokens to an example of a batch: what a task learns from it.
 
-An example is a dict of NumPy arrays; a batch stacks those of its rows. `arrays` says once what is in
-them: the loader makes batches by it, planning compiles for it, tasks and tests read it.
+An example is a dict of NumPy arrays; a batch stacks those of its rows. `arrays` says once what is
+in them: the loader makes batches by it, planning compiles for it, tasks and tests read it.
 """
 
 import dataclasses
@@ -87,5 +87,5 @@ class TextExamples:
         return {}
 
     def __call__(self, record: dict, epoch: int, number: int) -> Example:
-        tokens: Int32[np.ndarray, 'length'] = record['tokens']
+        tokens: Int32[np.ndarray, length] = record['tokens']
         return {'tokens': tokens, 'lengths': len(tokens)}

@@ -1,4 +1,4 @@
-"""Prepared records to batches: shuffled anew each epoch, the same for any number of workers and hosts.
+"""Prepared records to batches: shuffled each epoch, the same for any number of workers and hosts.
 
 A batch is a dict of NumPy arrays with the examples' arrays (examples.py) one below the other. Rows
 without an example, in the last batch of an evaluation, hold what fills arrays: length 0.
@@ -40,7 +40,7 @@ class Records(Protocol):
 
 @dataclasses.dataclass(frozen=True)
 class Collate:
-    """Reads the records of a batch and stacks their examples; files are opened where it is called."""
+    """Reads the records of a batch and stacks their examples; opens files where it is called."""
     records: Records
     split: str
     examples: Examples
@@ -153,8 +153,8 @@ def evaluation_batches(
 
 def _rows_per_host(batch_size: int, process_count: int) -> int:
     if batch_size % process_count:
-        raise Refusal(f'A batch of {batch_size} does not divide over {process_count} hosts: choose a '
-                      f'multiple of {process_count}.')
+        raise Refusal(f'A batch of {batch_size} does not divide over {process_count} hosts: choose '
+                      f'a multiple of {process_count}.')
     return batch_size // process_count
 
 
@@ -172,7 +172,7 @@ def _iterate(batches: grain.MapDataset, workers: int) -> grain.DatasetIterator:
 
 
 def _leave_signals_to_parent(worker: int, workers: int) -> None:
-    """Ctrl-C and many launchers signal all processes: the parent ends its workers when it is done."""
+    """Ctrl-C and many launchers signal all processes: the parent ends its workers when done."""
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, signal.SIG_IGN)
     threading.Thread(target=_end_with_parent, daemon=True).start()

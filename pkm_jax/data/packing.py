@@ -136,8 +136,8 @@ def _why_empty(split: str, records: int, unknown: Unknown) -> str:
     if unknown.paragraphs == 1:
         return ('the text has one paragraph (a repeated one counts once), and cannot be split into '
                 'one to train on and one to validate on: give more text, one paragraph a line')
-    return (f'the {split} text becomes no tokens at all: the tokenizer drops all of its characters. '
-            'Give more text, or another tokenizer')
+    return (f'the {split} text becomes no tokens at all: the tokenizer drops all of its '
+            'characters. Give more text, or another tokenizer')
 
 
 def packed(paragraphs: Iterable[tuple[str, str]], vocabulary: Vocabulary, length: int,

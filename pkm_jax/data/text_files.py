@@ -11,6 +11,7 @@ import re
 import zlib
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 from pkm_jax.data import encodings
 from pkm_jax.data.corpus import LONGEST_LINE, Corpus, Counts, bounded_lines, safe_name
@@ -22,7 +23,7 @@ LONGEST_OBJECT = 2**20       # characters of a JSON line that is parsed as a who
 MOST_UNDECODABLE = 0.001     # of a file's characters, beyond the first UNDECODABLE_ALLOWED
 UNDECODABLE_ALLOWED = 10
 _ENOUGH = 2**20              # characters after which a file is judged before its end
-_OPENERS = {'.gz': gzip.open, '.xz': lzma.open}
+_OPENERS: dict[str, Callable] = {'.gz': gzip.open, '.xz': lzma.open}
 _KINDS = 'name .txt or .jsonl files, plain, .gz or .xz'
 _SURROGATES = re.compile('[\ud800-\udfff]')
 
@@ -119,8 +120,11 @@ def _read(path: Path, encoding: str, counts: Counts) -> Iterator[str]:
                       'written in') from error
 
 
-def _opened(raw: io.BufferedReader, path: Path) -> io.BufferedReader | gzip.GzipFile | lzma.LZMAFile:
-    return _OPENERS.get(path.suffix.lower(), lambda file: file)(raw)
+def _opened(
+    raw: io.BufferedReader, path: Path,
+) -> io.BufferedReader | gzip.GzipFile | lzma.LZMAFile:
+    opener = _OPENERS.get(path.suffix.lower())
+    return opener(raw) if opener else raw
 
 
 class _CheckedText:
@@ -129,7 +133,7 @@ class _CheckedText:
     Raises Refusal where they are more than a small share: that is another encoding.
     """
 
-    def __init__(self, data: io.BufferedIOBase, encoding: str, path: Path, counts: Counts):
+    def __init__(self, data: Any, encoding: str, path: Path, counts: Counts):
         self._stream = io.TextIOWrapper(data, encoding, errors=encodings.MARK_UNDECODABLE)
         self._encoding, self._path, self._counts = encoding, path, counts
         self._characters = self._undecodable = 0

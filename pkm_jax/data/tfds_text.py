@@ -46,7 +46,7 @@ def open_builder(path: str | os.PathLike) -> tfds.core.DatasetBuilder:
     """
     try:
         builder = tfds.builder_from_directory(path)
-        builder.info.metadata       # is read here, from a file of its own
+        _ = builder.info.metadata       # is read here, from a file of its own
         return builder
     except Exception as error:      # a damaged description can raise nearly anything
         raise Refusal(f'{path}: its dataset_info.json, features.json or metadata.json is damaged '

@@ -15,8 +15,8 @@ from pkm_jax.refusal import Refusal
 
 FILES = ('tokenizer.json', 'vocab.txt')
 # Classes of transformers that cut text as BERT's does, given a vocab.txt.
-_LIKE_BERT = re.compile(r'(Bert|DistilBert|Electra|MobileBert|ConvBert|LayoutLM|Funnel|Lxmert|MPNet|'
-                        r'SqueezeBert|RetriBert|Splinter|Realm|DPR\w*)Tokenizer(Fast)?')
+_LIKE_BERT = re.compile(r'(Bert|DistilBert|Electra|MobileBert|ConvBert|LayoutLM|Funnel|Lxmert|'
+                        r'MPNet|SqueezeBert|RetriBert|Splinter|Realm|DPR\w*)Tokenizer(Fast)?')
 # What folders call the five tokens, and what they are where nothing names them.
 _NAMES = {'pad': ('pad_token',), 'unk': ('unk_token',), 'cls': ('cls_token', 'bos_token'),
           'sep': ('sep_token', 'eos_token'), 'mask': ('mask_token',)}
@@ -169,7 +169,7 @@ def _from_words(file: epath.Path, words: list[str], config: dict[str, Any],
         if not isinstance(config.get(name), kind | None):
             raise Refusal(f'the tokenizer_config.json beside it has {name} = {config[name]!r}: '
                           f'{kind.__name__} or null is expected')
-    names = _special_tokens(config, {word: 0 for word in words}, {})
+    names = _special_tokens(config, dict.fromkeys(words, 0), {})
     lowercase, strip_accents = _case_and_accents(file, words, names, config, wanted, log)
     vocabulary = word_pieces(
         words, lowercase, strip_accents, special_tokens=names,
@@ -189,14 +189,14 @@ def _refuse_other_classes(config: dict[str, Any], folder: epath.Path | None) -> 
     if config.get('word_tokenizer_type', 'basic') != 'basic' or (
             config.get('do_basic_tokenize') is False):
         raise Refusal('its tokenizer_config.json asks for a way of cutting text that is not '
-                      "BERT's (word_tokenizer_type, do_basic_tokenize): put a tokenizer.json beside "
-                      'it, or take another model')
+                      "BERT's (word_tokenizer_type, do_basic_tokenize): put a tokenizer.json "
+                      'beside it, or take another model')
 
 
 def _case_and_accents(file: epath.Path, words: list[str], names: SpecialTokens,
                       config: dict[str, Any], wanted: dict[str, bool | None],
                       log: Callable[[str], None]) -> tuple[bool, bool]:
-    """Whether BERT's tokenizer lowers text and strips its accents, with the words of a vocab.txt."""
+    """Whether BERT's tokenizer lowers text and strips accents, with the words of a vocab.txt."""
     if config.keys() & {'tokenizer_class', 'do_lower_case', 'strip_accents'}:
         lowercase = config.get('do_lower_case') is not False
         stated = config.get('strip_accents')
@@ -259,10 +259,10 @@ def _added_tokens(config: dict[str, Any], folder: epath.Path | None) -> dict[int
                               'fetch it again')
             added[number] = AddedToken(token, normalized=False)
     decoder = config.get('added_tokens_decoder')
-    for number, token in (decoder.items() if isinstance(decoder, dict) else ()):
-        if (number.isdecimal() and isinstance(token, dict)
-                and isinstance(token.get('content'), str)):
-            flags = {name: token[name] for name in ('single_word', 'lstrip', 'rstrip', 'normalized',
-                                                    'special') if isinstance(token.get(name), bool)}
-            added[int(number)] = AddedToken(token['content'], **flags)
+    for key, entry in (decoder if isinstance(decoder, dict) else {}).items():
+        if (key.isdecimal() and isinstance(entry, dict)
+                and isinstance(entry.get('content'), str)):
+            flags = {name: entry[name] for name in ('single_word', 'lstrip', 'rstrip', 'normalized',
+                                                    'special') if isinstance(entry.get(name), bool)}
+            added[int(key)] = AddedToken(entry['content'], **flags)
     return added

@@ -11,7 +11,13 @@ import numpy as np
 from etils import epath
 from jaxtyping import Bool, Int
 from tokenizers import (
-    Tokenizer, decoders, models, normalizers, pre_tokenizers, processors, trainers,
+    Tokenizer,
+    decoders,
+    models,
+    normalizers,
+    pre_tokenizers,
+    processors,
+    trainers,
 )
 
 from pkm_jax.refusal import Refusal
@@ -27,7 +33,7 @@ _PROBE = 'Az é 的 \N{SKULL} 7'
 
 @dataclasses.dataclass(frozen=True)
 class SpecialTokens:
-    """The tokens with a part to play, as BERT calls them. unk is None where every text has words."""
+    """The tokens with a part to play, as BERT calls them. unk: None where every text has words."""
     pad: str = '[PAD]'
     unk: str | None = '[UNK]'
     cls: str = '[CLS]'
@@ -57,7 +63,8 @@ class Vocabulary:
             raise Refusal(f'the vocabulary of {tokenizer.get_vocab_size():,} tokens lacks '
                           + ', '.join(f'{name} ({role})' for role, name in missing.items()))
         added = {token.content for token in tokenizer.get_added_tokens_decoder().values()}
-        tokenizer.add_special_tokens([name for name in names.values() if name and name not in added])
+        tokenizer.add_special_tokens(
+            [name for name in names.values() if name and name not in added])
         object.__setattr__(self, 'description', tokenizer.to_str())
         if None in self.tokens:
             raise Refusal(f'the ids of its {len(self.tokens):,} tokens are not 0 to '
@@ -272,7 +279,7 @@ def _sample(paragraphs: Iterable[str], size: int) -> list[str]:
 
 
 def _parts(paragraph: str) -> Iterator[str]:
-    """Yields a paragraph in parts of at most LONGEST_SAMPLE characters, cut at spaces if possible."""
+    """Yields a paragraph in parts of at most LONGEST_SAMPLE characters, cut at spaces if it can."""
     while len(paragraph) > LONGEST_SAMPLE:
         place = paragraph.rfind(' ', 1, LONGEST_SAMPLE)
         place = LONGEST_SAMPLE if place < 0 else place

@@ -1,4 +1,4 @@
-"""Weighted sum of value rows, and its derivative (METHOD.md section 1, step 5)."""
+"""Weighted sum of value rows, and its derivative (docs/method.md, section 1, step 5)."""
 
 import functools
 
@@ -21,7 +21,7 @@ def embedding_bag(
     *,
     implementation: Implementation | None = None,
 ) -> Float[Array, 'T V']:
-    """Σ_r weights[t, r] · values[slots[t, r]], summed in float32, returned in the dtype of `values`.
+    """Σ_r weights[t, r] · values[slots[t, r]], summed in float32, in the dtype of `values`.
 
     No [T, R, V] array exists, forward or backward. Slots must lie in [0, S). The gradient of
     `values` is dense and in their dtype; it is deterministic, except in plain jnp on a GPU. For

@@ -1,15 +1,16 @@
-"""The product-key memory layer (METHOD.md section 1): query, retrieval, weights, read."""
+"""The product-key memory layer (docs/method.md, section 1): query, retrieval, weights, read."""
 
 import dataclasses
 import functools
 import math
-from typing import NamedTuple
+from typing import Any, NamedTuple, cast
 
 import jax
 import jax.numpy as jnp
 from einops import rearrange
 from flax import nnx
-from jax.sharding import AxisType, PartitionSpec as P
+from jax.sharding import AxisType
+from jax.sharding import PartitionSpec as P
 from jax.typing import DTypeLike
 from jaxtyping import Array, Bool, Float, Int32, Key
 
@@ -52,7 +53,7 @@ class MemoryConfig:
     weights_dtype: str = setting('float32', "of the reads' weights, also where devices exchange "
                                  'them', choices=('float32', 'bfloat16'))
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         check_settings(self, 'memory')
         if self.top_k > self.sub_keys:
             raise Refusal(f'memory.top_k = {self.top_k} must lie within 1..sub_keys, and '
@@ -181,9 +182,10 @@ class ProductKeyMemory(nnx.Module):
         given = Axes(*(tuple(name for name in names if name in typed) for names in axes))
         *leading, _ = jax.typeof(x).sharding.spec
         tokens = given.tokens if axes.names else P(None if any(leading[1:]) else leading[0])
-        rows = P(given.table[0])
+        rows: Any = P(given.table[0])   # specs in the places of arrays
+        split, whole = cast(Any, tokens), cast(Any, P())
         specs = (jax.typeof(x).sharding.spec, MemoryReads(
-            tokens, tokens, P(), None if delta is None else Touched(rows, rows)))
+            split, split, whole, None if delta is None else Touched(rows, rows)))
 
         def run(state, *arrays):
             return nnx.merge(graph, state)._read(*arrays, axes=axes, **settings)
@@ -228,7 +230,8 @@ class ProductKeyMemory(nnx.Module):
     def no_delta(self, tokens: int) -> Float[Array, 'rows V']:
         """A delta for a call with that many tokens, in the mesh in use."""
         reads = tokens * self.config.heads * self.config.top_k
-        return sharded.no_delta(*self.values.shape, reads, axes=axes_of(self.axes)[0])
+        slots, width = self.values.shape
+        return sharded.no_delta(slots, width, reads, axes=axes_of(self.axes)[0])
 
 
 def _key_of(rngs):

@@ -1,4 +1,4 @@
-"""Exact top-K over the N² slots of a product-key memory (METHOD.md section 1, steps 2 and 3)."""
+"""Exact top-K over N² slots of a product-key memory (docs/method.md, section 1, steps 2, 3)."""
 
 import functools
 

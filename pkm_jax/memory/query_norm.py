@@ -1,4 +1,4 @@
-"""The norm of queries before they search (METHOD.md section 1, step 1)."""
+"""The norm of queries before they search (docs/method.md, section 1, step 1)."""
 
 import functools
 

@@ -8,6 +8,7 @@ gathered: a table, its gradient, its optimiser state.
 
 import functools
 import math
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -90,7 +91,8 @@ def _sparse_forward(values, delta, slots, weights, axes, implementation):
 
 
 def _sparse_backward(axes, implementation, residuals, gradients):
-    rows, by_weights = compact_gradients(*residuals, gradients[0], axes=axes,
+    values, slots, weights = residuals
+    rows, by_weights = compact_gradients(values, slots, weights, gradients[0], axes=axes,
                                          implementation=implementation)
     return None, rows.rows, None, by_weights
 
@@ -130,7 +132,8 @@ def compact_gradients(
     the replicas, which exchange their tokens or their rows, whichever is less."""
     shards, n_slots = shards_in_use(axes), len(values)
     capacity = _capacity(n_slots, slots.size, axes)
-    exchanged = replica_exchange(shards, *slots.shape, *values.shape, gradient.dtype.itemsize,
+    (tokens, reads), width = slots.shape, values.shape[1]
+    exchanged = replica_exchange(shards, tokens, reads, n_slots, width, gradient.dtype.itemsize,
                                  weights.dtype.itemsize).what
     along = axes.names if exchanged == 'tokens' else axes.memory
 
@@ -158,7 +161,7 @@ def merge(parts: SparseRows, n_slots: int, *, axes: Axes = OWN) -> SparseRows:
     """`sparse_rows.merge` of stacked parts, each row where it lives."""
     capacity = _capacity(n_slots, parts.ids.size // shards_in_use(axes).rows, axes)
     rows = _rows(axes)
-    stacked = SparseRows(*(P(None, *spec) for spec in rows))
+    stacked = type(rows)(*(P(None, *spec) for spec in rows))
 
     def add(parts):
         return sparse_rows.merge(parts, n_slots, capacity)
@@ -186,9 +189,9 @@ def put_rows(
     return on_shards(put, (spec, _rows(axes).ids, spec), spec, axes)(table, ids, rows)
 
 
-def _rows(axes):
-    """How SparseRows are split."""
-    by_rows = P(axes.table[0])
+def _rows(axes) -> Any:
+    """How SparseRows are split: one with specs in the places of arrays."""
+    by_rows: Any = P(axes.table[0])
     return SparseRows(ids=by_rows, rows=axes.table, count=by_rows)
 
 

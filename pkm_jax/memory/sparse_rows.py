@@ -1,4 +1,4 @@
-"""Gradients and updates of the few rows of a value table that a step read (METHOD.md section 5)."""
+"""Gradients and updates of the few rows of a table that a step read (docs/method.md, section 5)."""
 
 from typing import Any, NamedTuple
 
@@ -15,13 +15,13 @@ class SparseRows(NamedTuple):
     """
     ids: Int32[Array, 'rows']
     rows: Float[Array, 'rows V']    # float32
-    count: Int32[Array, 'shards']
+    count: Int32[Array, 'shards']   # type: ignore[assignment]  # hides a method of tuples
 
 
 class Touched(NamedTuple):
     """`ids` and `count` of the SparseRows that a read touched."""
     ids: Int32[Array, 'rows']
-    count: Int32[Array, 'shards']
+    count: Int32[Array, 'shards']   # type: ignore[assignment]  # hides a method of tuples
 
 
 def is_rows(node: Any) -> bool:

@@ -1,4 +1,4 @@
-"""How much of a memory is used, over a fixed set of tokens (METHOD.md section 4).
+"""How much of a memory is used, over a fixed set of tokens (docs/method.md, section 4).
 
 Counts are integers of two 32-bit words, mass too: of UNIT, so that it is added up exactly, in any
 order. A weight is rounded to a UNIT, and one above 0 to no less than that. They hold for up to

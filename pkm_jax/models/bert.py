@@ -2,6 +2,7 @@
 
 import dataclasses
 import functools
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -31,16 +32,17 @@ class BertConfig(TransformerConfig):
       Refusal: a size or name is impossible; the message names it, its value and the remedy.
     """
     segments: int = setting(2, 'kinds of sentence that a token can belong to', least=1)
-    heads: tuple[str, ...] = setting(('mlm',), f'outputs, of {", ".join(HEADS)}')
+    output_heads: tuple[str, ...] = setting(('mlm',), f'outputs, of {", ".join(HEADS)}')
     classes: int = setting(2, 'outputs of the classifier; 1 for regression', least=1)
     tied: bool = setting(True, 'the MLM head predicts with the word embedding')
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if unknown := sorted(set(self.heads) - set(HEADS)):
-            raise Refusal(f'heads {unknown} are none of {HEADS}.')
-        if {'nsp', 'classifier'} & set(self.heads) and 'pooler' not in self.heads:
-            raise Refusal(f"heads = {self.heads}: 'nsp' and 'classifier' read the 'pooler'.")
+        if unknown := sorted(set(self.output_heads) - set(HEADS)):
+            raise Refusal(f'output_heads {unknown} are none of {HEADS}.')
+        if {'nsp', 'classifier'} & set(self.output_heads) and 'pooler' not in self.output_heads:
+            raise Refusal(f"output_heads = {self.output_heads}: 'nsp' and 'classifier' read the "
+                          f"'pooler'.")
 
     def build(self, rngs: nnx.Rngs) -> 'Bert':
         """A BERT with fresh parameters."""
@@ -75,30 +77,30 @@ class Bert(nnx.Module):
                 values = blocks[-1].memory.values
         self.layers = nnx.List(blocks)
         linear = functools.partial(_linear, config, rngs)
-        if 'mlm' in config.heads:
+        if 'mlm' in config.output_heads:
             self.mlm = MaskedLMHead(config, rngs)
-        if 'pooler' in config.heads:
+        if 'pooler' in config.output_heads:
             self.pooler = linear(config.width, config.width)
-        if 'nsp' in config.heads:
+        if 'nsp' in config.output_heads:
             self.nsp = linear(config.width, 2)
-        if 'classifier' in config.heads:
+        if 'classifier' in config.output_heads:
             self.classifier = linear(config.width, config.classes)
-        if 'span' in config.heads:
+        if 'span' in config.output_heads:
             self.span = linear(config.width, 2)
 
     def __call__(
         self, tokens: Int[Array, 'B L'], segments: Int[Array, 'B L'], lengths: Int[Array, 'B'],
         *, deterministic: bool = True, rngs: Key[Array, ''] | None = None,
-        deltas: dict[int, Float[Array, 'rows V']] = {},
+        deltas: dict[int, Float[Array, 'rows V']] | None = None,
     ) -> tuple[Float[Array, 'B L D'], dict[int, MemoryReads]]:
         if tokens.shape[1] > self.config.max_length:
             raise Refusal(f'Sequences of {tokens.shape[1]} tokens, but model.max_length = '
                           f'{self.config.max_length}: shorten them or enlarge it.')
         keys = _split(self._key(deterministic, rngs), self.config.layers + 1)
         states = self.embeddings(tokens, segments, keys[0])
-        reads = {}
+        reads, deltas = {}, deltas or {}
         for layer, block in enumerate(self.layers):
-            run = functools.partial(block, deterministic=deterministic)
+            run: Callable = functools.partial(block, deterministic=deterministic)
             run = jax.checkpoint(run) if self.config.remat else run
             states, read = run(states, lengths, keys[layer + 1], deltas.get(layer))
             if read is not None:
@@ -107,11 +109,9 @@ class Bert(nnx.Module):
         return states, reads
 
     def _key(self, deterministic, rngs):
-        config = self.config
         if deterministic:
             return None
-        if rngs is None and (config.dropout or config.attention_dropout
-                             or config.memory_layers and config.memory.has_dropout):
+        if rngs is None and self.config.has_dropout:
             raise Refusal('A model with dropout needs a key, rngs, where it is not deterministic.')
         return rngs
 
@@ -155,7 +155,9 @@ class Embeddings(nnx.Module):
         self.norm = _layer_norm(config, rngs)
         self.rate = config.dropout
 
-    def __call__(self, tokens, segments, key):
+    def __call__(
+        self, tokens: Int[Array, 'B L'], segments: Int[Array, 'B L'], key: Key[Array, ''] | None,
+    ) -> Float[Array, 'B L D']:
         # A gather's gradient is a scatter-add: slow where most tokens share a row, and on a GPU
         # different each time. The memory's read is neither, and one-hot products are none.
         words = embedding_lookup(self.word.embedding[...], tokens.reshape(-1))
@@ -181,7 +183,10 @@ class Block(nnx.Module):
                              else None)
         self.output_norm = _layer_norm(config, rngs)
 
-    def __call__(self, states, lengths, key, delta=None, *, deterministic=True):
+    def __call__(
+        self, states: Float[Array, 'B L D'], lengths: Int[Array, 'B'], key: Key[Array, ''] | None,
+        delta: Float[Array, 'rows V'] | None = None, *, deterministic: bool = True,
+    ) -> tuple[Float[Array, 'B L D'], MemoryReads | None]:
         rate, keys = self.config.dropout, _split(key, 4)
         attended = self.attention(states, lengths, keys[0])
         states = add_norm(self.attention_norm, states, self.attention.output, attended, rate,
@@ -215,7 +220,9 @@ class Attention(nnx.Module):
         self.query, self.key, self.value, self.output = (
             _linear(config, rngs, config.width, config.width) for _ in range(4))
 
-    def __call__(self, states, lengths, key):
+    def __call__(
+        self, states: Float[Array, 'B L D'], lengths: Int[Array, 'B'], key: Key[Array, ''] | None,
+    ) -> Float[Array, 'B L D']:
         # One product instead of three: more work for the matrix unit at a time, forward and back.
         projections = self.query, self.key, self.value
         kernel, bias = (jnp.concatenate(parts, axis=-1).astype(states.dtype) for parts in zip(
@@ -234,7 +241,7 @@ class FeedForward(nnx.Module):
         self.up = _linear(config, rngs, config.width, config.feed_forward_width)
         self.down = _linear(config, rngs, config.feed_forward_width, config.width)
 
-    def __call__(self, states):
+    def __call__(self, states: Float[Array, 'B L D']) -> Float[Array, 'B L F']:
         return gelu(self.up(states))
 
 
@@ -249,7 +256,9 @@ class MaskedLMHead(nnx.Module):
             _normal(rngs.params(), (config.vocab_size, config.width)))
         self.dtype = config.dtype
 
-    def __call__(self, states, word_embedding):
+    def __call__(
+        self, states: Float[Array, 'B P D'], word_embedding: nnx.Embed,
+    ) -> Float[Array, 'B P vocab']:
         states = self.norm(gelu(self.transform(states)))
         decoder = word_embedding.embedding if self.decoder is None else self.decoder
         return logits(states, decoder[...].astype(self.dtype), self.bias[...])

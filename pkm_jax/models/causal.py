@@ -1,6 +1,237 @@
+"""A causal decoder whose feed-forward layers can have, or be, a product-key memory.
+
+Pre-norm blocks as in GPT-2 (Radford et al. 2019), tied head; a memory as in Lample et al. 2019:
+
+    h' = h + Attention(LN(h))
+    none     h'' = h' + FFN(LN(h'))
+    replace  h'' = h' + PKM(LN(h'))
+    add      h'' = h' + FFN(LN(h')) + PKM(LN(h'))
+"""
+
 import dataclasses
+import functools
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from einops import rearrange
+from flax import nnx
+from jaxtyping import Array, Float, Int, Key
+
+from pkm_jax.fields import setting
+from pkm_jax.memory.layer import MemoryReads, ProductKeyMemory
+from pkm_jax.memory.sharded import embedding_lookup
 from pkm_jax.models.transformer import TransformerConfig
-class Causal: ...
+from pkm_jax.ops.attention import attend
+from pkm_jax.ops.dropout import dropout
+from pkm_jax.ops.elementwise import gelu, logits, split_qkv
+from pkm_jax.refusal import Refusal
+
+
 @dataclasses.dataclass(frozen=True)
 class CausalConfig(TransformerConfig):
-    ...
+    """Sizes of a decoder and its memories.
+
+    Raises:
+      Refusal: a size or name is impossible; the message names it, its value and the remedy.
+    """
+    positions: str = setting('rotary', "how a token knows where it is: 'rotary' (queries and keys "
+                             "turned by it) or 'learned' (an embedding)",
+                             choices=('rotary', 'learned'))
+    rotary_base: float = setting(10_000., 'of the wave lengths of rotary positions', above=1)
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.positions == 'rotary' and self.width // self.attention_heads % 2:
+            raise Refusal(f'model.positions = {self.positions!r} turns pairs of features: '
+                          f'model.width = {self.width} / model.attention_heads = '
+                          f'{self.attention_heads} must be even.')
+
+    def build(self, rngs: nnx.Rngs) -> 'Causal':
+        """A decoder with fresh parameters."""
+        return Causal(self, rngs)
+
+    def unseen(self) -> dict[str, Any]:
+        """Settings that weights were trained with and that their shapes do not tell."""
+        return super().unseen() | {'positions': self.positions, 'rotary_base': self.rotary_base}
+
+
+class Causal(nnx.Module):
+    """The decoder. A call encodes tokens [B, L], of which the first `lengths` of each row are real.
+
+    It returns the normed states [B, L, D], each of them made of its own token and those before it,
+    and by layer what each memory read; see `Bert` for `deterministic`, `rngs` and `deltas`.
+    """
+
+    def __init__(self, config: CausalConfig, rngs: nnx.Rngs):
+        self.config = config
+        self.embeddings = Embeddings(config, rngs)
+        blocks, values = [], None
+        for layer in range(config.layers):
+            blocks.append(Block(config, layer, values, rngs))
+            if config.shared_values and layer in config.memory_layers:
+                values = blocks[-1].memory.values
+        self.layers = nnx.List(blocks)
+        self.norm = _layer_norm(config, rngs)
+
+    def __call__(
+        self, tokens: Int[Array, 'B L'], lengths: Int[Array, 'B'], *, deterministic: bool = True,
+        rngs: Key[Array, ''] | None = None, deltas: dict[int, Float[Array, 'rows V']] | None = None,
+    ) -> tuple[Float[Array, 'B L D'], dict[int, MemoryReads]]:
+        config = self.config
+        if tokens.shape[1] > config.max_length:
+            raise Refusal(f'Sequences of {tokens.shape[1]} tokens, but model.max_length = '
+                          f'{config.max_length}: shorten them or enlarge it.')
+        if not deterministic and rngs is None and config.has_dropout:
+            raise Refusal('A model with dropout needs a key, rngs, where it is not deterministic.')
+        keys = _split(None if deterministic else rngs, config.layers + 1)
+        positions = jnp.arange(tokens.shape[1])
+        states = self.embeddings(tokens, positions, keys[0])
+        reads, deltas = {}, deltas or {}
+        for layer, block in enumerate(self.layers):
+            run: Callable = functools.partial(block, deterministic=deterministic)
+            run = jax.checkpoint(run) if config.remat else run
+            states, read = run(states, positions, lengths, keys[layer + 1], deltas.get(layer))
+            if read is not None:
+                reads[layer] = read
+                block.memory.update_batch_stats(read.batch_stats)
+        return self.norm(states), reads
+
+    def logits(self, states: Float[Array, 'B L D']) -> Float[Array, 'B L vocab']:
+        """Float32 logits of the token after each, with the word embedding."""
+        embedding = self.embeddings.word.embedding[...]
+        return logits(states, embedding.astype(self.config.dtype), jnp.zeros(len(embedding)))
+
+
+class Embeddings(nnx.Module):
+    """Words, and where they are learnt their positions."""
+
+    def __init__(self, config: CausalConfig, rngs: nnx.Rngs):
+        embed = functools.partial(nnx.Embed, features=config.width, rngs=rngs,
+                                  embedding_init=_normal)
+        self.word = embed(config.vocab_size)
+        self.position = embed(config.max_length) if config.positions == 'learned' else None
+        self.rate, self.dtype = config.dropout, config.dtype
+
+    def __call__(
+        self, tokens: Int[Array, 'B L'], positions: Int[Array, 'L'], key: Key[Array, ''] | None,
+    ) -> Float[Array, 'B L D']:
+        words = embedding_lookup(self.word.embedding[...], tokens.reshape(-1))
+        states = words.reshape(*tokens.shape, -1)
+        if self.position is not None:
+            states += self.position.embedding[...][positions][None]
+        return dropout(states.astype(self.dtype), self.rate, key)
+
+
+class Block(nnx.Module):
+    """Self-attention, then the feed-forward layer and the memory of one layer, pre-norm."""
+
+    def __init__(self, config: CausalConfig, layer: int, values: nnx.Param | None, rngs: nnx.Rngs):
+        self.rate = config.dropout
+        self.attention_norm = _layer_norm(config, rngs)
+        self.attention = Attention(config, rngs)
+        self.norm = _layer_norm(config, rngs)
+        self.feed_forward = FeedForward(config, rngs) if config.has_feed_forward(layer) else None
+        self.memory = ProductKeyMemory(
+            config.memory, config.width, dtype=config.dtype, values=values, rngs=rngs,
+        ) if layer in config.memory_layers else None
+        self.memory_scale = (nnx.Param(jnp.zeros(())) if self.memory and config.zero_start
+                             else None)
+
+    def __call__(
+        self, states: Float[Array, 'B L D'], positions: Int[Array, 'L'], lengths: Int[Array, 'B'],
+        key: Key[Array, ''] | None, delta: Float[Array, 'rows V'] | None = None, *,
+        deterministic: bool = True,
+    ) -> tuple[Float[Array, 'B L D'], MemoryReads | None]:
+        keys = _split(key, 4)
+        attended = self.attention(self.attention_norm(states), positions, lengths, keys[0])
+        states += dropout(attended, self.rate, keys[1])
+        normed, total, reads = self.norm(states), states.astype(jnp.float32), None
+        if self.memory is not None:
+            # Summed in float32, so that a memory scaled by zero changes no bit in any dtype.
+            read, reads = self._read_memory(normed, lengths, keys[3], delta, deterministic)
+            total += read
+        if self.feed_forward is not None:
+            total += dropout(self.feed_forward(normed), self.rate, keys[2]).astype(jnp.float32)
+        return total.astype(states.dtype), reads
+
+    def _read_memory(self, states, lengths, key, delta, deterministic):
+        real = jnp.arange(states.shape[1])[None] < lengths[:, None]
+        read, reads = self.memory.read(states, real, deterministic=deterministic, rngs=key,
+                                       delta=delta)
+        read = read.astype(jnp.float32)
+        return read if self.memory_scale is None else read * self.memory_scale[...], reads
+
+
+class Attention(nnx.Module):
+    """Multi-head attention of every token to itself and those before it."""
+
+    def __init__(self, config: CausalConfig, rngs: nnx.Rngs):
+        self.config = config
+        self.qkv = _linear(config, rngs, config.width, 3 * config.width)
+        self.output = _linear(config, rngs, config.width, config.width)
+
+    def __call__(
+        self, states: Float[Array, 'B L D'], positions: Int[Array, 'L'], lengths: Int[Array, 'B'],
+        key: Key[Array, ''] | None,
+    ) -> Float[Array, 'B L D']:
+        query, keys, values = self.heads(states, positions)
+        attended = attend(query, keys, values, lengths, self.config.attention_dropout, key,
+                          causal=True)
+        return self.output(rearrange(attended, 'b l h d -> b l (h d)'))
+
+    def heads(
+        self, states: Float[Array, 'B L D'], positions: Int[Array, 'L'],
+    ) -> tuple[Float[Array, 'B L H d'], ...]:
+        """Queries, keys and values of tokens at these positions: a cache keeps the last two."""
+        query, keys, values = (
+            rearrange(part, 'b l (h d) -> b l h d', h=self.config.attention_heads)
+            for part in split_qkv(self.qkv(states)))
+        if self.config.positions == 'rotary':
+            query, keys = (rotated(part, positions, self.config.rotary_base)
+                           for part in (query, keys))
+        return query, keys, values
+
+
+def rotated(
+    x: Float[Array, 'B L H d'], positions: Int[Array, 'L'], base: float,
+) -> Float[Array, 'B L H d']:
+    """Pairs of features (i, i + d / 2) turned by position · base^(−2i / d), in float32.
+
+    Inner products of two turned vectors depend on how far apart they are (Su et al. 2021).
+    """
+    half = x.shape[-1] // 2
+    rates = base ** (-jnp.arange(half, dtype=jnp.float32) / half)
+    angles = positions.astype(jnp.float32)[:, None] * rates[None]
+    cos, sin = (function(angles)[None, :, None] for function in (jnp.cos, jnp.sin))
+    first, second = jnp.split(x.astype(jnp.float32), 2, axis=-1)
+    turned = jnp.concatenate([first * cos - second * sin, second * cos + first * sin], axis=-1)
+    return turned.astype(x.dtype)
+
+
+class FeedForward(nnx.Module):
+    """Two projections with a GELU between them."""
+
+    def __init__(self, config: CausalConfig, rngs: nnx.Rngs):
+        self.up = _linear(config, rngs, config.width, config.feed_forward_width)
+        self.down = _linear(config, rngs, config.feed_forward_width, config.width)
+
+    def __call__(self, states: Float[Array, 'B L D']) -> Float[Array, 'B L D']:
+        return self.down(gelu(self.up(states)))
+
+
+_normal = nnx.initializers.truncated_normal(0.02)
+
+
+def _linear(config, rngs, inputs, outputs):
+    return nnx.Linear(inputs, outputs, kernel_init=_normal, dtype=config.dtype, rngs=rngs)
+
+
+def _layer_norm(config, rngs):
+    return nnx.LayerNorm(config.width, epsilon=config.norm_epsilon, dtype=config.dtype,
+                         use_fast_variance=False, rngs=rngs)
+
+
+def _split(key, count):
+    return [None] * count if key is None else jax.random.split(key, count)

@@ -25,12 +25,24 @@ class MemorySite(NamedTuple):
 @runtime_checkable
 class ModelConfig(Protocol):
     """Sizes of a model, as a frozen dataclass."""
-    vocab_size: int     # rows of the word embedding; 0: one for each word, not known yet
-    max_length: int     # tokens of the longest sequence
-    dtype: str          # of the computation
-    word_embedding: Path    # among the parameters
 
-    def with_vocabulary(self, words: int) -> 'ModelConfig':
+    @property
+    def vocab_size(self) -> int:
+        """Rows of the word embedding; 0: one for each word, not known yet."""
+
+    @property
+    def max_length(self) -> int:
+        """Tokens of the longest sequence."""
+
+    @property
+    def dtype(self) -> str:
+        """Of the computation."""
+
+    @property
+    def word_embedding(self) -> Path:
+        """Where it is among the parameters."""
+
+    def with_vocabulary(self, words: int) -> Any:
         """The same with an embedding for that many words, where the size was not given."""
 
     def build(self, rngs: nnx.Rngs) -> nnx.Module:

@@ -1,6 +1,6 @@
 """What the configurations of all transformers here have in common: sizes, memories, costs.
 
-Placement of a memory in a block (docs/method.md, section 2), LN being the norm of a post-norm block:
+Placement of a memory in a post-norm block (docs/method.md, section 2), LN being its output norm:
 
     none     h' = LN(h + FFN(h))
     replace  h' = LN(h + PKM(h))                 Lample et al. 2019
@@ -47,7 +47,8 @@ class TransformerConfig:
     memory_layers: tuple[int, ...] = setting((), 'layers that have a memory, counted from 0')
     placement: str = setting('none', 'of the memory in each of these layers', choices=PLACEMENTS)
     zero_start: bool = setting(
-        False, 'scale memories by a learnt scalar that starts at 0: step 0 equals the model without')
+        False, 'scale memories by a learnt scalar that starts at 0: it begins as the model '
+        'without, to the bit in evaluation')
     shared_values: bool = setting(False, 'one value table for all memory layers')
 
     def __post_init__(self) -> None:
@@ -65,7 +66,7 @@ class TransformerConfig:
             raise Refusal(f'memory.layers = {self.memory_layers}: every layer must be given once '
                           f'and lie within 0..{self.layers - 1} (model.layers = {self.layers}).')
 
-    def with_vocabulary(self, words: int) -> 'TransformerConfig':
+    def with_vocabulary(self, words: int) -> Any:
         """The same with an embedding for that many words, where its rows were not given.
 
         Raises:
@@ -90,11 +91,18 @@ class TransformerConfig:
         if platform != 'gpu':
             return ["attention: XLA's (a fused one exists for GPUs)"]
         if self.attention_dropout:
-            return [f'attention: NOT FUSED, since model.attention_dropout = {self.attention_dropout} '
-                    f'drops its weights; 0 makes a step of BERT-base 1.6 times as fast']
+            return [f'attention: NOT FUSED, since model.attention_dropout = '
+                    f'{self.attention_dropout} drops its weights; 0 makes a step of BERT-base 1.6 '
+                    f'times as fast']
         if self.dtype != 'bfloat16':
             return [f'attention: NOT FUSED, since model.dtype = {self.dtype!r} is not bfloat16']
         return ['attention: fused (cuDNN)']
+
+    @property
+    def has_dropout(self) -> bool:
+        """Whether a model in training needs a key."""
+        return bool(self.dropout or self.attention_dropout
+                    or self.memory_layers and self.memory.has_dropout)
 
     def has_feed_forward(self, layer: int) -> bool:
         return not (self.placement == 'replace' and layer in self.memory_layers)

@@ -81,7 +81,8 @@ def _reference_backward(
 ) -> tuple[Array, ...]:
     """By the reference's derivative, whose forward pass XLA finds in the program already."""
     return jax.vjp(
-        lambda *arrays: reference(*arrays, words, part, rate=rate, epsilon=epsilon),
+        lambda residual, branch, branch_bias, scale, bias: reference(
+            residual, branch, branch_bias, scale, bias, words, part, rate=rate, epsilon=epsilon),
         residual, branch, branch_bias, scale, bias)[1](gradient)
 
 

@@ -26,7 +26,8 @@ def drop(
     rate: float,
 ) -> Float[Array, 'rows columns']:
     """What `keep_mask` keeps of a part of a matrix, scaled to keep its mean."""
-    return jnp.where(keep_mask(words, part, *x.shape, rate), x / (1 - rate), 0)
+    rows, columns = x.shape
+    return jnp.where(keep_mask(words, part, rows, columns, rate), x / (1 - rate), 0)
 
 
 def words_of(key: Key[Array, '']) -> UInt32[Array, '2']:
@@ -39,8 +40,9 @@ def keep_mask(
 ) -> Bool[Array, '{rows} {columns}']:
     """Which elements stay of part number `part` of a matrix that is cut into parts of `rows` rows.
 
-    Of the whole matrix, row i, column j stays if the 16 bits number i % DRAWS of Threefry-2x32 (Salmon et al. 2011) of
-    (i // DRAWS, j) are not below the rate. `jax.random` would spend a block on each element.
+    Of the whole matrix, row i, column j stays if the 16 bits number i % DRAWS of Threefry-2x32
+    (Salmon et al. 2011) of (i // DRAWS, j) are not below the rate. `jax.random` would spend a block
+    on each element.
     """
     first = part * rows
     aligned = rows % DRAWS == 0     # and so is the first row, whichever part it is

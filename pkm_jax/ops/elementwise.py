@@ -1,4 +1,4 @@
-"""Operations of a transformer whose derivatives are written by hand: fewer bytes, faster products."""
+"""Operations whose derivatives are written by hand: fewer bytes, faster products."""
 
 import math
 

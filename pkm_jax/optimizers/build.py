@@ -14,8 +14,7 @@ from optax.contrib import MuonDimensionNumbers, muon
 
 from pkm_jax.fields import check_settings, setting
 from pkm_jax.optimizers.groups import groups_of, path_of, schedule
-from pkm_jax.optimizers.sparse import (lazy_adam, on_rows, rowwise_adagrad, rowwise_adam,
-                                       sparse_sgd)
+from pkm_jax.optimizers.sparse import lazy_adam, on_rows, rowwise_adagrad, rowwise_adam, sparse_sgd
 from pkm_jax.refusal import Refusal
 
 # Gives Muon's updates the root mean square of Adam's, so that one learning rate serves both

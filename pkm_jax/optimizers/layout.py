@@ -5,7 +5,8 @@ from typing import Any
 
 import jax
 import optax
-from jax.sharding import AbstractMesh, AxisType, NamedSharding, PartitionSpec as P
+from jax.sharding import AbstractMesh, AxisType, NamedSharding
+from jax.sharding import PartitionSpec as P
 
 from pkm_jax.optimizers.groups import path_of
 

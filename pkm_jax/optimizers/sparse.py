@@ -17,12 +17,12 @@ from jaxtyping import Array, BFloat16, Float, Int32, Key, UInt32
 from pkm_jax.memory.sharded import put_rows, take_rows
 from pkm_jax.memory.sparse_rows import is_rows, rows_of
 
-Rate = float | optax.Schedule
+Rate = float | Callable[[Any], Any]     # or an Optax schedule
 
 
 class RowsState(NamedTuple):
     """Steps taken, and trees of moments: [S, V], or [S] where they are one number a row."""
-    count: Int32[Array, '']
+    count: Int32[Array, '']     # type: ignore[assignment]  # hides a method of tuples
     moments: tuple
 
 
@@ -154,7 +154,7 @@ def _by_row(
 
         gradients, tree = jax.tree.flatten(updates, is_leaf=is_rows)
         by_table = map(of_table, gradients, *map(jax.tree.leaves, state.moments))
-        updates, *moments = map(tree.unflatten, zip(*by_table))
+        updates, *moments = (jax.tree.unflatten(tree, leaves) for leaves in zip(*by_table))
         return updates, RowsState(count, tuple(moments))
 
     return optax.GradientTransformation(init, update)

@@ -4,7 +4,7 @@ import math
 import os
 import re
 from collections.abc import Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 from jax.experimental import topologies
@@ -85,7 +85,7 @@ def devices(topology: Topology) -> Sequence[jax.Device]:
     if not topology.is_tpu:
         return _cpu_devices(math.prod(topology.shape))
     os.environ.update(NO_TPU_HERE)
-    options = {}
+    options: dict[str, Any] = {}
     if any(size % 2 for size in topology.shape[:2]):    # hosts have 2 × 2 chips, or one
         options['chips_per_host_bounds'] = (1, 1, 1)
     if topology.name.startswith('v4:'):     # the two cores of a chip as one device
@@ -116,7 +116,7 @@ def link_rate(topology: Topology, places: Sequence[Sequence[int]]) -> float:
 
 
 def _cpu_devices(count):
-    if jax.config.jax_num_cpu_devices < count:
+    if jax.config.jax_num_cpu_devices < count:      # type: ignore[attr-defined]  # made when run
         try:
             jax.config.update('jax_num_cpu_devices', count)
         except RuntimeError:

@@ -17,6 +17,7 @@ from pkm_jax.planning.device_memory import DeviceMemory
 from pkm_jax.planning.hlo import Collective
 from pkm_jax.training.layout import Layout, lay_out, tables_of
 from pkm_jax.training.program import abstract_batch, make_program
+from pkm_jax.training.start import compilation_cache as compilation_cache_folder
 
 RESERVED = GIB // 4     # of a TPU's memory: what the v5e compiler leaves to its runtime
 GPU_SHARE = 0.75        # of a GPU's memory: JAX's, where XLA_PYTHON_CLIENT_MEM_FRACTION is not set
@@ -106,7 +107,7 @@ def _compile(lowered):
 
     Without JAX's cache: programs for other machines cannot be read back from it.
     """
-    cache = jax.config.jax_compilation_cache_dir
+    cache = compilation_cache_folder()
     jax.config.update('jax_compilation_cache_dir', None)
     compilation_cache.reset_cache()
     try:

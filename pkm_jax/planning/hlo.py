@@ -37,7 +37,7 @@ class Shape(NamedTuple):
     def bytes(self) -> int:
         return math.prod(self.dims) * ITEM_BITS[self.dtype] // 8
 
-    def __str__(self):
+    def __str__(self) -> str:
         return f'{self.dtype}[{",".join(map(str, self.dims))}]'
 
 

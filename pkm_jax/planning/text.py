@@ -42,7 +42,7 @@ def _collectives(estimate):
     sums = collections.defaultdict(lambda: np.zeros(3))     # of times, bytes and seconds, by line
     for one, axes, seconds in estimate.transfers:
         sums[one.kind, _largest(one.shapes), axes] += one.times, one.bytes_sent, seconds
-    total = sum(sums.values())
+    total = np.sum(list(sums.values()), axis=0)
     lines = [f'{"collectives of a step":23} {"of":24} {"along":24} {"MB sent":>9} {"ms":>8} '
              f'{"of the step":>12}']
     smaller = np.zeros(3)
@@ -50,7 +50,8 @@ def _collectives(estimate):
         if of_line[2] < SMALL * total[2]:
             smaller += of_line
         else:
-            lines.append(_row(*key, of_line, estimate))
+            kind, shapes, axes = key
+            lines.append(_row(kind, shapes, axes, of_line, estimate))
     if smaller[0]:
         lines.append(_row('smaller', '', '', smaller, estimate))
     return [*lines, _row('in all', '', '', total, estimate)]
@@ -79,14 +80,14 @@ def _step(estimate):
              'not known: the program for CPUs moves other bytes than that for GPUs')
     return [
         'a step of a device, at peak rates',
-        f'  arithmetic  {_ms(seconds["arithmetic"])}   {estimate.flops / 1e12:.3f} TFLOP of the model '
-        f'at {chip.flops / 1e12:,.0f} TFLOP/s (XLA counts {estimate.counted_flops / 1e12:.3f}: loop '
-        f'bodies once)',
+        f'  arithmetic  {_ms(seconds["arithmetic"])}   {estimate.flops / 1e12:.3f} TFLOP of the '
+        f'model at {chip.flops / 1e12:,.0f} TFLOP/s (XLA counts '
+        f'{estimate.counted_flops / 1e12:.3f}: loop bodies once)',
         f'  HBM         {_ms(seconds["HBM"])}   {moved}',
         f'  links       {_ms(seconds["links"])}   ring algorithms, at {chip.links / 1e9:,.0f} GB/s '
         f'over all links',
-        f'  estimate    {_ms(estimate.step_seconds)}   the longer of arithmetic and HBM, then the links'
-        f': {tokens / estimate.step_seconds:,.0f} tokens/s of all devices']
+        f'  estimate    {_ms(estimate.step_seconds)}   the longer of arithmetic and HBM, then the '
+        f'links: {tokens / estimate.step_seconds:,.0f} tokens/s of all devices']
 
 
 def _ms(seconds):

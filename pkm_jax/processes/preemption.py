@@ -8,9 +8,11 @@ from types import FrameType
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax.sharding import Mesh, NamedSharding, PartitionSpec as P
+from jax.sharding import Mesh, NamedSharding
+from jax.sharding import PartitionSpec as P
 
-SIGNALS = (signal.SIGTERM, signal.SIGINT)
+# What clusters, terminals (Ctrl-C, or closed) and Slurm's --signal=USR1 send.
+SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGUSR1)
 ONE_REQUEST = 1.    # seconds: launchers signal a process directly and through its parent
 
 
@@ -28,7 +30,7 @@ class Stopped(Exception):
 
 
 class StopRequests:
-    """Hears the first SIGTERM or Ctrl-C, while it is entered; a second one ends the process.
+    """Hears the first of SIGNALS while it is entered; a second one ends the process.
 
     docs/design.md says why JAX's own preemption service is not used.
     """

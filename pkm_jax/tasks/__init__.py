@@ -1,1 +1,1 @@
-"""What is learnt: batches, losses, metrics. A task knows its model's module; training knows neither."""
+"""What is learnt: batches, losses, metrics. A task knows its model's module; training neither."""

@@ -48,7 +48,7 @@ class CausalLM(LanguageModelling):
 
     def outcome(
         self, model: Causal, batch: Batch, *, deterministic: bool,
-        rngs: Key[Array, ''] | None = None, deltas: dict[Any, Array] = {},
+        rngs: Key[Array, ''] | None = None, deltas: dict[Any, Array] | None = None,
     ) -> Outcome:
         """Cross-entropy summed over the predicted tokens, and how many were guessed right."""
         tokens, lengths = batch['tokens'], batch['lengths']
@@ -60,7 +60,7 @@ class CausalLM(LanguageModelling):
         chosen = jnp.take_along_axis(logits, following[..., None], axis=-1)[..., 0]
         losses = jax.nn.logsumexp(logits, axis=-1) - chosen
         correct = jnp.sum(predicted & (jnp.argmax(logits, axis=-1) == following), dtype=jnp.float32)
-        return Outcome(jnp.sum(jnp.where(predicted, losses, 0)), {'correct': correct}, reads)
+        return Outcome(jnp.sum(jnp.where(predicted, losses, 0)), {'correct': correct}, reads, {})
 
     def predictions(self) -> int:
         return self.length

@@ -23,7 +23,7 @@ class Outcome(NamedTuple):
     loss: Float[Array, '']              # summed over the terms that `Task.terms` counts
     sums: dict[str, Array]              # further sums over them
     reads: dict[Any, MemoryReads]       # what each memory read
-    outputs: dict[str, Array] = {}      # by example, for metrics of an evaluation that are no sums
+    outputs: dict[str, Array]           # by example, for metrics of an evaluation that are no sums
 
 
 @runtime_checkable
@@ -42,6 +42,7 @@ class Data(Protocol):
 class Task(Protocol):
     """What is learnt, and from what."""
     length: int         # tokens of an example
+    vocab_size: int     # words of a vocabulary that is not there yet, as plans assume
     workers: int        # processes that make batches; 0: threads of this one
 
     def check(self, model: ModelConfig) -> None:
@@ -66,7 +67,7 @@ class Task(Protocol):
 
     def outcome(
         self, model: nnx.Module, batch: Batch, *, deterministic: bool,
-        rngs: Key[Array, ''] | None = None, deltas: dict[Any, Array] = {},
+        rngs: Key[Array, ''] | None = None, deltas: dict[Any, Array] | None = None,
     ) -> Outcome:
         """Sums over the batch. `deltas` stand for the value rows that a sparse update changes."""
 

@@ -45,7 +45,7 @@ class MaskedLM(LanguageModelling):
           Refusal: it has none.
         """
         super().check(model)
-        if not isinstance(model, BertConfig) or 'mlm' not in model.heads:
+        if not isinstance(model, BertConfig) or 'mlm' not in model.output_heads:
             raise Refusal(f"task = 'masked_lm' needs a BERT with an 'mlm' head, not {model}.")
 
     def examples(self, data: Prepared, seed: int) -> MaskedExamples:
@@ -64,7 +64,7 @@ class MaskedLM(LanguageModelling):
 
     def outcome(
         self, model: Bert, batch: Batch, *, deterministic: bool,
-        rngs: Key[Array, ''] | None = None, deltas: dict[Any, Array] = {},
+        rngs: Key[Array, ''] | None = None, deltas: dict[Any, Array] | None = None,
     ) -> Outcome:
         """Cross-entropy summed over the masked words, and how many were guessed right."""
         states, reads = model(batch['tokens'], batch['segments'], batch['lengths'],
@@ -72,8 +72,8 @@ class MaskedLM(LanguageModelling):
         logits = model.mlm_logits(states, batch['mlm_positions'])
         labels, weights = batch['mlm_labels'], batch['mlm_weights']
         losses = optax.softmax_cross_entropy_with_integer_labels(logits, labels)
-        correct = jnp.sum((jnp.argmax(logits, axis=-1) == labels) * weights)
-        return Outcome(jnp.sum(losses * weights), {'correct': correct}, reads)
+        correct = jnp.sum(jnp.where(jnp.argmax(logits, axis=-1) == labels, weights, 0))
+        return Outcome(jnp.sum(losses * weights), {'correct': correct}, reads, {})
 
     def predictions(self) -> int:
         return self.max_predictions

@@ -24,9 +24,9 @@ class LanguageModelling:
     Raises:
       Refusal: a value is out of its range.
     """
-    corpus: str = setting('', "globs of .txt or .jsonl files (with ',' between), a prepared folder, "
-                              "'tfds:NAME' or 'installed-docs'")
-    vocab: str = setting('', "vocab.txt, tokenizer.json or a folder with one; '': that of init_from, "
+    corpus: str = setting('', "globs of .txt or .jsonl files (with ',' between), a prepared "
+                              "folder, 'tfds:NAME' or 'installed-docs'")
+    vocab: str = setting('', "vocab.txt, tokenizer.json or their folder; '': that of init_from, "
                              'else trained on the corpus')
     vocab_size: int = setting(30_522, 'words of a trained vocabulary', least=1)
     lowercase: bool | None = setting(

@@ -9,7 +9,12 @@ import jax.numpy as jnp
 import numpy as np
 
 from pkm_jax.memory.usage import (
-    SlotCounts, host_counts, no_counts, uniform_ceiling, usage_metrics, used_shares,
+    SlotCounts,
+    host_counts,
+    no_counts,
+    uniform_ceiling,
+    usage_metrics,
+    used_shares,
 )
 from pkm_jax.models.interface import MemorySite
 from pkm_jax.tasks.interface import Batch, Task
@@ -39,7 +44,8 @@ def evaluate(
         seen.append(_seen(totals))
     totals, seen, outputs = jax.device_get((totals, seen, outputs))
     joined = jax.tree.map(lambda *parts: np.concatenate(parts)[:examples], *outputs)
-    values = {**task.evaluation(totals.sums, joined), 'eval_tokens': int(totals.tokens)}
+    values: dict[str, Any] = {**task.evaluation(totals.sums, joined),
+                              'eval_tokens': int(totals.tokens)}
     if sites:
         values['memory'] = {str(name): _memory_values(name, counts, seen, sites[name].config)
                             for name, counts in totals.counts.items()}

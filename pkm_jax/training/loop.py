@@ -11,6 +11,7 @@ import jax
 import numpy as np
 from jax.sharding import Mesh
 
+from pkm_jax import dispatch
 from pkm_jax.checkpoints import pretrained
 from pkm_jax.checkpoints.store import Checkpoints
 from pkm_jax.configuration import folder as run_folder
@@ -20,6 +21,7 @@ from pkm_jax.mesh import make_mesh
 from pkm_jax.models.interface import flatten
 from pkm_jax.optimizers.groups import schedule
 from pkm_jax.processes import hosts
+from pkm_jax.processes.lock import only_run_in
 from pkm_jax.processes.preemption import Stopped, StopRequests
 from pkm_jax.refusal import Refusal
 from pkm_jax.tasks.interface import Batch, Data
@@ -30,6 +32,11 @@ from pkm_jax.training.program import Program, abstract_batch, make_program
 from pkm_jax.training.run_log import RunLog, utilisation
 from pkm_jax.training.state import TrainState, batch_sharding
 
+
+class Diverged(RuntimeError):
+    """Loss or gradient are no numbers any more: the run has stopped, and did not save them."""
+
+
 EVALUATION_SEED = 0     # of the examples evaluated over: the same for runs of any seed
 
 
@@ -39,15 +46,23 @@ def train(run: Run, layout: Layout) -> Path:
     Returns the folder; of a finished run at once. `layout` is `layout.lay_out`'s.
 
     Raises:
-      Refusal: the settings, corpus, checkpoint or folder cannot be used; before anything is compiled.
-      Stopped: a signal asked for it; see preemption.py.
+      Refusal: the settings, corpus, checkpoint or folder cannot be used; before anything is
+      compiled. Stopped: a signal asked for it; see preemption.py.
+      Diverged: a loss is not finite. The checkpoints are of before.
     """
-    # 1. Refuse what cannot work; prepare the data.
     changed = run_folder.check_same_run(run)
+    with contextlib.ExitStack() as alone:
+        if jax.process_index() == 0:
+            alone.enter_context(only_run_in(run.folder))
+        return _train(run, layout, changed)
+
+
+def _train(run: Run, layout: Layout, changed: str) -> Path:
+    # 1. Prepare the data.
     with start.phase('preparing the data'), hosts.first_process_first('the prepared data'):
         data = run.task.prepare(pretrained.vocabulary_of(run.init_from),
                                 functools.partial(print, flush=True))
-    run = run.with_vocabulary(data.vocab_size)
+    configured, run = run, run.with_vocabulary(data.vocab_size)
     mesh = make_mesh(layout.shards)
 
     with contextlib.ExitStack() as closing:
@@ -69,9 +84,9 @@ def train(run: Run, layout: Layout) -> Path:
             if int(state.step) >= run.train.steps:
                 return run.folder
         else:
-            state = _first_state(run, program, data)
-        if jax.process_index() == 0 and (changed or not resumed):
-            run_folder.describe(run)
+            state = _first_state(run, program, data, lambda: run_folder.describe(configured))
+        if changed and jax.process_index() == 0:
+            run_folder.describe(configured)
 
         # 3. Say what is trained, and train it.
         log = closing.enter_context(contextlib.closing(
@@ -83,19 +98,24 @@ def train(run: Run, layout: Layout) -> Path:
             log.write('start', 0, 0, parameters=sum(map(math.prod, shapes.values())))
         requests = closing.enter_context(StopRequests(mesh))
         with start.phase('compiling the step'), log.pause():
-            take_step = program.take_step.lower(state, abstract_batch(run, mesh)).compile()
+            with dispatch.recorded() as chosen:
+                lowered = program.take_step.lower(state, abstract_batch(run, mesh))
+            log.say('\n'.join(f'{operation}: {how}' for operation, how in chosen.items()))
+            take_step = lowered.compile()
         _loop(run, state, take_step, _evaluation(run, program, mesh, data, log), stream, mesh,
               checkpoints, log, requests)
     return run.folder
 
 
-def _first_state(run: Run, program: Program, data: Data) -> TrainState:
+def _first_state(
+    run: Run, program: Program, data: Data, make_folder: Callable[[], None],
+) -> TrainState:
     """Fresh weights, or those that the run starts from; the folder is made once they fit."""
     source = pretrained.open_pretrained(run.init_from) if run.init_from else None
     if source:
         pretrained.check_fits(source, program.abstract, run.model, data.vocab_path)
     if jax.process_index() == 0:
-        run_folder.describe(run)
+        make_folder()
         if data.vocab_path:
             tokenizer.load(data.vocab_path).save(run.folder)
     with start.phase('making the first state'):
@@ -156,10 +176,14 @@ def _reporter(run: Run, log: RunLog) -> Callable[[int, list[dict[str, Any]]], No
         window = jax.device_get(window)
         seconds = log.lap()
         tokens_per_second = run.tokens_per_step * len(window) / seconds
+        norms = jax.tree.map(float, [metrics.pop('norms') for metrics in window][-1])
         values = jax.tree.map(lambda *numbers: float(np.mean(numbers)), *window)
+        if step % run.log.every == 0:
+            values['norms'] = norms
         values |= {'learning_rate': float(rate(step - 1)),
                    'steps_per_second': len(window) / seconds,
                    'tokens_per_second': tokens_per_second}
+        _check_finite(step, values['loss'], values['grad_norm'], run)
         used = utilisation(run.flops_per_step * len(window) / seconds)
         if used is not None:
             values['mfu'] = used
@@ -182,6 +206,7 @@ def _evaluation(run: Run, program: Program, mesh: Mesh, data: Data,
         values, counts = evaluate(
             state, (_to_devices(batch, mesh) for batch in batches), program.count, run.task, sites,
             min(number * size, data.num_records('validation')), run.tables.dead_after)
+        _check_finite(step, values['loss'], 0., run)
         log.write('eval', step, step * run.tokens_per_step, **values)
         shown = ', '.join(f'{name} {value:.4f}' for name, value in values.items()
                           if isinstance(value, float) and name != 'perplexity')
@@ -197,6 +222,16 @@ def _evaluation(run: Run, program: Program, mesh: Mesh, data: Data,
     return evaluate_now
 
 
+def _check_finite(step: int, loss: float, grad_norm: float, run: Run) -> None:
+    """Stops a run whose numbers are none, before it is saved."""
+    if not (math.isfinite(loss) and math.isfinite(grad_norm)):
+        raise Diverged(
+            f'At step {step:,} the loss is {loss}, the norm of the gradient {grad_norm}: training '
+            f'has diverged, or the text has nothing to predict. The checkpoints in {run.folder} '
+            f'are of before. Lower train.learning_rate or train.values_learning_rate, lengthen '
+            f'train.warmup, or set train.clip, in another --config.workdir.')
+
+
 def _stream(run: Run, data: Data) -> loader.BatchStream:
     return loader.BatchStream(data, 'train', run.task.examples(data, run.seed),
                               batch_size=run.train.batch, seed=run.seed,
@@ -207,9 +242,9 @@ def _check_vocabulary(folder: Path, data: Data) -> None:
     """Refuses other words than a run began with, whose embeddings would go to the wrong ones."""
     if tokenizer.find(folder) and data.vocab_path and (
             tokenizer.load(folder).tokens != tokenizer.load(data.vocab_path).tokens):
-        raise Refusal(f'The text or the vocabulary changed: {data.vocab_path} holds other words than '
-                      f'{folder}, with which the run began. Restore them, or start another run '
-                      f'(--config.workdir).')
+        raise Refusal(f'The text or the vocabulary changed: {data.vocab_path} holds other words '
+                      f'than {folder}, with which the run began. Restore them, or start another '
+                      f'run (--config.workdir).')
 
 
 def _hosts() -> dict[str, int]:

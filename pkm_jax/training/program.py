@@ -7,15 +7,21 @@ import functools
 from typing import NamedTuple
 
 import jax
+import numpy as np
 from flax import nnx
-from jax.sharding import Mesh, NamedSharding, PartitionSpec as P
+from jax.sharding import Mesh, NamedSharding
+from jax.sharding import PartitionSpec as P
 from jax.stages import Wrapped
 
 from pkm_jax.configuration.run import Run
 from pkm_jax.models.interface import ModelConfig
 from pkm_jax.optimizers.build import make_optimizer
 from pkm_jax.training.state import (
-    TrainState, batch_sharding, initial_state, laid_out, model_graph,
+    TrainState,
+    batch_sharding,
+    initial_state,
+    laid_out,
+    model_graph,
 )
 from pkm_jax.training.step import eval_step, train_step
 
@@ -30,8 +36,8 @@ class Program(NamedTuple):
 
 
 def make_program(run: Run, model: ModelConfig, sparse: bool, mesh: Mesh) -> Program:
-    """The program of a run over a mesh, by the rules of `state.laid_out`; `model` is the run's, with
-    its vocabulary.
+    """The program of a run over a mesh, by the rules of `state.laid_out`; `model` is the run's,
+    with its vocabulary.
 
     Raises:
       Refusal: a size does not divide over the devices.
@@ -39,12 +45,14 @@ def make_program(run: Run, model: ModelConfig, sparse: bool, mesh: Mesh) -> Prog
     optimizer = make_optimizer(run.train, run.train.steps, sparse)
     initialise = functools.partial(initial_state, config=model, optimizer=optimizer,
                                    track_dead=run.tables.dead_after > 0)
-    abstract = laid_out(jax.eval_shape(initialise, run.seed), optimizer, mesh, run.train.fsdp)
+    abstract = laid_out(jax.eval_shape(initialise, np.uint32(run.seed)), optimizer, mesh,
+                        run.train.fsdp)
     layout = jax.tree.map(lambda leaf: leaf.sharding, abstract)
     graph = model_graph(model)
     step = functools.partial(
         train_step, task=run.task, graph=graph, sites=model.memories, optimizer=optimizer,
-        seed=run.seed, accumulation_steps=run.train.gradient_accumulation_steps, sparse=sparse)
+        seed=run.seed, accumulation_steps=run.train.gradient_accumulation_steps, sparse=sparse,
+        norms_every=run.log.every)
     count = functools.partial(eval_step, task=run.task, graph=graph)
     return Program(graph, abstract, jax.jit(initialise, out_shardings=layout),
                    jax.jit(step, donate_argnums=0, out_shardings=(layout, None)),

@@ -3,7 +3,8 @@
 import json
 import sys
 import time
-from contextlib import contextmanager
+from collections.abc import Iterator
+from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
 
 import jax
@@ -21,14 +22,14 @@ PEAK_FLOPS = {
 class Stopwatch:
     """Seconds of training, without what happens inside `pause()`."""
 
-    def __init__(self):
+    def __init__(self) -> None:
         self._start = time.perf_counter()
 
     def seconds(self) -> float:
         return time.perf_counter() - self._start
 
     @contextmanager
-    def pause(self):
+    def pause(self) -> Iterator[None]:
         before = time.perf_counter()
         yield
         self._start += time.perf_counter() - before
@@ -55,7 +56,7 @@ class RunLog:
         self._bar = tqdm(total=steps, initial=step, desc=name, unit='step',
                          dynamic_ncols=True) if sys.stderr.isatty() else None
 
-    def pause(self):
+    def pause(self) -> AbstractContextManager[None]:
         """A context in which time does not count."""
         return self._watch.pause()
 

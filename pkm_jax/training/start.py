@@ -1,7 +1,6 @@
 """What a person sees before the first step: each phase with its time, and what will run."""
 
 import contextlib
-import math
 import time
 from collections.abc import Iterator
 
@@ -12,9 +11,14 @@ from pkm_jax.configuration.run import Run
 from pkm_jax.training.layout import Layout
 
 
+def compilation_cache() -> str | None:
+    """Where JAX keeps compiled programs."""
+    return jax.config.jax_compilation_cache_dir     # type: ignore[attr-defined]  # made when run
+
+
 def use_compilation_cache(folder: str) -> None:
     """Keeps compiled programs in a folder, unless JAX was given one already."""
-    if folder and jax.config.jax_compilation_cache_dir is None:
+    if folder and compilation_cache() is None:
         jax.config.update('jax_compilation_cache_dir', folder)
 
 
@@ -34,19 +38,15 @@ def summary(run: Run, layout: Layout, mesh: Mesh) -> list[str]:
     """Lines on devices, layout, and which fast paths are on or off and why."""
     device = mesh.devices.flat[0]
     sizes = ', '.join(f'{axis} {size}' for axis, size in mesh.shape.items() if size > 1)
-    cache = jax.config.jax_compilation_cache_dir
+    cache = compilation_cache()
     return [
         f'devices: {mesh.size} × {device.device_kind} in {jax.process_count()} processes, as '
         f'{sizes or "one"}; jax {jax.__version__}',
         *layout.reasons,
         *run.model.fast_paths(device.platform),
-        *_kernels(run, layout, device),
         f'compiled programs: kept in {cache}' if cache else
         'compiled programs: not kept (compilation_cache is empty): each start compiles anew',
         f'a step: {run.train.batch:,} examples of {run.task.length:,} tokens, '
         f'{run.train.gradient_accumulation_steps} micro-batch(es), '
         f'{run.flops_per_step / 1e12:,.3f} TFLOP']
 
-
-def _kernels(run, layout, device):
-    return []

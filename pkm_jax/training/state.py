@@ -5,10 +5,12 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
 from flax import nnx
-from jax.sharding import Mesh, NamedSharding, PartitionSpec as P
-from jaxtyping import Array, Int32
+from jax.sharding import Mesh, NamedSharding
+from jax.sharding import PartitionSpec as P
+from jaxtyping import Array, Int32, Integer
 
 from pkm_jax.memory.usage import NEVER
 from pkm_jax.mesh import OWN
@@ -36,8 +38,8 @@ class TrainState(NamedTuple):
 
 
 def initial_state(
-    seed: Int32[Array, ''] | int, config: ModelConfig, optimizer: optax.GradientTransformation,
-    track_dead: bool,
+    seed: Integer[Array, ''] | np.uint32 | int, config: ModelConfig, optimizer:
+    optax.GradientTransformation, track_dead: bool,
 ) -> TrainState:
     """A fresh model; to be called under `jax.jit` (of the seed: as a constant, XLA would draw the
     random weights while it compiles) or `jax.eval_shape`."""
@@ -120,6 +122,6 @@ def _check_divides(name, shape, spec, mesh):
         for axis in axes:
             parts *= mesh.shape[axis]
         if size % parts:
-            raise Refusal(f'{name} has the shape {shape}, whose {size} do not divide over the {parts} '
-                          f'devices along {" × ".join(axes)}: change that size, the number of '
-                          f'devices or memory.shards, or set train.fsdp = False.')
+            raise Refusal(f'{name} has the shape {shape}, whose {size} do not divide over the '
+                          f'{parts} devices along {" × ".join(axes)}: change that size, the number '
+                          f'of devices or memory.shards, or set train.fsdp = False.')

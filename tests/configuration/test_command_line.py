@@ -9,10 +9,10 @@ import pytest
 from absl import flags
 from ml_collections import config_flags
 
+from configs import quickstart
 from pkm_jax.configuration import command_line
 from pkm_jax.configuration.resolve import runs_of
 from pkm_jax.refusal import Refusal
-from configs import quickstart
 
 ROOT = Path(__file__).parents[2]
 

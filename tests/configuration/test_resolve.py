@@ -4,7 +4,14 @@ import dataclasses
 
 import pytest
 
-from configs import ablation, bert_base_pkm, bert_base_pkm_pod, bert_large, quickstart
+from configs import (
+    ablation,
+    bert_base_pkm,
+    bert_base_pkm_pod,
+    bert_large,
+    causal_pkm,
+    quickstart,
+)
 from pkm_jax.configuration import command_line
 from pkm_jax.configuration.resolve import MODELS, TASKS, described, resolve, runs_of
 from pkm_jax.configuration.run import Distributed, Log, Parts, Run, Tables, Train
@@ -18,7 +25,7 @@ ABLATIONS = [f'init={init},placement={placement},scale={scale}' for scale in ('b
 
 @pytest.mark.parametrize('config', [
     bert_base_pkm.get_config(), bert_base_pkm_pod.get_config(), bert_large.get_config(),
-    quickstart.get_config(),
+    quickstart.get_config(), causal_pkm.get_config(), causal_pkm.get_config('placement=replace'),
     *map(ablation.get_config, ABLATIONS)])
 def test_shipped_configurations_pass(config):
     for run in runs_of(config):
@@ -27,7 +34,7 @@ def test_shipped_configurations_pass(config):
 
 def test_every_file_in_configs_is_tested_here():
     assert set(command_line.shipped()) == {
-        'ablation', 'bert_base_pkm', 'bert_base_pkm_pod', 'bert_large', 'quickstart'}
+        'ablation', 'bert_base_pkm', 'bert_base_pkm_pod', 'bert_large', 'causal_pkm', 'quickstart'}
 
 
 def test_the_paper_in_numbers():

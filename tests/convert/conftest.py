@@ -16,13 +16,13 @@ SMALL = BertConfig(
     vocab_size=30, layers=3, width=8, attention_heads=2, feed_forward_width=12, max_length=9,
     memory=MemoryConfig(sub_keys=4, heads=2, top_k=3, query_width=4))
 VARIANTS = {
-    'encoder': dict(heads=('pooler',)),
-    'masked_lm': dict(heads=('mlm',), norm_epsilon=1e-5),
-    'pretraining_untied': dict(heads=('mlm', 'pooler', 'nsp'), tied=False),
-    'classifier': dict(heads=('pooler', 'classifier'), classes=3),
-    'span': dict(heads=('span',)),
+    'encoder': dict(output_heads=('pooler',)),
+    'masked_lm': dict(output_heads=('mlm',), norm_epsilon=1e-5),
+    'pretraining_untied': dict(output_heads=('mlm', 'pooler', 'nsp'), tied=False),
+    'classifier': dict(output_heads=('pooler', 'classifier'), classes=3),
+    'span': dict(output_heads=('span',)),
     'added': dict(memory_layers=(0, 2), placement='add', zero_start=True),
-    'replacing': dict(memory_layers=(1,), placement='replace', heads=('pooler',)),
+    'replacing': dict(memory_layers=(1,), placement='replace', output_heads=('pooler',)),
     'shared': dict(memory_layers=(2, 1), placement='add', shared_values=True),
     'projected': dict(memory_layers=(1, 2), placement='add', memory=MemoryConfig(
         sub_keys=4, heads=2, top_k=3, query_width=4, value_width=6, query_norm='layer')),
@@ -72,7 +72,7 @@ def outputs(pretrained, tokens, segments, lengths) -> dict[str, np.ndarray]:
     np.testing.assert_array_equal(final, states[-1])
     found = {'states': np.stack(states)}
     everywhere = jnp.broadcast_to(jnp.arange(tokens.shape[1]), tokens.shape)
-    heads = config.heads
+    heads = config.output_heads
     if 'pooler' in heads:
         found['pooled'] = model.pooled(final)
     if 'mlm' in heads:

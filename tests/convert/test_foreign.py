@@ -151,7 +151,7 @@ def test_a_classifier_of_tokens_is_known_by_its_missing_pooler(folder):
     weights['classifier.weight'] = np.zeros((9, 16), np.float32)
     save_file(weights, source / 'model.safetensors')
     found = foreign.load(source)
-    assert found.config.heads == ()
+    assert found.config.output_heads == ()
     assert found.report.left == {'classifier.weight': 'of a classifier of tokens'}
 
 

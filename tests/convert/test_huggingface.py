@@ -131,16 +131,16 @@ def test_the_report_lists_every_tensor():
 
 
 def test_heads_that_are_not_asked_for_are_left(tmp_path, random_model):
-    model = random_model(heads=('mlm', 'pooler', 'nsp'))
-    config = dataclasses.replace(model.config, heads=('mlm',))
+    model = random_model(output_heads=('mlm', 'pooler', 'nsp'))
+    config = dataclasses.replace(model.config, output_heads=('mlm',))
     report = save(tmp_path / 'out', dataclasses.replace(model, config=config))
     assert set(report.left) == {'pooler/kernel', 'pooler/bias', 'nsp/kernel', 'nsp/bias'}
-    assert huggingface.load(tmp_path / 'out').config.heads == ('mlm',)
+    assert huggingface.load(tmp_path / 'out').config.output_heads == ('mlm',)
 
 
 def test_no_architecture_has_such_heads(tmp_path, random_model):
     with pytest.raises(Refusal, match='BertForMaskedLM'):
-        save(tmp_path / 'out', random_model(heads=('mlm', 'span')))
+        save(tmp_path / 'out', random_model(output_heads=('mlm', 'span')))
     assert not list(tmp_path.iterdir())
 
 

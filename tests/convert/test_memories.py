@@ -39,7 +39,7 @@ def xlm_memory(batch_norm: bool, flat: bool, seed: int = 0) -> dict[str, np.ndar
 
 
 def read_by_definition(memory: dict[str, np.ndarray], x: np.ndarray) -> np.ndarray:
-    """METHOD.md section 1 over all N² slots, from the names and shapes of the source."""
+    """docs/method.md, section 1 over all N² slots, from the names and shapes of the source."""
     query = x @ memory['query_proj.query_mlps.0.weight'].T + memory['query_proj.query_mlps.0.bias']
     norm = {name.rsplit('.', 1)[1]: array for name, array in memory.items() if 'mlps.1' in name}
     if norm:
@@ -86,7 +86,7 @@ def test_a_memory_computes_what_it_did(tmp_path, backbone, batch_norm, flat):
         statistics = joined.statistics['layers'][1]['memory']
         nnx.update(memory, jax.tree.map(jnp.asarray, statistics))
     x = np.random.default_rng(1).normal(size=(5, D)).astype(np.float32)
-    found, _ = memory(jnp.asarray(x), jnp.ones(5, bool), None)
+    found = memory(jnp.asarray(x), deterministic=True)
     np.testing.assert_allclose(found, read_by_definition(source, x), atol=1e-5, rtol=1e-5)
 
 
@@ -126,7 +126,7 @@ def test_layers_can_be_given(tmp_path, backbone):
     assert add_memories(backbone, path, 'add', K, [0]).config.memory_layers == (0,)
     with pytest.raises(Refusal, match=r'1 memories.*\(0, 1\)'):
         add_memories(backbone, path, 'add', K, [0, 1])
-    with pytest.raises(Refusal, match='memory_layers'):
+    with pytest.raises(Refusal, match='memory.layers'):
         add_memories(backbone, path, 'add', K, [2])
 
 

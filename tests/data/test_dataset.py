@@ -3,7 +3,9 @@ import lzma
 import numpy as np
 import pytest
 
-from pkm_jax.data import corpus as corpora, dataset, packing, tokenizer, vocabulary as vocabularies
+from pkm_jax.data import corpus as corpora
+from pkm_jax.data import dataset, packing, tokenizer
+from pkm_jax.data import vocabulary as vocabularies
 from pkm_jax.data.corpus import Splits
 from pkm_jax.data.packing import SPLITS, Packer
 from pkm_jax.refusal import Refusal

@@ -8,9 +8,11 @@ import json
 import lzma
 
 import pytest
-from hypothesis import given, strategies as st
+from hypothesis import given
+from hypothesis import strategies as st
 
-from pkm_jax.data import corpus, dataset, text_files as readers, tokenizer
+from pkm_jax.data import corpus, dataset, tokenizer
+from pkm_jax.data import text_files as readers
 from pkm_jax.data.corpus import Counts
 from pkm_jax.data.files import ContentHashes
 from pkm_jax.data.long_json import text_of_long_object

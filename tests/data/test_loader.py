@@ -13,10 +13,25 @@ import numpy as np
 import pytest
 
 from pkm_jax.data import tokenizer
+from pkm_jax.data.examples import MaskedExamples
 from pkm_jax.data.loader import BatchStream, evaluation_batches
 from pkm_jax.data.masking import Masking
+from pkm_jax.refusal import Refusal
 
 OPTIONS = dict(batch_size=12, seed=3)
+
+
+def masked(prepared, seed: int, rate: float = 0.15, whole_word: bool = False,
+           slots: int = 5) -> MaskedExamples:
+    """Examples of records of 32 tokens; five slots hold 15 % of them."""
+    return MaskedExamples(Masking(tokenizer.load(prepared.vocab_path), seed, rate, whole_word,
+                                  slots, 32))
+
+
+def stream_of(prepared, **options) -> BatchStream:
+    """The training stream of OPTIONS, changed by `options`."""
+    options = OPTIONS | options
+    return BatchStream(prepared, 'train', masked(prepared, options['seed']), **options)
 
 
 def take(stream, number: int) -> list[dict]:
@@ -51,7 +66,7 @@ def epoch_steps(prepared) -> int:
 
 
 def test_shapes_types_and_padding(prepared):
-    batch = next(BatchStream(prepared, 'train', batch_size=6, seed=0, max_predictions=9))
+    batch = next(BatchStream(prepared, 'train', masked(prepared, 0, slots=9), batch_size=6, seed=0))
     assert {name: (value.shape, value.dtype) for name, value in batch.items()} == {
         'tokens': ((6, 32), np.int32), 'segments': ((6, 32), np.int32), 'lengths': ((6,), np.int32),
         'mlm_positions': ((6, 9), np.int32), 'mlm_labels': ((6, 9), np.int32),
@@ -64,7 +79,7 @@ def test_shapes_types_and_padding(prepared):
 
 def test_an_epoch_passes_every_record_once_in_an_order_of_its_own(prepared):
     size = prepared.num_train
-    batches = take(BatchStream(prepared, 'train', **OPTIONS), 2 * size // OPTIONS['batch_size'] + 1)
+    batches = take(stream_of(prepared), 2 * size // OPTIONS['batch_size'] + 1)
     rows = np.concatenate([unmasked(batch) for batch in batches])
     expected = sorted(tuple(record['tokens']) for record in prepared.records('train'))
     for epoch in (rows[:size], rows[size:2 * size]):
@@ -74,8 +89,7 @@ def test_an_epoch_passes_every_record_once_in_an_order_of_its_own(prepared):
 
 def test_masks_differ_between_epochs(prepared):
     first, second = {}, {}
-    batches = take(BatchStream(prepared, 'train', **OPTIONS),
-                   2 * prepared.num_train // OPTIONS['batch_size'])
+    batches = take(stream_of(prepared), 2 * prepared.num_train // OPTIONS['batch_size'])
     for batch in batches:
         for text, masked in zip(unmasked(batch), batch['tokens']):
             (second if text.tobytes() in first else first)[text.tobytes()] = masked
@@ -87,7 +101,7 @@ def test_masks_are_those_of_seed_epoch_and_record(prepared):
     masking = Masking(tokenizer.load(prepared.vocab_path), 3, 0.15, False, 5, 32)
     numbers = {record['tokens'].tobytes(): number
                for number, record in enumerate(prepared.records('train'))}
-    batches = take(BatchStream(prepared, 'train', **OPTIONS), epoch_steps(prepared))
+    batches = take(stream_of(prepared), epoch_steps(prepared))
     rows = [(text[:length], tokens[:length]) for batch in batches
             for text, tokens, length in zip(unmasked(batch), batch['tokens'], batch['lengths'])]
     for position, (text, tokens) in enumerate(rows):
@@ -98,14 +112,14 @@ def test_masks_are_those_of_seed_epoch_and_record(prepared):
 
 def test_worker_processes_do_not_change_the_stream(prepared):
     steps = epoch_steps(prepared)
-    with_workers = BatchStream(prepared, 'train', **OPTIONS, workers=2)
-    assert_same(take(with_workers, steps), take(BatchStream(prepared, 'train', **OPTIONS), steps))
+    with_workers = stream_of(prepared, workers=2)
+    assert_same(take(with_workers, steps), take(stream_of(prepared), steps))
     with_workers.close()
 
 
 def test_workers_leave_signals_to_their_parent(prepared):
     """Ctrl-C reaches them too, and the parent wants more batches before it stops."""
-    stream = BatchStream(prepared, 'train', **OPTIONS, workers=2)
+    stream = stream_of(prepared, workers=2)
     take(stream, 2)     # one of each
     for worker in multiprocessing.active_children():
         os.kill(worker.pid, signal.SIGINT)
@@ -129,19 +143,19 @@ def test_workers_end_with_a_parent_that_is_killed(prepared):
 @pytest.mark.parametrize('hosts', [2, 3])
 def test_the_parts_of_the_hosts_make_up_the_batch_of_one(prepared, hosts):
     steps = epoch_steps(prepared)
-    parts = [take(BatchStream(prepared, 'train', **OPTIONS, process_index=index,
-                              process_count=hosts), steps) for index in range(hosts)]
-    assert_same(join_hosts(parts), take(BatchStream(prepared, 'train', **OPTIONS), steps))
+    parts = [take(stream_of(prepared, process_index=index, process_count=hosts), steps)
+             for index in range(hosts)]
+    assert_same(join_hosts(parts), take(stream_of(prepared), steps))
 
 
 def test_resuming_gives_the_very_same_stream(prepared):
     steps = epoch_steps(prepared)
-    whole = take(BatchStream(prepared, 'train', **OPTIONS), steps + 5)
+    whole = take(stream_of(prepared), steps + 5)
     for taken in (0, 1, 5, steps - 4, steps):   # the last ones around the end of the epoch
-        stream = BatchStream(prepared, 'train', **OPTIONS)
+        stream = stream_of(prepared)
         take(stream, taken)
         state = json.loads(json.dumps(stream.get_state()))
-        resumed = BatchStream(prepared, 'train', **OPTIONS)
+        resumed = stream_of(prepared)
         next(resumed)   # it had begun elsewhere
         resumed.set_state(state)
         assert_same(take(resumed, 5), whole[taken:taken + 5])
@@ -149,37 +163,42 @@ def test_resuming_gives_the_very_same_stream(prepared):
 
 
 def test_resuming_on_other_hosts_and_workers_gives_the_very_same_stream(prepared):
-    whole = take(BatchStream(prepared, 'train', **OPTIONS), 8)
-    stream = BatchStream(prepared, 'train', **OPTIONS, process_index=1, process_count=2)
+    whole = take(stream_of(prepared), 8)
+    stream = stream_of(prepared, process_index=1, process_count=2)
     take(stream, 5)
-    resumed = BatchStream(prepared, 'train', **OPTIONS, workers=1)
+    resumed = stream_of(prepared, workers=1)
     resumed.set_state(stream.get_state())
     assert_same(take(resumed, 3), whole[5:])
     resumed.close()
 
 
 def test_a_state_of_another_stream_is_refused(prepared):
-    state = BatchStream(prepared, 'train', **OPTIONS).get_state()
-    with pytest.raises(ValueError, match='seed was 3, is 4'):
-        BatchStream(prepared, 'train', batch_size=12, seed=4).set_state(state)
-    with pytest.raises(ValueError, match='batch_size was 12, is 24'):
-        BatchStream(prepared, 'train', batch_size=24, seed=3).set_state(state)
+    state = stream_of(prepared).get_state()
+    with pytest.raises(Refusal, match='seed was 3, is 4'):
+        stream_of(prepared, seed=4).set_state(state)
+    with pytest.raises(Refusal, match='batch_size was 12, is 24'):
+        stream_of(prepared, batch_size=24).set_state(state)
+    others = BatchStream(prepared, 'train', masked(prepared, 3, 0.1, whole_word=True), **OPTIONS)
+    with pytest.raises(Refusal, match='mask_rate was 0.15, is 0.1, whole_word was False, is True'):
+        others.set_state(state)
 
 
 def test_evaluation_is_over_fixed_records_with_fixed_masks(prepared):
     options = dict(batch_size=8, n_batches=3, seed=5)
-    batches = list(evaluation_batches(prepared, 'validation', **options))
+    batches, again = (
+        list(evaluation_batches(prepared, 'validation', masked(prepared, 5), **options))
+        for _ in range(2))
     assert len(batches) == 3
-    assert_same(batches, list(evaluation_batches(prepared, 'validation', **options)))
+    assert_same(batches, again)
 
 
 @pytest.mark.parametrize('hosts', [1, 2])
 def test_evaluation_covers_the_split_once_and_fills_the_last_batch_with_empty_rows(prepared, hosts):
     size, batch_size = prepared.num_validation, 10
     assert size % batch_size, 'choose a batch size that leaves a rest'
-    parts = [list(evaluation_batches(prepared, 'validation', batch_size=batch_size,
-                                     n_batches=1_000, seed=5, process_index=index,
-                                     process_count=hosts)) for index in range(hosts)]
+    parts = [list(evaluation_batches(
+        prepared, 'validation', masked(prepared, 5), batch_size=batch_size, n_batches=1_000, seed=5,
+        process_index=index, process_count=hosts)) for index in range(hosts)]
     assert {len(part) for part in parts} == {-(-size // batch_size)}
     batches = join_hosts(parts)
     lengths = np.concatenate([batch['lengths'] for batch in batches])
@@ -192,7 +211,8 @@ def test_evaluation_covers_the_split_once_and_fills_the_last_batch_with_empty_ro
 
 def test_whole_words_and_rates_reach_the_batches(prepared):
     vocabulary = tokenizer.load(prepared.vocab_path)
-    batches = take(BatchStream(prepared, 'train', **OPTIONS, mask_rate=0.4, whole_word=True), 20)
+    batches = take(BatchStream(
+        prepared, 'train', masked(prepared, 3, 0.4, whole_word=True, slots=13), **OPTIONS), 20)
     share = sum(batch['mlm_weights'].sum() for batch in batches) / sum(
         (~vocabulary.special[unmasked(batch)]).sum() for batch in batches)
     assert abs(share - 0.4) < 0.03
@@ -205,21 +225,21 @@ def test_whole_words_and_rates_reach_the_batches(prepared):
 
 
 def test_what_goes_to_a_worker_is_small(prepared):
-    stream = BatchStream(prepared, 'train', **OPTIONS)
+    stream = stream_of(prepared)
     next(stream)
     collate = stream._batches._map_fn
-    assert len(pickle.dumps(collate)) < 30_000 and '_records' not in collate.__getstate__()
+    assert len(pickle.dumps(collate)) < 30_000 and '_opened' not in collate.__getstate__()
 
 
 def test_unusable_settings_are_refused(prepared):
-    with pytest.raises(ValueError, match='batch 12 does not divide over 5 hosts'):
-        BatchStream(prepared, 'train', **OPTIONS, process_count=5)
-    with pytest.raises(ValueError, match='max_predictions is 2'):
-        BatchStream(prepared, 'train', **OPTIONS, max_predictions=2)
+    with pytest.raises(Refusal, match='batch of 12 does not divide over 5 hosts'):
+        stream_of(prepared, process_count=5)
+    with pytest.raises(Refusal, match='max_predictions is 2'):
+        masked(prepared, 3, slots=2)
 
 
 if __name__ == '__main__':      # the parent that is killed
-    given = BatchStream(pickle.load(sys.stdin.buffer), 'train', **OPTIONS, workers=2)
+    given = stream_of(pickle.load(sys.stdin.buffer), workers=2)
     take(given, 2)
     print(*(child.pid for child in multiprocessing.active_children()), flush=True)
     time.sleep(100)

@@ -7,7 +7,8 @@ import tracemalloc
 
 import pytest
 
-from pkm_jax.data import corpus, text_files as readers
+from pkm_jax.data import corpus
+from pkm_jax.data import text_files as readers
 from pkm_jax.data.corpus import Counts
 from pkm_jax.data.files import ContentHashes
 from pkm_jax.refusal import Refusal

@@ -8,7 +8,8 @@ import unicodedata
 import numpy as np
 import pytest
 
-from pkm_jax.data import tokenizer, vocabulary as vocabularies
+from pkm_jax.data import tokenizer
+from pkm_jax.data import vocabulary as vocabularies
 from pkm_jax.data.vocabulary import SpecialTokens, Vocabulary, word_pieces
 from pkm_jax.refusal import Refusal
 

@@ -7,7 +7,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax import nnx
-from jax.sharding import AxisType, NamedSharding, PartitionSpec as P
+from jax.sharding import AxisType, NamedSharding
+from jax.sharding import PartitionSpec as P
 
 from pkm_jax import mesh as meshes
 from pkm_jax.memory.layer import MemoryConfig, ProductKeyMemory
@@ -66,6 +67,7 @@ def assert_expected(result):
 
 @pytest.fixture
 def said(monkeypatch, caplog):
+    expected()      # outside any mesh, under which it would say something
     monkeypatch.setattr(meshes, '_said', set())
     return caplog
 

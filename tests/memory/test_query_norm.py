@@ -12,7 +12,8 @@ EPSILON = 1e-5
 
 def formula(query, real, scale, bias):
     """Normed with the statistics of the real tokens, all derivatives left to jax."""
-    weight = real[:, None, None, None] / jnp.maximum(jnp.sum(real), 1)
+    weight = real.astype(jnp.float32)[:, None, None, None]
+    weight = weight / jnp.maximum(jnp.sum(weight), 1)
     mean = jnp.sum(query * weight, axis=0)
     var = jnp.sum(jnp.square(query - mean[None]) * weight, axis=0)
     return (query - mean[None]) / jnp.sqrt(var + EPSILON)[None] * scale[None] + bias[None]

@@ -11,7 +11,7 @@ from pkm_jax.memory import embedding_bag as bag
 from pkm_jax.memory import product_keys, sharded
 from pkm_jax.memory.replica_exchange import replica_exchange
 from pkm_jax.memory.sparse_rows import SparseRows
-from pkm_jax.mesh import OWN, Axes, Shards, make_mesh
+from pkm_jax.mesh import OWN, Shards, make_mesh
 
 TOKENS, READS, SLOTS, WIDTH = 16, 6, 32, 16
 # data × memory: 1×1, 1×8, 2×4, 4×2 and 8×1, the memory by rows, by columns and by both.

@@ -6,8 +6,17 @@ import numpy as np
 import pytest
 
 from pkm_jax.memory.layer import MemoryReads
-from pkm_jax.memory.usage import (NEVER, SlotCounts, count_slots, host_counts, mark_selected,
-                                  no_counts, uniform_ceiling, usage_metrics, used_shares)
+from pkm_jax.memory.usage import (
+    NEVER,
+    SlotCounts,
+    count_slots,
+    host_counts,
+    mark_selected,
+    no_counts,
+    uniform_ceiling,
+    usage_metrics,
+    used_shares,
+)
 from pkm_jax.refusal import Refusal
 
 

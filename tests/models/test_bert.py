@@ -14,7 +14,7 @@ from pkm_jax.models.bert import Bert, BertConfig
 from pkm_jax.refusal import Refusal
 
 PLAIN = BertConfig(vocab_size=50, layers=3, width=16, attention_heads=4, feed_forward_width=32,
-                   max_length=12, heads=('mlm', 'pooler', 'nsp', 'classifier', 'span'), classes=3)
+                   max_length=12, output_heads=('mlm', 'pooler', 'nsp', 'classifier', 'span'), classes=3)
 ADD = dataclasses.replace(PLAIN, memory=MemoryConfig(sub_keys=6, heads=2, top_k=3, query_width=8),
                           memory_layers=(0, 2), placement='add')
 
@@ -92,12 +92,15 @@ def test_block_is_the_sum_it_claims(placement):
 @pytest.mark.parametrize('training', [False, True])
 def test_padding_is_invisible(training):
     """What fills the padding changes neither the states of real tokens nor any statistic."""
-    model = build(dataclasses.replace(ADD, dropout=0., attention_dropout=0.))
+    def model(*arguments):
+        model = build(dataclasses.replace(ADD, dropout=0., attention_dropout=0.))
+        return model(*arguments, deterministic=not training)
+
     tokens, segments, lengths = batch(lengths=(9, 4))
     real = np.arange(12)[None] < np.asarray(lengths)[:, None]
     other = jnp.where(real, tokens, 49 - tokens)
-    (states, reads), (others, other_reads) = (
-        model(t, segments, lengths, deterministic=not training) for t in (tokens, other))
+    (states, reads), (others, other_reads) = (model(t, segments, lengths)
+                                              for t in (tokens, other))
     np.testing.assert_array_equal(np.asarray(states)[real], np.asarray(others)[real])
     for layer in (0, 2):
         np.testing.assert_array_equal(reads[layer].slots[real.reshape(-1)],
@@ -124,7 +127,7 @@ def test_rematerialised_gradients_are_the_same():
         graph, params, rest = nnx.split(model, nnx.Param, ...)
 
         def loss(params):
-            states, reads = nnx.merge(graph, params, rest)(
+            states, reads = nnx.merge(graph, params, nnx.to_pure_dict(rest))(
                 *batch(), deterministic=False, rngs=jax.random.key(3))
             return jnp.sum(states ** 3), reads
 
@@ -202,12 +205,12 @@ def test_bfloat16_computes_over_float32_parameters():
 
 @pytest.mark.parametrize('changes, message', [
     (dict(width=18), r'width = 18 does not divide into model.attention_heads = 4'),
-    (dict(memory_layers=(0, 3)), r'memory_layers = \(0, 3\).* 0\.\.2'),
+    (dict(memory_layers=(0, 3)), r'memory.layers = \(0, 3\).* 0\.\.2'),
     (dict(memory_layers=(1, 1)), r'\(1, 1\)'),
-    (dict(memory_layers=()), r"placement = 'add' with memory_layers = \(\)"),
+    (dict(memory_layers=()), r"placement = 'add' with memory.layers = \(\)"),
     (dict(placement='beside'), r"'beside' is none of"),
-    (dict(heads=('mlm', 'lm')), r"'lm'"),
-    (dict(heads=('nsp',)), r"read the 'pooler'"),
+    (dict(output_heads=('mlm', 'lm')), r"'lm'"),
+    (dict(output_heads=('nsp',)), r"read the 'pooler'"),
     (dict(dropout=1.), r'model.dropout = 1.0'),
     (dict(attention_dropout=.999999), r'model.attention_dropout = 0.999999'),
 ])

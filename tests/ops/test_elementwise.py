@@ -49,4 +49,4 @@ def test_parts_of_qkv_are_put_together_again():
     first, second, third = split_qkv(x)
     np.testing.assert_array_equal(jnp.concatenate([first, second, third], axis=-1), x)
     by_x, = jax.vjp(split_qkv, x)[1]([first * 2, second * 3, third * 5])
-    np.testing.assert_array_equal(by_x, x * np.repeat([2, 3, 5], 4)[None, None])
+    np.testing.assert_array_equal(by_x, x * np.repeat(np.float32([2, 3, 5]), 4)[None, None])

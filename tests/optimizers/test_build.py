@@ -8,8 +8,13 @@ import pytest
 from optax.contrib import MuonDimensionNumbers, muon
 
 from pkm_jax.memory.sparse_rows import SparseRows
-from pkm_jax.optimizers.build import (BACKBONE, OptimizerConfig, make_optimizer, values_optimizers,
-                                      values_state_bytes)
+from pkm_jax.optimizers.build import (
+    BACKBONE,
+    OptimizerConfig,
+    make_optimizer,
+    values_optimizers,
+    values_state_bytes,
+)
 from pkm_jax.optimizers.groups import path_of, schedule
 from pkm_jax.optimizers.sparse import apply_updates
 from pkm_jax.refusal import Refusal

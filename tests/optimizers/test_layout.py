@@ -5,10 +5,11 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
-from jax.sharding import NamedSharding, PartitionSpec as P
+from jax.sharding import NamedSharding
+from jax.sharding import PartitionSpec as P
 
-from pkm_jax.memory.sharding import Shards, make_mesh
-from pkm_jax.optimizers.build import (BACKBONE, OptimizerConfig, make_optimizer, values_optimizers)
+from pkm_jax.mesh import Shards, make_mesh
+from pkm_jax.optimizers.build import BACKBONE, OptimizerConfig, make_optimizer, values_optimizers
 from pkm_jax.optimizers.groups import path_of
 from pkm_jax.optimizers.layout import state_specs
 from tests.optimizers.toy import loss, parameters

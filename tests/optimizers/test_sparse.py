@@ -9,8 +9,14 @@ import optax
 import pytest
 
 from pkm_jax.memory.sparse_rows import SparseRows
-from pkm_jax.optimizers.sparse import (apply_updates, lazy_adam, round_stochastically,
-                                       rowwise_adagrad, rowwise_adam, sparse_sgd)
+from pkm_jax.optimizers.sparse import (
+    apply_updates,
+    lazy_adam,
+    round_stochastically,
+    rowwise_adagrad,
+    rowwise_adam,
+    sparse_sgd,
+)
 
 GOLDEN = Path(__file__).parent / 'goldens' / 'sparse_adam.npz'
 SLOTS, WIDTH = 12, 5

@@ -4,6 +4,7 @@ import jax
 import pytest
 
 from pkm_jax.planning import chips
+from pkm_jax.refusal import Refusal
 
 
 def test_topologies_by_name():
@@ -18,7 +19,7 @@ def test_topologies_by_name():
     ('v5p:4x4', 'such as v5p:4x4x4'), ('v5e:4xfour', '2 dimensions'), ('v5e:0x4', '2 dimensions'),
     ('v6e:32x16', '16x16 chips at most'), ('h200:2x4', 'each of 1 dimension, such as h200:8')])
 def test_other_topologies_are_refused(text, message):
-    with pytest.raises(ValueError, match=message):
+    with pytest.raises(Refusal, match=message):
         chips.parse(text)
 
 
@@ -40,7 +41,7 @@ def test_gpus_of_several_hosts_share_a_network():
 def test_gpus_are_planned_with_cpu_devices():
     assert len(jax.devices('cpu')) == 8
     assert chips.devices(chips.parse('h200:4')) == jax.devices('cpu')[:4]
-    with pytest.raises(ValueError, match='16 GPUs .* has 8: set JAX_NUM_CPU_DEVICES=16'):
+    with pytest.raises(Refusal, match='16 GPUs .* has 8: set JAX_NUM_CPU_DEVICES=16'):
         chips.devices(chips.parse('h200:16'))
 
 
@@ -49,5 +50,5 @@ def test_a_missing_compiler_is_named(monkeypatch):
         raise RuntimeError('JAX TPU support not installed')
 
     monkeypatch.setattr(chips.topologies, 'get_topology_desc', missing)
-    with pytest.raises(ModuleNotFoundError, match=r"v5e:2x2 needs the TPU compiler.*'jax\[tpu\]'"):
+    with pytest.raises(Refusal, match=r"v5e:2x2 needs the TPU compiler.*'jax\[tpu\]'"):
         chips.devices(chips.parse('v5e:2x2'))

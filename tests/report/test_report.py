@@ -183,4 +183,5 @@ def test_the_report_needs_nothing_of_training():
     code = 'import sys, pkm_jax.report.__main__; print(*[n for n in sys.modules if "pkm_jax" in n])'
     done = subprocess.run([sys.executable, '-c', code], capture_output=True, text=True, check=True)
     packages = {name.split('.')[1] for name in done.stdout.split() if '.' in name}
-    assert packages <= {'report', 'memory', 'refusal', 'mesh', 'dispatch', 'fields', 'ops'}
+    assert packages <= {'report', 'memory', 'optimizers', 'refusal', 'mesh', 'dispatch',
+                        'fields', 'ops'}

@@ -190,3 +190,70 @@ def test_several_devices_and_one_agree(config, tmp_path, monkeypatch):
     monkeypatch.setattr(loop, 'make_mesh', lambda shards: mesh)
     for name, array in weights(train(config)).items():
         np.testing.assert_allclose(array, several[name], atol=2e-5, err_msg=name)
+
+
+def test_a_run_can_be_lengthened_on_purpose(config, capsys):
+    folder = train(config)
+    config.train.steps = 9
+    train(config)
+    assert 'train.steps is raised from 6 to 9' in capsys.readouterr().out
+    assert [line['step'] for line in lines(folder, 'eval')] == [3, 6, 9]
+    assert json.loads((folder / 'config.json').read_text())['train']['steps'] == 9
+
+
+def test_a_text_that_changed_is_said_to_be_that(config, corpus, tmp_path):
+    """With a vocabulary trained on it, and with one that stays: no checkpoint is called damaged."""
+    text = tmp_path / 'text.txt'
+    text.write_text(corpus.read_text())
+    config.data.corpus = str(text)
+    folder = train(config)
+    shutil.rmtree(folder / 'checkpoints' / '6')
+    text.write_text(text.read_text() + '\nhippopotamus xylophone zeugma 4242\n' * 9)
+    with pytest.raises(Refusal, match='The text or the vocabulary changed'):
+        train(config)
+    config.update(workdir=str(tmp_path / 'kept'), init_from='')
+    config.data.vocab = str(folder)
+    text.write_text(corpus.read_text())
+    folder = train(config)
+    shutil.rmtree(folder / 'checkpoints' / '6')
+    text.write_text(text.read_text() + '\nmemory key value query slot\n')
+    with pytest.raises(Refusal, match='text or its vocabulary has changed since the run began'):
+        train(config)
+    assert [path.name for path in (folder / 'checkpoints').iterdir()] == ['3']
+
+
+def test_a_run_that_diverges_stops_before_it_is_saved(config):
+    config.train.update(learning_rate=1e30, values_learning_rate=1e30, clip=0., warmup=4, steps=20)
+    config.log.update(every=1, checkpoint_every=2, eval_every=50)
+    with pytest.raises(loop.Diverged, match=r'At step \d the loss is nan'):
+        train(config)
+    folder = Path(config.workdir)
+    kept = weights(folder)
+    assert kept and all(np.isfinite(array).all() for array in kept.values())
+    assert all(np.isfinite(line['loss']) for line in lines(folder, 'train'))
+
+
+def test_a_full_disk_is_named_before_a_checkpoint_is_begun(config, monkeypatch):
+    real = shutil.disk_usage
+    rooms = iter([10 ** 9, 1000])
+    monkeypatch.setattr(store.shutil, 'disk_usage',
+                        lambda path: real(path)._replace(free=next(rooms)))
+    with pytest.raises(Refusal, match=r'No room for the checkpoint of step 6.* of steps \[3\]'):
+        train(config)
+    assert store.newest(Path(config.workdir)).name == '3'
+
+
+@pytest.mark.parametrize('seed', [2 ** 31, 2 ** 32 - 1])
+def test_seeds_beyond_int32_train(config, seed):
+    config.seed = seed
+    config.train.steps = config.log.checkpoint_every = config.log.eval_every = 3
+    assert np.isfinite(lines(train(config), 'eval')[-1]['loss'])
+
+
+def test_sizes_that_do_not_divide_are_refused_before_the_folder_is_made(config):
+    """24 values over 8 replicas divide, 12 do not; memories have projections of their own."""
+    config.train.fsdp = True
+    config.memory.value_width = 12
+    with pytest.raises(Refusal, match=r'memory/output/kernel has the shape \(12, 16\), whose 12'):
+        train(config)
+    assert not (Path(config.workdir) / 'config.json').exists()

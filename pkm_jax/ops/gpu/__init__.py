@@ -10,7 +10,7 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import triton as plt
 
 
-def column_blocks(width: int) -> list[pl.Slice]:
+def column_blocks(width: int) -> list:
     """Column ranges of a power-of-two size, as the Triton backend wants them, that cover a row."""
     size = min(width & -width, 256)
     return [pl.ds(first, size) for first in range(0, width, size)]
@@ -18,11 +18,11 @@ def column_blocks(width: int) -> list[pl.Slice]:
 
 def call(
     kernel: Callable, name: str, grid: tuple[int, ...], out: Sequence, *inputs: jax.Array,
-    interpret: bool, aliases: dict[int, int] = {}, warps: int = 1,
+    interpret: bool, aliases: dict[int, int] | None = None, warps: int = 1,
 ) -> Sequence[jax.Array]:
     """A kernel on whole arrays, with results like `out`; `interpret`: by XLA, on any device."""
     return pl.pallas_call(
         kernel, grid=grid, out_shape=[jax.ShapeDtypeStruct(o.shape, o.dtype) for o in out],
-        input_output_aliases=aliases, name=name,
+        input_output_aliases=aliases or {}, name=name,
         compiler_params=plt.CompilerParams(num_warps=warps, num_stages=1), interpret=interpret,
     )(*inputs)

@@ -46,12 +46,13 @@ def forward(
     """The norm, the sum that it is of, and a bit for each row of a group that dropout keeps."""
     tokens, width = branch.shape
     kept = jax.ShapeDtypeStruct((tokens // DRAWS, width), jnp.uint8)
-    return tuple(call(
+    normed, total, bits = call(
         functools.partial(_forward_kernel, blocks=column_blocks(width), rate=rate,
                           epsilon=epsilon),
         'add_norm', (tokens // DRAWS,), [branch, branch, kept],
         residual, branch, branch_bias, scale, bias, words,
-        jnp.reshape(part * (tokens // DRAWS), 1), interpret=interpret))
+        jnp.reshape(part * (tokens // DRAWS), 1), interpret=interpret)
+    return normed, total, bits
 
 
 def backward(

@@ -255,7 +255,8 @@ def _add_pieces(_rows, pieces, slot, cut, segment_end, *rest, chunks, compact):
                     for part, total in zip(parts, totals)]
 
         totals = jax.lax.fori_loop(0, pl.cdiv(stop - chunk - 1, PIECES), add_tile,
-                                   [jnp.zeros((PIECES, in_part.size), jnp.float32)] * len(parts))
+                                   [jnp.zeros((PIECES, PIECE_COLUMNS // len(parts)), jnp.float32)
+                                    ] * len(parts))
         totals = [pieces[chunk, 1, part, in_part] + jnp.sum(total, axis=0)
                   for part, total in zip(parts, totals)]
         rows[row, columns] = join([total.astype(rows.dtype) for total in totals])

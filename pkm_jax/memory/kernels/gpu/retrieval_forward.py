@@ -83,7 +83,7 @@ def _best_pairs(best, sub_keys, n_keys, k, interpret):
         head, at = pl.program_id(1), _tokens(tokens)
         halves = [list(zip(*(_columns(ref[at, head, part, :]) for ref in (best, sub_keys))))
                   for part in range(2)]
-        sums = _best_sums(*halves, n_keys, k)
+        sums = _best_sums(halves[0], halves[1], n_keys, k)
         filler = sums[:1] * (size - k)
         scores[at, head, :], slots[at, head, :] = map(_tile, zip(*sums, *filler))
 

@@ -7,14 +7,16 @@ import jax
 import numpy as np
 import pytest
 
-from pkm_jax.training import checkpoints, hosts
-from pkm_jax.training.loop import train
-from tests.training.processes import finish, start
+from pkm_jax.checkpoints import store
+from pkm_jax.configuration.run import Distributed
+from pkm_jax.processes import hosts
+from tests.processes.started import finish, start
+from tests.training.runs import train
 
 
 def results(folder):
     lines = map(json.loads, (folder / 'metrics.jsonl').read_text().splitlines())
-    stored = checkpoints.read_weights(checkpoints.newest(folder))
+    stored = store.read_weights(store.newest(folder))
     return ({name: np.asarray(array) for name, array in stored.items()},
             [line for line in lines if line['kind'] == 'eval'])
 
@@ -41,12 +43,12 @@ def test_several_processes_train_the_model_of_one(config, tmp_path, processes, r
     assert (Path(config.workdir) / 'slot_counts_1.npz').exists()
 
 
-def test_one_process_joins_nobody(config):
-    hosts.join(config.distributed)
+def test_one_process_joins_nobody():
+    hosts.join(Distributed())
     assert jax.process_count() == 1
 
 
-def test_a_coordinator_that_is_missing_is_an_error(config):
-    config.distributed.update(enabled=True, processes=2, process=1)
+def test_a_coordinator_that_is_missing_is_an_error():
+    several = Distributed(enabled=True, processes=2, process=1)
     with pytest.raises((ValueError, RuntimeError), match='[Cc]oordinator|before any JAX'):
-        hosts.join(config.distributed)
+        hosts.join(several)

@@ -8,11 +8,13 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from pkm_jax.checkpoints import store
 from pkm_jax.mesh import Shards, make_mesh
-from pkm_jax.training import checkpoints, loop, preemption
-from pkm_jax.training.loop import train
-from pkm_jax.training.preemption import Stopped, StopRequests
-from tests.training.processes import finish, lines, start, wait_for_step
+from pkm_jax.processes import preemption
+from pkm_jax.processes.preemption import Stopped, StopRequests
+from pkm_jax.training import loop
+from tests.processes.started import finish, lines, start, wait_for_step
+from tests.training.runs import train
 
 
 @pytest.fixture
@@ -27,7 +29,7 @@ def reached():
 
 
 def assert_same_run(folder, other, *kinds):
-    one, two = (checkpoints.read_weights(checkpoints.newest(run)) for run in (folder, other))
+    one, two = (store.read_weights(store.newest(run)) for run in (folder, other))
     assert one.keys() == two.keys()
     for name in one:
         np.testing.assert_array_equal(one[name], two[name], err_msg=name)
@@ -67,7 +69,7 @@ def test_a_stopped_run_goes_on_as_if_it_had_not_been(config, monkeypatch, tmp_pa
         with pytest.raises(Stopped, match='after step 4 by SIGTERM') as stopped:
             train(config)
     assert stopped.value.status == 143
-    assert checkpoints.newest(tmp_path / 'stopped').name == '4'
+    assert store.newest(tmp_path / 'stopped').name == '4'
     assert_same_run(train(config), straight, 'start', 'train', 'eval')
 
 
@@ -83,7 +85,7 @@ def test_a_signal_during_the_last_step_stops_before_another_run(config, monkeypa
     with pytest.raises(Stopped, match='after step 6 by SIGINT') as stopped:
         train(config)
     assert stopped.value.status == 130
-    assert checkpoints.newest(Path(config.workdir)).name == '6'
+    assert store.newest(Path(config.workdir)).name == '6'
 
 
 @pytest.mark.slow
@@ -99,7 +101,7 @@ def test_processes_stop_together_and_go_on(config, tmp_path, processes):
     wait_for_step(Path(config.workdir), 10)
     started[-1].send_signal(signal.SIGTERM)
     printed = finish(started, status=143)
-    step = int(checkpoints.newest(Path(config.workdir)).name)
+    step = int(store.newest(Path(config.workdir)).name)
     assert 10 < step < 80
     for output in printed:
         assert f'stopped after step {step} by SIGTERM' in output

@@ -3,9 +3,9 @@
 import pytest
 
 from configs import bert_base_pkm, bert_base_pkm_pod, bert_large
-from pkm_jax.planning import memory
-from pkm_jax.training import settings
-from pkm_jax.training.plan import make_plan
+from pkm_jax.configuration.resolve import runs_of
+from pkm_jax.planning import device_memory
+from pkm_jax.training.layout import lay_out
 
 
 # Gigabytes of temporaries as compiled, from docs/scaling.md.
@@ -15,12 +15,11 @@ from pkm_jax.training.plan import make_plan
     (bert_large, 16, 1.34, 0, 54.30)])
 def test_the_estimate_is_within_a_third_of_what_was_compiled(module, devices, backbone, tables,
                                                              compiled):
-    config = module.get_config()
-    model = settings.model_config(config, config.data.vocab_size)
-    plan = make_plan(config, model, devices, int(16.9e9))
+    run, = runs_of(module.get_config())
+    run = run.with_vocabulary(run.task.vocab_size)
+    layout = lay_out(run, devices, device_bytes=int(16.9e9))
     given = {'backbone parameters': int(backbone * 1e9), 'value tables': int(tables * 1e9)}
-    estimate = memory.activations(config, model, plan)
-    estimate += memory.gradients(given, config, model, plan)
+    estimate = device_memory.estimated(given, run, layout)[device_memory.TEMPORARY]
     assert estimate / 1e9 == pytest.approx(compiled, rel=1 / 3)
 
 
@@ -29,8 +28,9 @@ def test_what_saves_memory_is_counted():
 
     def activations(**changes):
         config.model.update(changes)
-        model = settings.model_config(config, config.data.vocab_size)
-        return memory.activations(config, model, make_plan(config, model, 16))
+        run, = runs_of(config)
+        return run.model.activation_bytes(run.train.micro_batch // 16, run.task.length,
+                                          run.task.predictions())
 
     everything = activations()
     without_dropout = activations(attention_dropout=0.)

@@ -12,11 +12,14 @@ ROOT = Path(__file__).parents[2]
 
 
 def arguments(config, prefix='--config'):
-    """The command line that makes a shipped configuration this one."""
+    """The command line that makes a shipped configuration this one.
+
+    None cannot be given there: it is what a field without a value is.
+    """
     for name, value in config.items():
         if isinstance(value, dict):
             yield from arguments(value, f'{prefix}.{name}')
-        else:
+        elif value is not None:
             yield f'{prefix}.{name}={tuple(value) if isinstance(value, list) else value}'
 
 

@@ -1,0 +1,114 @@
+"""Estimates of a tiny run: for TPUs by their own compiler, where it is installed, and for GPUs."""
+
+import contextlib
+import math
+import re
+
+import jax
+import jax.numpy as jnp
+import pytest
+from jax.sharding import NamedSharding
+from jax.sharding import PartitionSpec as P
+
+from configs import bert_base_pkm_pod
+from pkm_jax.mesh import OWN, Shards, make_mesh
+from pkm_jax.planning import chips, device_memory, hlo
+from pkm_jax.planning.estimate import estimate, table_sized
+from pkm_jax.planning.text import text_of
+from pkm_jax.training import loop
+from pkm_jax.training.layout import Layout
+from pkm_jax.training.program import abstract_batch
+from tests.planning.tiny import SLOTS, WIDTH, needs_tpu_compiler, run_of, shrunk
+
+
+@pytest.fixture
+def tiny(config):
+    return shrunk(config)
+
+
+@needs_tpu_compiler
+def test_a_step_compiled_for_tpus(tiny):
+    found = estimate(run_of(tiny), chips.parse('v5e:2x2'))
+    assert found.fits and found.layout.shards == Shards(1, 2, 2)
+    assert found.memory.bytes['value tables'] == SLOTS * WIDTH * 4 / 4
+    assert found.memory.bytes['optimizer state of value tables'] == SLOTS * WIDTH * 8 / 4
+    assert found.memory.bytes['batch'] == 16 * (2 * 16 + 1 + 3 * 3) * 4 / 4
+    assert 0 < found.memory.bytes[device_memory.PROGRAM] < 1e9
+    assert found.counted_flops > 0 and found.loop_bytes > 0
+    assert found.table_sized == () and found.unknown_loops == 0
+    along = {(one.kind, axes) for one, axes, _ in found.transfers}
+    assert ('all-gather', 'rows × columns') in along and ('all-to-all', 'columns') in along
+    text = text_of(found, 'tiny')
+    assert 'tiny on v5e:2x2: 4 devices as data 1, rows 2, columns 2; compiled in' in text
+    assert re.search(r'1 all-reduce +\S+ \+\d+ +rows × columns +\d', text)
+    assert re.search(r'estimate +\d+\.\d\d ms', text) and 'FITS: 0.' in text
+
+    full = found._replace(memory=found.memory._replace(available=1000))
+    assert not full.fits and 'DOES NOT FIT' in text_of(full, 'full')
+
+
+def test_activations_that_do_not_fit_gpus_are_found(tiny):
+    tiny.memory.shards.update(rows=1, columns=8)
+    tiny.train.batch = 2 ** 26
+    found = estimate(run_of(tiny), chips.parse('h200:8'))
+    assert not found.fits and found.memory.bytes[device_memory.TEMPORARY] > 141e9
+
+
+@pytest.mark.parametrize('shape, axis, found', [
+    ((SLOTS, WIDTH), 'rows', ['all-gather of f32[64,64]']),
+    ((SLOTS, WIDTH), 'columns', ['all-gather of f32[32,128]']),
+    ((SLOTS + 2, WIDTH), 'rows', [])])      # other arrays may be gathered
+def test_gathered_tables_are_found(tiny, shape, axis, found):
+    layout = Layout(Shards(2, 2, 2), True, ())
+    mesh, model = make_mesh(layout.shards), run_of(tiny).model
+
+    def gather(table):
+        return jax.lax.all_gather(table, axis, axis=OWN.memory.index(axis), tiled=True)
+
+    program = jax.jit(jax.shard_map(gather, mesh=mesh, in_specs=OWN.table, out_specs=P(),
+                                    check_vma=False))
+    text = program.lower(jax.ShapeDtypeStruct(shape, 'float32')).compile().as_text()
+    assert list(table_sized(hlo.Program(text).collectives(8), layout, model)) == found
+
+
+def test_a_table_read_past_its_layout_is_found(tiny):
+    """The partitioner gathers a table where a program indexes it as if it were whole."""
+    layout = Layout(Shards(2, 2, 2), True, ())
+    mesh, model = make_mesh(layout.shards), run_of(tiny).model
+    program = jax.jit(lambda table: jnp.sort(table, axis=0),
+                      in_shardings=NamedSharding(mesh, OWN.table),
+                      out_shardings=NamedSharding(mesh, P()))
+    text = program.lower(jax.ShapeDtypeStruct((SLOTS, WIDTH), 'float32')).compile().as_text()
+    assert table_sized(hlo.Program(text).collectives(8), layout, model)
+
+
+def test_batches_have_the_shapes_that_are_planned(tiny, corpus):
+    tiny.data.corpus = str(corpus)
+    run = run_of(tiny)
+    data = run.task.prepare('', print)
+    with contextlib.closing(loop._stream(run, data)) as stream:
+        batch = next(stream)
+    planned = abstract_batch(run, make_mesh(Shards(8)))
+    assert {name: (array.shape, array.dtype) for name, array in batch.items()} == {
+        name: (array.shape, array.dtype) for name, array in planned.items()}
+
+
+@needs_tpu_compiler
+@pytest.mark.parametrize('topology', ['v5e:4x4', 'v6e:4x8', 'v5p:4x4x4', 'v4:2x2x1'])
+def test_every_layout_finds_its_place_on_a_torus(topology):
+    devices = chips.devices(chips.parse(topology))
+    for rows, columns in [(1, 1), (2, 1), (1, 2), (2, 2), (4, 1), (1, 4)]:
+        shards = Shards(len(devices) // (rows * columns), rows, columns)
+        mesh = make_mesh(shards, devices)
+        assert mesh.devices.shape == shards
+        assert {device.id for device in mesh.devices.flat} == {device.id for device in devices}
+
+
+@needs_tpu_compiler
+@pytest.mark.slow
+def test_the_pod_configuration_fits():
+    with jax.numpy_dtype_promotion('standard'):     # which the gradient of jax's attention needs
+        found = estimate(run_of(bert_base_pkm_pod.get_config()), chips.parse('v5e:16x16'))
+    assert found.fits and found.table_sized == ()
+    tables = found.memory.bytes['value tables']
+    assert tables * math.prod(found.layout.shards[1:]) == 4096 ** 2 * 768 * 2

@@ -1,0 +1,196 @@
+"""A model and a task that the package does not know, through the real loop on eight devices.
+
+That training, evaluation, layouts and plans know nothing of BERT is shown by what is used here:
+dataclasses that have what models/interface.py and tasks/interface.py say.
+"""
+
+import dataclasses
+import json
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax import nnx
+
+from pkm_jax.checkpoints import store
+from pkm_jax.configuration.run import Log, Run, Tables, Train
+from pkm_jax.data.examples import ArraySpec
+from pkm_jax.memory.layer import MemoryConfig, ProductKeyMemory
+from pkm_jax.models.interface import MemorySite
+from pkm_jax.planning import chips
+from pkm_jax.planning.estimate import estimate
+from pkm_jax.tasks.interface import Outcome
+from pkm_jax.training import loop
+from pkm_jax.training.layout import lay_out
+
+pytestmark = pytest.mark.usefixtures('compile_once')
+WIDTH = 4
+
+
+class Toy(nnx.Module):
+    """Ten lines of somebody's model, with a memory under a name of their own."""
+
+    def __init__(self, config, rngs):
+        self.encode = nnx.Linear(1, WIDTH, rngs=rngs)
+        self.bank = nnx.Dict(memory=ProductKeyMemory(config.memory, WIDTH, rngs=rngs))
+        self.decode = nnx.Linear(WIDTH, 1, rngs=rngs)
+
+    def __call__(self, x, deterministic, delta):
+        states = self.encode(x)
+        read, reads = self.bank.memory.read(states, deterministic=deterministic, delta=delta)
+        self.bank.memory.update_batch_stats(reads.batch_stats)
+        return self.decode(states + read), reads
+
+
+@dataclasses.dataclass(frozen=True)
+class ToyConfig:
+    memory: MemoryConfig = MemoryConfig(sub_keys=8, heads=2, top_k=2, query_width=4)
+    vocab_size: int = 0
+    max_length: int = 1
+    dtype: str = 'float32'
+    word_embedding: tuple = ('none',)
+
+    def with_vocabulary(self, words):
+        return self
+
+    def build(self, rngs):
+        return Toy(self, rngs)
+
+    @property
+    def memories(self):
+        path = 'bank', 'memory'
+        return {'bank': MemorySite(self.memory, path, (*path, 'values'), WIDTH)}
+
+    def unseen(self):
+        return {}
+
+    def fast_paths(self, platform):
+        return []
+
+    def forward_flops(self, length, predictions):
+        return 100
+
+    def activation_bytes(self, sequences, length, predictions):
+        return 100 * sequences
+
+
+class Numbers:
+    """Records that are numbers."""
+    fingerprint, vocab_size, vocab_path = 'numbers', 0, ''
+
+    def num_records(self, split):
+        return {'train': 64, 'validation': 24}[split]
+
+    def records(self, split):
+        return self
+
+    def __getitems__(self, numbers):
+        return [{'x': number / 64} for number in numbers]
+
+
+@dataclasses.dataclass(frozen=True)
+class Examples:
+    arrays = {'x': ArraySpec((1,), np.float32), 'y': ArraySpec((1,), np.float32),
+              'known': ArraySpec((), np.float32)}
+    identity = {}
+
+    def __call__(self, record, epoch, number):
+        x = record['x']
+        return {'x': np.array([x]), 'y': np.array([np.sin(6 * x)]), 'known': 1.}
+
+
+@dataclasses.dataclass(frozen=True)
+class Regression:
+    """Of a sine, by least squares."""
+    length: int = 1
+    workers: int = 0
+    vocab_size: int = 0
+
+    def check(self, model):
+        pass
+
+    def prepare(self, vocabulary, log):
+        return Numbers()
+
+    def examples(self, data, seed):
+        return Examples()
+
+    @property
+    def arrays(self):
+        return Examples.arrays
+
+    def terms(self, batch):
+        return jnp.sum(batch['known'])
+
+    def real(self, batch):
+        return batch['known'] > 0
+
+    def outcome(self, model, batch, *, deterministic, rngs=None, deltas=None):
+        guess, reads = model(batch['x'], deterministic, (deltas or {}).get('bank'))
+        error = (guess - batch['y'])[:, 0] * batch['known']
+        return Outcome(jnp.sum(error ** 2), {'absolute': jnp.sum(jnp.abs(error))},
+                       {'bank': reads}, {'guess': guess[:, 0], 'y': batch['y'][:, 0]})
+
+    def metrics(self, sums):
+        return {'loss': sums['loss'] / sums['terms'], 'mean_error': sums['absolute'] / sums['terms']}
+
+    def evaluation(self, sums, outputs):
+        """Pearson's r too, which no sums over batches give."""
+        assert len(outputs['guess']) == 24      # each example once, though batches are of 16
+        values = {name: float(value) for name, value in self.metrics(sums).items()}
+        return values | {'r': float(np.corrcoef(outputs['guess'], outputs['y'])[0, 1])}
+
+    def predictions(self):
+        return 0
+
+
+def run(folder, **tables):
+    return Run(model=ToyConfig(), task=Regression(), workdir=str(folder), name='toy',
+               tables=Tables(dead_after=3, **tables),
+               train=Train(steps=40, batch=16, warmup=2, learning_rate=.02,
+                           values_learning_rate=.02),
+               log=Log(every=10, eval_every=20, eval_batches=2, checkpoint_every=20))
+
+
+def train(one):
+    return loop.train(one, lay_out(one, jax.device_count()))
+
+
+def weights(folder):
+    return {name: np.asarray(array)
+            for name, array in store.read_weights(store.newest(folder)).items()}
+
+
+@pytest.mark.parametrize('updates', ['dense', 'sparse'])
+def test_it_trains_evaluates_stops_and_resumes(updates, tmp_path, monkeypatch):
+    straight = train(run(tmp_path / 'straight', updates=updates))
+    lines = list(map(json.loads, (straight / 'metrics.jsonl').read_text().splitlines()))
+    losses = [line['loss'] for line in lines if line['kind'] == 'train']
+    assert losses[-1] < losses[0] / 2
+    last = [line for line in lines if line['kind'] == 'eval'][-1]
+    assert last['r'] > .8 and last['eval_tokens'] == 24
+    assert 0 < last['memory']['bank']['top_k_usage'] <= 1 and 'dead' in last['memory']['bank']
+
+    taken = iter(range(25))
+    real = loop.loader.BatchStream.__next__
+
+    def limited(stream):
+        if next(taken, None) is None:
+            raise InterruptedError
+        return real(stream)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(loop.loader.BatchStream, '__next__', limited)
+        with pytest.raises(InterruptedError):
+            train(run(tmp_path / 'killed', updates=updates))
+    assert store.newest(tmp_path / 'killed').name == '20'
+    ours, theirs = weights(train(run(tmp_path / 'killed', updates=updates))), weights(straight)
+    assert 'statistics/bank/memory/query_norm/var' in ours and ours.keys() == theirs.keys()
+    for name in ours:
+        np.testing.assert_array_equal(ours[name], theirs[name], err_msg=name)
+
+
+def test_it_can_be_planned(tmp_path):
+    found = estimate(run(tmp_path), chips.parse('h200:8'))
+    assert found.fits and found.memory.bytes['value tables'] == 64 * WIDTH * 4
