@@ -4,6 +4,7 @@ Nothing here is pkm_jax's but the memory. It is called like a feed-forward layer
 statistics are updated by the call, as those of `nnx.BatchNorm` are.
 """
 
+import math
 import os
 
 os.environ.setdefault('JAX_NUM_CPU_DEVICES', '8')
@@ -59,9 +60,11 @@ def train_step(model: Model, optimizer: nnx.Optimizer, tokens: jax.Array) -> jax
     return loss
 
 
-def train(axes: Axes | None, steps: int = 60) -> list[float]:
-    """Losses under a mesh of two axes with names of the host's."""
-    mesh = jax.make_mesh((4, 2), ('dp', 'tp'), axis_types=(AxisType.Auto,) * 2)
+def train(axes: Axes | None, steps: int = 60) -> tuple[list[float], str]:
+    """Losses under a mesh of two axes with names of the host's; what a device has of a table."""
+    columns = math.gcd(2, jax.device_count())
+    mesh = jax.make_mesh((jax.device_count() // columns, columns), ('dp', 'tp'),
+                         axis_types=(AxisType.Auto,) * 2)
     with jax.set_mesh(mesh):
         model = Model(axes, nnx.Rngs(0))
         if axes is not None:        # a part of every table for each device along `tp`
@@ -74,14 +77,16 @@ def train(axes: Axes | None, steps: int = 60) -> list[float]:
             tokens = jax.random.randint(jax.random.key(step), (16, 8), 1, WORDS)
             tokens = jax.device_put(tokens, NamedSharding(mesh, P('dp')))
             losses.append(float(train_step(model, optimizer, tokens)))
-    seen = model.blocks[0].memory.query_norm.mean[...]
+    memory = model.blocks[0].memory
+    seen = memory.query_norm.mean[...]
     assert jnp.any(seen != 0), 'batch statistics are updated by the call'
-    return losses
+    table = memory.values[...]
+    return losses, f'{table.sharding.shard_shape(table.shape)} of {table.shape}'
 
 
 if __name__ == '__main__':
     split = Axes(data=('dp',), rows=(), columns=('tp',))
     for name, axes in (('table split over tp', split), ('table on every device', None)):
-        losses = train(axes)
-        print(f'{name}: loss {losses[0]:.3f} -> {losses[-1]:.3f}')
+        losses, held = train(axes)
+        print(f'{name}: a device has {held}, loss {losses[0]:.3f} -> {losses[-1]:.3f}')
         assert losses[-1] < losses[0] / 2

@@ -8,7 +8,7 @@ import sys
 import pkm_jax
 
 NOT_NEEDED = {'tensorflow_datasets', 'tensorflow', 'grain', 'matplotlib', 'ml_collections', 'orbax',
-              'tensorboardX', 'tokenizers', 'safetensors', 'tensorstore', 'tqdm', 'optax', 'absl'}
+              'tensorboardX', 'tokenizers', 'safetensors', 'tensorstore', 'tqdm', 'absl'}
 
 
 def imported(names):
@@ -26,7 +26,7 @@ def test_public_names_are_there_and_documented():
 
 
 def test_import_needs_nothing_of_training_and_takes_under_a_second():
-    host = imported('jax, jax.numpy, flax.nnx, einops, jaxtyping, numpy')
+    host = imported('jax, jax.numpy, flax.nnx, optax, einops, jaxtyping, numpy')
     ours = {name: own for name, own in imported('pkm_jax').items() if name not in host}
     packages = {name.split('.')[0] for name in ours}
     assert 'pkm_jax' in packages and not packages & NOT_NEEDED

@@ -78,7 +78,7 @@ def rowwise_adagrad(rate: Rate, epsilon: float = 1e-8) -> optax.GradientTransfor
     return _by_row(rate, change, (_per_row,))
 
 
-def apply_updates(params: dict, updates: dict, key: Key[Array, '']) -> dict:
+def apply_updates(params: Any, updates: Any, key: Key[Array, '']) -> Any:
     """`optax.apply_updates`, of SparseRows to the rows they name.
 
     Rows of a bfloat16 table are rounded stochastically, by bits that depend on the key, row and
