@@ -4,11 +4,11 @@ r"""A causal decoder with a product-key memory, after Lample et al. 2019: 16 lay
     python -m pkm_jax.pretrain --config=causal_pkm:placement=replace,layers=4+8+12
 
 Arguments: placement=none|replace|add (default add), layers=I+J+… (0-based, default 8).
-From Lample et al.: learned positions, 16 attention heads, Adam with β2 = 0.98 at 2.5e-4, values at
-1e-3; memories of 512² slots, 4 heads of 32 reads and batch norm of queries, in the place of
-feed-forward layers (`placement=replace`). Ours: batch, steps, warmup, dropout, clipping and weight
-decay, a rate that falls linearly (theirs by the inverse square root), WordPiece. Their text, 28
-billion words of news, is not public.
+From Lample et al., at second hand: learned positions, 16 attention heads, Adam with β2 = 0.98 at
+2.5e-4, values at 1e-3; memories of 512² slots, 4 heads of 32 reads and batch norm of queries, in
+the place of feed-forward layers (`placement=replace`). Ours: batch, steps, warmup, dropout,
+clipping and weight decay, a rate that falls linearly (theirs by the inverse square root),
+WordPiece. Their text, 28 billion words of news, is not public.
 How long this takes and how it ends has not been measured: docs/scaling.md has what it needs on TPU
 slices.
 """
