@@ -74,7 +74,7 @@ def compiled(config):
                                            track_dead=False))
     step = jax.jit(functools.partial(
         train_step, task=run.task, graph=model_graph(model), sites=model.memories,
-        optimizer=optimizer, seed=0), donate_argnums=0)
+        optimizer=optimizer, seed=0, norms_every=run.log.every), donate_argnums=0)
     batch = random_batch(BATCH.value, LENGTH.value, 30522, predictions)
     return (initialise.lower(np.uint32(0)).compile(),
             step.lower(jax.eval_shape(initialise, np.uint32(0)), batch).compile(), batch,

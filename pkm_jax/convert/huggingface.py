@@ -6,6 +6,7 @@ are transposed between PyTorch and here; nothing else is changed.
 
 import dataclasses
 import functools
+import itertools
 import json
 import re
 import shutil
@@ -204,7 +205,7 @@ def _row_blocks(table: Any, shard_bytes: int) -> list[int]:
 
 
 def _split(name: str, table: Any, rows: list[int]) -> dict[str, StoredTensor]:
-    stops = np.cumsum(rows)
+    stops = itertools.accumulate(rows)
 
     def read(stop: int, count: int) -> np.ndarray:
         return np.asarray(table[stop - count:stop])
