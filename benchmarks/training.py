@@ -3,10 +3,11 @@
     python -m benchmarks.training [--batch=32] [--length=512]
 
 One device, random tokens, bfloat16 compute over float32 parameters, Adam, dropout 0.1 (attention
-dropout 0, so that attention can be fused; the last row shows what 0.1 costs). Prints the time of a
-step, tokens per second, the share of the bfloat16 matrix rate measured in the same run, and the
-ratios that matter: with memories to without, and to BERT-large. As in training, no step waits for
-the host to see the one before. About two minutes, most of them compilation, on 16 cores.
+dropout 0, so that attention can be fused; the last row shows what 0.1 costs), without the norms of
+the update, which one step in `log.norms_every` takes. Prints the time of a step, tokens per second,
+the share of the bfloat16 matrix rate measured in the same run, and the ratios that matter: with
+memories to without, and to BERT-large. As in training, no step waits for the host to see the one
+before. About two minutes, most of them compilation, on 16 cores.
 """
 
 import functools
@@ -74,7 +75,7 @@ def compiled(config):
                                            track_dead=False))
     step = jax.jit(functools.partial(
         train_step, task=run.task, graph=model_graph(model), sites=model.memories,
-        optimizer=optimizer, seed=0, norms_every=run.log.every), donate_argnums=0)
+        optimizer=optimizer, seed=0, all_norms=False), donate_argnums=0)
     batch = random_batch(BATCH.value, LENGTH.value, 30522, predictions)
     return (initialise.lower(np.uint32(0)).compile(),
             step.lower(jax.eval_shape(initialise, np.uint32(0)), batch).compile(), batch,

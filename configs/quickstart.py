@@ -21,7 +21,8 @@ def get_config():
                        validation_fraction=0.03, workers=0)
     config.train.update(steps=300, batch=64, warmup=50, learning_rate=1e-3,
                         values_learning_rate=1e-2)
-    config.log.update(every=5, eval_every=60, eval_batches=8, checkpoint_every=150, keep=2)
+    config.log.update(every=5, norms_every=1, eval_every=60, eval_batches=8, checkpoint_every=150,
+                      keep=2)
     nothing = dict(placement='none', layers=())
     config.runs.update(
         pretrain=dict(memory=nothing),

@@ -4,12 +4,14 @@ import contextlib
 import functools
 import math
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
 import jax
 import numpy as np
 from jax.sharding import Mesh
+from jax.stages import Lowered
 
 from pkm_jax import dispatch
 from pkm_jax.checkpoints import pretrained
@@ -98,10 +100,7 @@ def _train(run: Run, layout: Layout, changed: str) -> Path:
             log.write('start', 0, 0, parameters=sum(map(math.prod, shapes.values())))
         requests = closing.enter_context(StopRequests(mesh))
         with start.phase('compiling the step'), log.pause():
-            with dispatch.recorded() as chosen:
-                lowered = program.take_step.lower(state, abstract_batch(run, mesh))
-            log.say('\n'.join(f'{operation}: {how}' for operation, how in chosen.items()))
-            take_step = lowered.compile()
+            take_step = _compiled_steps(run, program, state, mesh, log)
         _loop(run, state, take_step, _evaluation(run, program, mesh, data, log), stream, mesh,
               checkpoints, log, requests)
     return run.folder
@@ -126,7 +125,23 @@ def _first_state(
     return state
 
 
-def _loop(run: Run, state: TrainState, take_step: Callable, evaluate_now: Callable,
+def _compiled_steps(run: Run, program: Program, state: TrainState, mesh: Mesh,
+                    log: RunLog) -> dict[bool, Callable]:
+    """The step with all norms and the one without, those that the run will take."""
+    needed = {_takes_norms(run, step) for step in range(int(state.step) + 1, run.train.steps + 1)}
+    with dispatch.recorded() as chosen:
+        lowered = [program.take_step.lower(state, abstract_batch(run, mesh), all_norms=all_norms)
+                   for all_norms in needed]
+    log.say('\n'.join(f'{operation}: {how}' for operation, how in chosen.items()))
+    with ThreadPoolExecutor() as pool:
+        return dict(zip(needed, pool.map(Lowered.compile, lowered)))
+
+
+def _takes_norms(run: Run, step: int) -> bool:
+    return step % run.log.norms_every == 0
+
+
+def _loop(run: Run, state: TrainState, take_step: dict[bool, Callable], evaluate_now: Callable,
           stream: loader.BatchStream, mesh: Mesh, checkpoints: Checkpoints, log: RunLog,
           requests: StopRequests) -> None:
     """Steps from state.step to the last, never waiting for a step before the next is under way."""
@@ -140,7 +155,7 @@ def _loop(run: Run, state: TrainState, take_step: Callable, evaluate_now: Callab
             jax.profiler.start_trace(str(run.folder / 'profile'))
             profiling = True
         with jax.transfer_guard('disallow'):
-            state, metrics = take_step(state, batch)
+            state, metrics = take_step[_takes_norms(run, step + 1)](state, batch)
         step += 1
         if (step - 1) % every.every == 0 and window:
             report(step - 1, window)
@@ -176,11 +191,12 @@ def _reporter(run: Run, log: RunLog) -> Callable[[int, list[dict[str, Any]]], No
         window = jax.device_get(window)
         seconds = log.lap()
         tokens_per_second = run.tokens_per_step * len(window) / seconds
-        norms = jax.tree.map(float, [metrics.pop('norms') for metrics in window][-1])
+        norms = {}      # each kind of the last step that took it
+        for metrics in window:
+            norms |= metrics.pop('norms')
         values = jax.tree.map(lambda *numbers: float(np.mean(numbers)), *window)
-        if step % run.log.every == 0:
-            values['norms'] = norms
-        values |= {'learning_rate': float(rate(step - 1)),
+        values |= {'norms': jax.tree.map(float, norms),
+                   'learning_rate': float(rate(step - 1)),
                    'steps_per_second': len(window) / seconds,
                    'tokens_per_second': tokens_per_second}
         _check_finite(step, values['loss'], values['grad_norm'], run)
