@@ -71,7 +71,9 @@ def check_fields(arguments: Sequence[str], config: ml_collections.ConfigDict) ->
     for argument in arguments:
         field = re.match(r'--?(?:no)?config\.([\w.]+)', argument)
         if field and field[1] not in known and not field[1].startswith('runs.'):
-            near = difflib.get_close_matches(field[1], known, n=3, cutoff=0.5)
+            last = field[1].rpartition('.')[2]
+            near = (sorted(name for name in known if last in name.rpartition('.')[2].split('_'))[:3]
+                    or difflib.get_close_matches(field[1], known, n=3, cutoff=0.5))
             hint = f': did you mean {" or ".join(near)}?' if near else ''
             raise Refusal(f'--config.{field[1]}: there is no such field{hint}')
 

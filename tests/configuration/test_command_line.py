@@ -47,6 +47,7 @@ def test_shipped_names_and_paths():
 
 @pytest.mark.parametrize('argument, nearest', [
     ('--config.train.learning_ratio=1', 'train.learning_rate'),
+    ('--config.model.heads=2', 'model.attention_heads'),
     ('--config.train.accumulate=2', 'train'), ('--noconfig.model.remaat', 'model.remat')])
 def test_unknown_fields_are_refused_with_those_nearest(argument, nearest):
     with pytest.raises(Refusal, match=f'no such field: did you mean .*{nearest}'):
