@@ -1,9 +1,11 @@
 """Weighted sum of value rows, and its derivative (docs/method.md, section 1, step 5)."""
 
 import functools
+import math
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jaxtyping import Array, Float, Int32
 
 from pkm_jax.dispatch import Choice, Implementation, Kernel
@@ -207,6 +209,14 @@ def _over_blocks(function, carry, slots, weights, *rest, n_slots, elsewhere, by_
                    for array in arrays)
     carry, results = jax.lax.scan(on_block, carry, blocks)
     return carry, results.reshape(number * size, -1)[:tokens]
+
+
+def even_passes(tokens: int, reads: int, owners: int) -> int:
+    """Passes that a block takes on average, rounded up, if every read is as likely to be any
+    owner's: what `elsewhere` is worth. Skewed reads cost the owner of the hot rows more."""
+    own = np.sort(np.random.default_rng(0).binomial(reads, 1 / owners, tokens))
+    blocks = np.array_split(own, -(-tokens // BLOCK))
+    return math.ceil(np.mean([block[-1] for block in blocks]))
 
 
 def _load_forward():
