@@ -34,7 +34,7 @@ def test_the_second_run_is_refused_and_the_third_is_not(tmp_path):
 def test_a_dead_process_is_taken_over_with_a_word(tmp_path):
     ended = subprocess.Popen([sys.executable, '-c', ''])
     ended.wait()
-    write(tmp_path, host=socket.gethostname(), process=ended.pid, started='1')
+    write(tmp_path, host=socket.gethostname(), within=lock._within(), process=ended.pid, started='1')
     said = []
     with only_run_in(tmp_path, said.append):
         assert json.loads((tmp_path / 'running.json').read_text())['process'] == os.getpid()
@@ -42,7 +42,7 @@ def test_a_dead_process_is_taken_over_with_a_word(tmp_path):
 
 
 def test_a_number_that_another_process_has_now_is_dead(tmp_path):
-    write(tmp_path, host=socket.gethostname(), process=os.getpid(), started='1')
+    write(tmp_path, host=socket.gethostname(), within=lock._within(), process=os.getpid(), started='1')
     with only_run_in(tmp_path, lambda text: None):
         pass
 
