@@ -37,7 +37,7 @@ class Checkpoints:
         self.folder = Path(folder).absolute()
         self.folder.mkdir(parents=True, exist_ok=True)
         self._keep, self._still_ours = keep, still_ours
-        logging.get_absl_logger().addFilter(_in_one_line)
+        logging.get_absl_logger().addFilter(_not_raised_later)
         self._writer = ocp.AsyncCheckpointer(ocp.CompositeCheckpointHandler())
         self._finishing = ThreadPoolExecutor(1)
         self._last: Future[None] | None = None
@@ -196,15 +196,13 @@ class Checkpoints:
             cause = storage_fault(error)
             if not cause:
                 raise
-            raise Refusal(f'The checkpoint of step {step:,} could not be written: {cause}.'
-                          f'{self._kept()}') from error
+            raise Refusal(f'The checkpoint of step {step:,} could not be written to '
+                          f'{self.folder}: {cause}.{self._kept()}') from error
 
 
-def _in_one_line(record):
-    """Leaves out what Orbax's threads log of an error beside the message: it is raised too."""
-    if 'orbax' in record.pathname:
-        record.exc_info = None
-    return True
+def _not_raised_later(record):
+    """Leaves out the errors that Orbax's threads log with their tracebacks: `wait` raises them."""
+    return not (record.exc_info and 'orbax' in record.pathname)
 
 
 def newest(folder: Path) -> Path:
