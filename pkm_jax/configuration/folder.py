@@ -116,10 +116,12 @@ def written_or_named(folder: Path) -> Iterator[None]:
     try:
         yield
     except OSError as error:
-        place = str(error.filename or '')
-        if error.errno not in FULL and not place.startswith(str(folder)):
+        place, here = Path(error.filename or ''), folder.absolute()
+        if error.errno not in FULL and not (
+                error.filename and (place.absolute().is_relative_to(here)
+                                    or here.is_relative_to(place.absolute()))):
             raise
-        raise Refusal(f'{place or folder}: {os.strerror(error.errno or 0)}. The run has stopped; its '
+        raise Refusal(f'{error.filename or folder}: {os.strerror(error.errno or 0)}. The run has stopped; its '
                       f'finished checkpoints are whole. Make room, or bring the folder back, and '
                       f'start the same command again.') from error
 

@@ -84,7 +84,8 @@ def test_what_the_storage_says_is_found_in_any_librarys_error(error, said):
 
 
 def test_faults_of_the_storage_are_refused_in_one_line_and_others_are_not(tmp_path):
-    for error in (OSError(errno.ENOSPC, ''), OSError(errno.EACCES, '', str(tmp_path / 'a'))):
+    for error in (OSError(errno.ENOSPC, ''), OSError(errno.EACCES, '', str(tmp_path / 'a')),
+                  OSError(errno.EACCES, '', str(tmp_path.parent))):
         with pytest.raises(Refusal, match='finished checkpoints are whole'):
             with folder.written_or_named(tmp_path):
                 raise error
