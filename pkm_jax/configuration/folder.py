@@ -19,8 +19,9 @@ FREE = ('log', 'workdir', 'compilation_cache', 'distributed', 'memory.shards', '
 # What fields were called before, by section: runs of then go on.
 RENAMED = {'model': {'heads': 'output_heads'},
            'train': {'accumulate': 'gradient_accumulation_steps', 'split_backbone': 'fsdp'}}
-REMEDY = ('restore it from a copy, or remove it: the same command then goes on from the checkpoints '
-          'beside it, which are not harmed, and writes it anew, without comparing settings.')
+REMEDY = ('restore it from a copy, or remove it: the same command then goes on from the '
+          'checkpoints beside it, which are not harmed, and writes it anew, without comparing '
+          'settings.')
 # What says that a file could not be written, in errors that are not of Python: TensorStore's.
 FULL = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EFBIG, errno.EIO, errno.ESTALE)
 _OS_ERROR = re.compile(r"os[ _]error(?:_code='| )(\d+)", re.IGNORECASE)
@@ -57,8 +58,8 @@ def check_same_run(run: Run) -> str:
     """
     if not (run.folder / 'config.json').exists():
         resumes = any(path.name.isdigit() for path in (run.folder / 'checkpoints').glob('*'))
-        return (f'WARNING: {run.folder} has checkpoints and no config.json: it is written anew, and '
-                f'whether the settings are those of before could not be compared' if resumes else '')
+        return (f'WARNING: {run.folder} has checkpoints and no config.json: it is written anew; '
+                f'whether the settings are those of before was not compared' if resumes else '')
     found, here = _flat(read_description(run.folder)), _flat(described(run))
     if 'task' not in found:     # of before there were several
         here = {name: value for name, value in here.items() if name in found}
@@ -121,9 +122,9 @@ def written_or_named(folder: Path) -> Iterator[None]:
                 error.filename and (place.absolute().is_relative_to(here)
                                     or here.is_relative_to(place.absolute()))):
             raise
-        raise Refusal(f'{error.filename or folder}: {os.strerror(error.errno or 0)}. The run has stopped; its '
-                      f'finished checkpoints are whole. Make room, or bring the folder back, and '
-                      f'start the same command again.') from error
+        raise Refusal(f'{error.filename or folder}: {os.strerror(error.errno or 0)}. The run has '
+                      f'stopped; its finished checkpoints are whole. Make room, or bring the '
+                      f'folder back, and start the same command again.') from error
 
 
 def _flat(config: dict, prefix: str = '') -> dict[str, Any]:

@@ -27,7 +27,6 @@ from pkm_jax.optimizers.groups import schedule
 from pkm_jax.processes import hosts
 from pkm_jax.processes.lock import only_run_in
 from pkm_jax.processes.preemption import Stopped, StopRequests
-from pkm_jax.refusal import Refusal
 from pkm_jax.tasks.interface import Batch, Data
 from pkm_jax.training import start
 from pkm_jax.training.evaluation import evaluate, save_counts
