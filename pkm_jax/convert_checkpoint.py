@@ -98,7 +98,7 @@ def write_run(folder: Path, pretrained: Pretrained, source: Path) -> None:
 def export(source: Path, target: Path) -> ConversionLog:
     """The newest checkpoint of a run, or one of its checkpoints, as a Hugging Face folder."""
     run = source if (source / 'checkpoints').is_dir() else source.parent.parent
-    model = arrays.open_model(store.newest(source))
+    model = arrays.open_model(store.newest_whole(source))
     params = model['params']
     heads = tuple(head for head in HEADS if head in params)
     described = read_description(run)

@@ -11,6 +11,8 @@ import numpy as np
 import orbax.checkpoint as ocp
 import tensorstore as ts
 
+from pkm_jax.checkpoints import checksums
+
 FILE_BYTES = 2**23  # of each file: Orbax holds one in memory until it is full
 
 
@@ -36,10 +38,13 @@ def write(folder: Path, model: dict) -> None:
     """
     arrays = ocp.type_handlers.create_type_handler_registry(
         (np.ndarray, ocp.type_handlers.NumpyHandler(deepcopy_host_arrays=False)))
-    handlers = {'model': ocp.PyTreeCheckpointHandler(type_handler_registry=arrays)}
-    with ocp.CheckpointManager(folder, item_handlers=handlers) as manager:
-        manager.save(0, args=ocp.args.Composite(
-            model=ocp.args.PyTreeSave(model, ocdbt_target_data_file_size=FILE_BYTES)))
+    handler = ocp.CompositeCheckpointHandler(
+        model=ocp.PyTreeCheckpointHandler(type_handler_registry=arrays))
+    with ocp.Checkpointer(handler) as writer:
+        writer.save(folder / '0', args=ocp.args.Composite(
+            model=ocp.args.PyTreeSave(model, ocdbt_target_data_file_size=FILE_BYTES)),
+            custom_metadata=checksums.PROMISED)
+    checksums.write(folder / '0')
 
 
 def open_model(checkpoint: Path) -> dict:

@@ -67,7 +67,7 @@ def open_pretrained(source: str) -> Pretrained:
         found = foreign.load(folder)
         weights = flatten({'params': found.params, 'statistics': found.statistics})
         return Pretrained(source, weights, found.config, vocabulary)
-    checkpoint = store.newest(folder)
+    checkpoint = store.newest_whole(folder)
     return Pretrained(str(checkpoint), store.read_weights(checkpoint), model_of(config), vocabulary)
 
 

@@ -2,81 +2,129 @@
 
 import contextlib
 import json
+import math
 import os
 import socket
 import threading
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 from pkm_jax.refusal import Refusal
 
 BEAT = 20.          # seconds between signs of life
-SILENT = 6 * BEAT   # after which a process on another machine is taken for dead
+SILENT = 6 * BEAT   # after which a process that cannot be asked for is taken for dead
 
 
 @contextlib.contextmanager
-def only_run_in(folder: Path, say: Callable[[str], None] = print) -> Iterator[None]:
+def only_run_in(folder: Path, say: Callable[[str], None] = print) -> Iterator[Callable[[], None]]:
     """Holds FOLDER/running.json, which says who runs here and is touched while that process lives.
 
-    That of a dead process is taken over, which is said. On this machine a process is asked for by
-    its number and start, on others the file's age tells.
+    That of a dead process is taken over, which is said. A process of this machine, boot and
+    container is asked for by its number and start. Of others the age of the file tells, by the
+    clock of the file system, whatever the clocks of the machines say.
+
+    Yields a function that raises Refusal where another run has taken over since, as it would if
+    this process had been suspended for long.
 
     Raises:
       Refusal: another run is under way in the folder; host, process and start are named.
     """
     folder.mkdir(parents=True, exist_ok=True)
     path = folder / 'running.json'
-    _take(path, say)
+    mine = _take(path, say)
     ended = threading.Event()
-    beating = threading.Thread(target=_beat, args=(path, ended), daemon=True)
+    beating = threading.Thread(target=_beat, args=(path, mine, ended), daemon=True)
     beating.start()
+
+    def still_ours() -> None:
+        found = _read(path)
+        if found is not None and found != mine:
+            raise Refusal(f'{folder} was taken over by another run ({_who(found)}) while this one '
+                          f'showed no sign of life: this one has stopped, and writes nothing.')
+
     try:
-        yield
+        yield still_ours
     finally:
         ended.set()
         beating.join()
-        path.unlink(missing_ok=True)
+        if _read(path) == mine:
+            path.unlink(missing_ok=True)
 
 
-def _take(path: Path, say: Callable[[str], None]) -> None:
-    mine = {'host': socket.gethostname(), 'process': os.getpid(), 'started': _started(os.getpid()),
-            'time': time.strftime('%Y-%m-%d %H:%M:%S')}
+def _take(path: Path, say: Callable[[str], None]) -> dict[str, Any]:
+    mine = {'host': socket.gethostname(), 'within': _within(), 'process': os.getpid(),
+            'started': _started(os.getpid()), 'time': time.strftime('%Y-%m-%d %H:%M:%S')}
     while True:
         try:
             with path.open('x') as file:
                 file.write(json.dumps(mine))
-            return
+            return mine
         except FileExistsError:
             pass
         found = _read(path)
         if found is None:       # gone since
             continue
-        who = f'process {found.get("process")} on {found.get("host")}, since {found.get("time")}'
-        if _lives(path, found):
-            raise Refusal(f'{path.parent} is in use by another run ({who}): wait for it, stop it, '
-                          f'or choose another --config.workdir.')
-        say(f'{path.parent}: the run before ({who}) ended without a word; its place is taken')
-        path.unlink(missing_ok=True)
+        silent = _silent_in(path, found)
+        if silent > 0:
+            raise Refusal(f'{path.parent} is in use by another run ({_who(found)}): wait for it, '
+                          f'stop it, or choose another --config.workdir.'
+                          + (f' If it ended without a word, its place can be taken in '
+                             f'{silent:.0f} s.' if silent < math.inf else ''))
+        # Whoever moves it first has it: two that find it at once do not both take the place.
+        dead = path.with_name(f'{path.name}.{mine["host"]}-{mine["process"]}')
+        with contextlib.suppress(FileNotFoundError, FileExistsError):
+            path.rename(dead)
+            if _read(dead) == found:
+                say(f'{path.parent}: the run before ({_who(found)}) ended without a word; its '
+                    f'place is taken')
+            else:               # that of a process which was quicker
+                os.link(dead, path)
+            dead.unlink()
 
 
-def _read(path: Path) -> dict | None:
+def _who(found: dict[str, Any]) -> str:
+    return f'process {found.get("process")} on {found.get("host")}, since {found.get("time")}'
+
+
+def _read(path: Path) -> dict[str, Any] | None:
     try:
         found = json.loads(path.read_text())
-    except FileNotFoundError:
+    except OSError:
         return None
     except ValueError:          # being written, or cut short
         found = {}
     return found if isinstance(found, dict) else {}
 
 
-def _lives(path: Path, found: dict) -> bool:
-    if found.get('host') == socket.gethostname() and found.get('started'):
-        return _started(found['process']) == found['started']
+def _silent_in(path: Path, found: dict[str, Any]) -> float:
+    """Seconds until a run is taken for dead: 0 if it is, infinity if its process was seen."""
+    here = found.get('host'), found.get('within')
+    if here == (socket.gethostname(), _within()) and found.get('started'):
+        return math.inf if _started(found['process']) == found['started'] else 0.
     try:
-        return time.time() - path.stat().st_mtime < SILENT
+        return max(0., path.stat().st_mtime + SILENT - _now(path.parent))
     except FileNotFoundError:
-        return False
+        return 0.
+
+
+def _now(folder: Path) -> float:
+    """The time of the file system, in seconds."""
+    probe = folder / f'running.{socket.gethostname()}-{os.getpid()}'
+    probe.touch()
+    now = probe.stat().st_mtime
+    probe.unlink()
+    return now
+
+
+def _within() -> str:
+    """What numbers of processes are unique in: this boot of this machine, and its container."""
+    try:
+        return (Path('/proc/sys/kernel/random/boot_id').read_text().strip() + ' '
+                + os.readlink('/proc/self/ns/pid'))
+    except OSError:
+        return ''
 
 
 def _started(process: int) -> str:
@@ -87,7 +135,8 @@ def _started(process: int) -> str:
         return ''
 
 
-def _beat(path: Path, ended: threading.Event) -> None:
+def _beat(path: Path, mine: dict[str, Any], ended: threading.Event) -> None:
     while not ended.wait(BEAT):
         with contextlib.suppress(OSError):
-            path.touch()
+            if _read(path) == mine:     # of a folder that was removed nothing is made anew
+                os.utime(path)

@@ -3,6 +3,8 @@
 import contextlib
 import functools
 import math
+import shutil
+import tempfile
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -25,7 +27,6 @@ from pkm_jax.optimizers.groups import schedule
 from pkm_jax.processes import hosts
 from pkm_jax.processes.lock import only_run_in
 from pkm_jax.processes.preemption import Stopped, StopRequests
-from pkm_jax.refusal import Refusal
 from pkm_jax.tasks.interface import Batch, Data
 from pkm_jax.training import start
 from pkm_jax.training.evaluation import evaluate, save_counts
@@ -53,13 +54,13 @@ def train(run: Run, layout: Layout) -> Path:
       Diverged: a loss is not finite. The checkpoints are of before.
     """
     changed = run_folder.check_same_run(run)
-    with contextlib.ExitStack() as alone:
-        if jax.process_index() == 0:
-            alone.enter_context(only_run_in(run.folder))
-        return _train(run, layout, changed)
+    with run_folder.written_or_named(run.folder), contextlib.ExitStack() as alone:
+        still_ours = (alone.enter_context(only_run_in(run.folder)) if jax.process_index() == 0
+                      else lambda: None)
+        return _train(run, layout, changed, still_ours)
 
 
-def _train(run: Run, layout: Layout, changed: str) -> Path:
+def _train(run: Run, layout: Layout, changed: str, still_ours: Callable[[], None]) -> Path:
     # 1. Prepare the data.
     with start.phase('preparing the data'), hosts.first_process_first('the prepared data'):
         data = run.task.prepare(pretrained.vocabulary_of(run.init_from),
@@ -71,33 +72,37 @@ def _train(run: Run, layout: Layout, changed: str) -> Path:
         closing.enter_context(jax.set_mesh(mesh))
         stream = closing.enter_context(contextlib.closing(_stream(run, data)))
         checkpoints = closing.enter_context(contextlib.closing(
-            Checkpoints(run.folder / 'checkpoints', run.log.keep)))
+            Checkpoints(run.folder / 'checkpoints', run.log.keep, still_ours)))
 
         # 2. The state: resumed, else from pretrained weights, else from scratch.
         with start.phase('making the program'):
             program = make_program(run, run.model, layout.sparse, mesh)
-        if checkpoints.steps():
-            _check_vocabulary(run.folder, data)
         with start.phase('looking for a checkpoint'):
-            resumed = checkpoints.restore(program.abstract)
-        if resumed:
-            state, progress = resumed
+            found = checkpoints.newest()
+        room = checkpoints.room(program.abstract)
+        if found:
+            step, progress = found
             stream.set_state(progress['data'])
-            if int(state.step) >= run.train.steps:
-                return run.folder
+            with start.phase('reading the checkpoint'):
+                state = checkpoints.restore(step, program.abstract)
+            if jax.process_index() == 0:
+                _mend_vocabulary(run.folder, data)
         else:
+            progress = {}
             state = _first_state(run, program, data, lambda: run_folder.describe(configured))
         if changed and jax.process_index() == 0:
             run_folder.describe(configured)
 
         # 3. Say what is trained, and train it.
         log = closing.enter_context(contextlib.closing(
-            RunLog(run.folder, run.name, int(state.step), run.train.steps)))
+            RunLog(run.folder, run.name, int(state.step), run.train.steps, run.log.every,
+                   progress.get('log'))))
+        if int(state.step) >= run.train.steps:
+            return run.folder
         shapes = {path: leaf.shape for path, leaf in flatten(state.params).items()}
         log.say('\n'.join([pretrained.parameter_table(shapes), *start.summary(run, layout, mesh),
-                           *filter(None, [changed])]))
-        if not resumed:
-            log.write('start', 0, 0, parameters=sum(map(math.prod, shapes.values())))
+                           *filter(None, [room, changed])]))
+        log.begin(sum(map(math.prod, shapes.values())))
         requests = closing.enter_context(StopRequests(mesh))
         with start.phase('compiling the step'), log.pause():
             take_step = _compiled_steps(run, program, state, mesh, log)
@@ -174,7 +179,7 @@ def _loop(run: Run, state: TrainState, take_step: dict[bool, Callable], evaluate
                 if evaluates:
                     evaluate_now(state, step)
                 if saves:
-                    checkpoints.save(state, {'data': stream.get_state()})
+                    checkpoints.save(state, {'data': stream.get_state(), 'log': log.state})
     checkpoints.wait()
     if not asked:       # one heard in the last step stops all processes too, before another run
         requests.agreed()
@@ -254,13 +259,21 @@ def _stream(run: Run, data: Data) -> loader.BatchStream:
                               workers=run.task.workers, **_hosts())
 
 
-def _check_vocabulary(folder: Path, data: Data) -> None:
-    """Refuses other words than a run began with, whose embeddings would go to the wrong ones."""
-    if tokenizer.find(folder) and data.vocab_path and (
-            tokenizer.load(folder).tokens != tokenizer.load(data.vocab_path).tokens):
-        raise Refusal(f'The text or the vocabulary changed: {data.vocab_path} holds other words '
-                      f'than {folder}, with which the run began. Restore them, or start another '
-                      f'run (--config.workdir).')
+def _mend_vocabulary(folder: Path, data: Data) -> None:
+    """Writes the run's copy of its vocabulary anew where it is lost or damaged.
+
+    The data are those that the run began with, vocabulary and all, as their fingerprint says.
+    """
+    if not data.vocab_path:
+        return
+    with tempfile.TemporaryDirectory() as whole:
+        tokenizer.load(data.vocab_path).save(whole)
+        for path in sorted(Path(whole).iterdir()):
+            copy = folder / path.name
+            if not copy.exists() or copy.read_bytes() != path.read_bytes():
+                print(f'WARNING: {copy} is {"damaged" if copy.exists() else "missing"}: it is '
+                      f'written anew, from the vocabulary of the prepared text', flush=True)
+                shutil.copyfile(path, copy)
 
 
 def _hosts() -> dict[str, int]:

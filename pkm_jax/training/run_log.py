@@ -1,15 +1,19 @@
 """What a run shows and writes while it trains."""
 
-import json
 import sys
 import time
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
+from typing import Any
 
 import jax
-from tensorboardX import SummaryWriter
+from tensorboardX.event_file_writer import EventsWriter
+from tensorboardX.proto.event_pb2 import Event
+from tensorboardX.proto.summary_pb2 import Summary
 from tqdm import tqdm
+
+from pkm_jax.training.metrics_file import MetricsFile
 
 # Dense bfloat16 peak of one device in FLOP/s, by the name JAX gives it; vendors' data sheets.
 PEAK_FLOPS = {
@@ -17,6 +21,8 @@ PEAK_FLOPS = {
     'NVIDIA A100-SXM4-40GB': 312e12, 'TPU v4': 275e12, 'TPU v5 lite': 197e12, 'TPU v5': 459e12,
     'TPU v6 lite': 918e12,
 }
+
+FIELDS = ('step', 'tokens', 'time')     # of every line, beside its kind: no metrics
 
 
 class Stopwatch:
@@ -39,22 +45,29 @@ class RunLog:
     """metrics.jsonl and TensorBoard files of a run, and its progress on the terminal.
 
     A bar where standard error is a terminal, plain lines otherwise. Only the first process writes.
-    Lines of steps after `step`, which a resumed run will take again, are dropped.
+    `known` is the `state` that was saved with the checkpoint of `step`, of a run that goes on
+    there; `every` is `log.every`. TensorBoard's file is made anew from metrics.jsonl, so that both
+    say the same, however the run before ended.
     """
 
-    def __init__(self, folder: Path, name: str, step: int, steps: int):
+    def __init__(self, folder: Path, name: str, step: int, steps: int, every: int = 1,
+                 known: dict[str, Any] | None = None):
         self.name, self.steps, self._first = name, steps, step
         self._writes = jax.process_index() == 0
         self._watch, self._lap = Stopwatch(), 0.
         if not self._writes:
             return
-        path = folder / 'metrics.jsonl'
-        if path.exists():
-            _drop_after(path, step)
-        self._file = path.open('a')
-        self._board = SummaryWriter(str(folder / 'tensorboard'), purge_step=step + 1)
+        self._file = MetricsFile(folder / 'metrics.jsonl', step, every, known)
+        self._board = _board(folder / 'tensorboard', self._file.lines)
         self._bar = tqdm(total=steps, initial=step, desc=name, unit='step',
                          dynamic_ncols=True) if sys.stderr.isatty() else None
+        for note in self._file.notes:
+            self.say(note)
+
+    @property
+    def state(self) -> dict[str, Any]:
+        """What metrics.jsonl holds, to be saved with a checkpoint; {} in other processes."""
+        return self._file.state if self._writes else {}
 
     def pause(self) -> AbstractContextManager[None]:
         """A context in which time does not count."""
@@ -70,10 +83,14 @@ class RunLog:
         if not self._writes:
             return
         line = {'kind': kind, 'step': step, 'tokens': tokens, 'time': time.time(), **values}
-        self._file.write(json.dumps(line) + '\n')
-        self._file.flush()
-        for path, value in _numbers(values):
-            self._board.add_scalar(f'{kind}/{path}', value, step)
+        self._file.append(line)
+        self._board.write_event(_event(line))
+        self._board.flush()
+
+    def begin(self, parameters: int) -> None:
+        """Adds the line of a run's beginning, unless there is one."""
+        if self._writes and not any(line['kind'] == 'start' for line in self._file.lines):
+            self.write('start', 0, 0, parameters=parameters)
 
     def show(self, step: int, loss: float, tokens_per_second: float) -> None:
         """Moves the progress on."""
@@ -107,17 +124,22 @@ def utilisation(flops_per_second: float) -> float | None:
     return flops_per_second / (peak * jax.device_count()) if peak else None
 
 
-def _drop_after(path, step):
-    """Keeps the whole lines of a metrics file up to `step`; a killed run can leave half a line."""
-    def kept(line):
-        try:
-            return json.loads(line)['step'] <= step
-        except (json.JSONDecodeError, TypeError, KeyError):
-            return False
+def _board(folder, lines):
+    """The writer of TensorBoard's only file in a folder, which has these lines."""
+    folder.mkdir(exist_ok=True)
+    for before in folder.glob('events.out.tfevents.*'):
+        before.unlink()
+    board = EventsWriter(str(folder / 'events'))
+    for line in lines:
+        board.write_event(_event(line))
+    board.flush()
+    return board
 
-    unfinished = path.with_suffix('.part')
-    unfinished.write_text(''.join(filter(kept, path.read_text().splitlines(keepends=True))))
-    unfinished.replace(path)
+
+def _event(line):
+    numbers = [Summary.Value(tag=f'{line["kind"]}/{path}', simple_value=value)
+               for path, value in _numbers(line) if path not in FIELDS]
+    return Event(wall_time=line['time'], step=line['step'], summary=Summary(value=numbers))
 
 
 def _numbers(values, prefix=''):

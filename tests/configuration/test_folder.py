@@ -1,6 +1,7 @@
 """Which runs may go on in a folder."""
 
 import dataclasses
+import errno
 import json
 
 import pytest
@@ -52,12 +53,42 @@ def test_runs_of_before_go_on(run):
     assert folder.check_same_run(run) == ''
     before['train']['accumulate'] = 4
     path.write_text(json.dumps(before))
-    with pytest.raises(Refusal, match='train.gradient_accumulation_steps: 4 there, 1 here'):
-        folder.check_same_run(run)
+    assert ('train.gradient_accumulation_steps is changed from 4 to 1'
+            in folder.check_same_run(run))
 
 
 @pytest.mark.parametrize('content', ['{"model": {', '[1, 2]', '\x00\x01'])
 def test_a_damaged_description_is_named(run, content):
     (run.folder / 'config.json').write_text(content)
-    with pytest.raises(Refusal, match='config.json is damaged'):
+    with pytest.raises(Refusal, match=r'run/config.json is damaged .*: restore it .* or remove it'):
         folder.check_same_run(run)
+
+
+def test_a_lost_description_is_said_where_there_are_checkpoints(run):
+    (run.folder / 'config.json').unlink()
+    assert folder.check_same_run(run) == ''
+    (run.folder / 'checkpoints' / '3').mkdir(parents=True)
+    assert 'has checkpoints and no config.json' in folder.check_same_run(run)
+
+
+@pytest.mark.parametrize('error, said', [
+    (OSError(errno.ENOSPC, '', '/run/metrics.jsonl'), '/run/metrics.jsonl: No space left'),
+    (ValueError("Failed to write 3 bytes: [os_error_code='122']"), 'Disk quota exceeded'),
+    (ValueError('[OS error 30: EROFS]'), 'Read-only file system'),
+    (ValueError('shapes differ'), '')])
+def test_what_the_storage_says_is_found_in_any_librarys_error(error, said):
+    outer = RuntimeError('a thread failed')
+    outer.__cause__ = error
+    assert folder.storage_fault(outer).startswith(said)
+    assert said or folder.storage_fault(outer) == ''
+
+
+def test_faults_of_the_storage_are_refused_in_one_line_and_others_are_not(tmp_path):
+    for error in (OSError(errno.ENOSPC, ''), OSError(errno.EACCES, '', str(tmp_path / 'a')),
+                  OSError(errno.EACCES, '', str(tmp_path.parent))):
+        with pytest.raises(Refusal, match='finished checkpoints are whole'):
+            with folder.written_or_named(tmp_path):
+                raise error
+    with pytest.raises(PermissionError):
+        with folder.written_or_named(tmp_path):
+            raise OSError(errno.EACCES, '', '/elsewhere')

@@ -43,6 +43,26 @@ def test_several_processes_train_the_model_of_one(config, tmp_path, processes, r
     assert (Path(config.workdir) / 'slot_counts_1.npz').exists()
 
 
+@pytest.mark.slow
+def test_processes_agree_on_which_checkpoint_is_damaged(config, tmp_path):
+    """Each reads a share of the files; one of them finds the damage."""
+    config.train.steps = 6
+    finish(start(config, 2))
+    folder = Path(config.workdir)
+    weights, _ = results(folder)
+    path = max((folder / 'checkpoints/6').rglob('ocdbt.process_1/d/*'),
+               key=lambda path: path.stat().st_size)
+    content = bytearray(path.read_bytes())
+    content[len(content) // 2] ^= 8
+    path.write_bytes(content)
+    for output in finish(start(config, 2)):
+        assert f'{path.relative_to(folder / "checkpoints/6")} is not what was written' in output
+    assert sorted(path.name for path in (folder / 'checkpoints').iterdir()) == [
+        '3', '6', 'damaged-6']
+    for name, array in results(folder)[0].items():
+        np.testing.assert_array_equal(array, weights[name], err_msg=name)
+
+
 def test_one_process_joins_nobody():
     hosts.join(Distributed())
     assert jax.process_count() == 1

@@ -34,7 +34,7 @@ def test_the_second_run_is_refused_and_the_third_is_not(tmp_path):
 def test_a_dead_process_is_taken_over_with_a_word(tmp_path):
     ended = subprocess.Popen([sys.executable, '-c', ''])
     ended.wait()
-    write(tmp_path, host=socket.gethostname(), process=ended.pid, started='1')
+    write(tmp_path, host=socket.gethostname(), within=lock._within(), process=ended.pid, started='1')
     said = []
     with only_run_in(tmp_path, said.append):
         assert json.loads((tmp_path / 'running.json').read_text())['process'] == os.getpid()
@@ -42,7 +42,7 @@ def test_a_dead_process_is_taken_over_with_a_word(tmp_path):
 
 
 def test_a_number_that_another_process_has_now_is_dead(tmp_path):
-    write(tmp_path, host=socket.gethostname(), process=os.getpid(), started='1')
+    write(tmp_path, host=socket.gethostname(), within=lock._within(), process=os.getpid(), started='1')
     with only_run_in(tmp_path, lambda text: None):
         pass
 
@@ -66,3 +66,44 @@ def test_a_run_shows_that_it_lives(tmp_path, monkeypatch):
         while (tmp_path / 'running.json').stat().st_mtime < 1:
             assert time.monotonic() < deadline
             time.sleep(.02)
+
+
+def test_another_container_with_the_same_name_is_not_asked_for_by_number(tmp_path):
+    """Its numbers of processes are its own: it lives while it shows."""
+    write(tmp_path, host=socket.gethostname(), within='another boot', process=os.getpid(),
+          started='1')
+    with pytest.raises(Refusal, match=r'can be taken in 1[12]\d s'):
+        with only_run_in(tmp_path):
+            pass
+
+
+def test_the_clock_of_this_machine_does_not_count(tmp_path, monkeypatch):
+    write(tmp_path, host='elsewhere', process=1)
+    monkeypatch.setattr(time, 'time', lambda: 1e12)
+    with pytest.raises(Refusal, match='process 1 on elsewhere'):
+        with only_run_in(tmp_path):
+            pass
+
+
+def test_who_was_taken_for_dead_notices_and_leaves_the_other_alone(tmp_path):
+    with only_run_in(tmp_path) as still_ours:
+        still_ours()
+        write(tmp_path, host='elsewhere', process=7)
+        with pytest.raises(Refusal, match='taken over by another run .process 7 on elsewhere'):
+            still_ours()
+    assert json.loads((tmp_path / 'running.json').read_text())['host'] == 'elsewhere'
+
+
+def test_of_many_that_find_a_dead_one_a_single_one_takes_its_place(tmp_path):
+    """Processes of their own, at once."""
+    path = write(tmp_path, host='elsewhere', process=1)
+    os.utime(path, (0, 0))
+    script = ('import sys, time, pathlib; from pkm_jax.processes.lock import only_run_in\n'
+              'time.sleep(max(0, float(sys.argv[2]) - time.time()))\n'
+              'with only_run_in(pathlib.Path(sys.argv[1])): print("mine"); time.sleep(3)')
+    command = [sys.executable, '-c', script, str(tmp_path), str(time.time() + 4)]
+    started = [subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+               for _ in range(6)]
+    printed = [process.communicate() for process in started]
+    assert sum('mine' in out for out, _ in printed) == 1, printed
+    assert sum('in use by another run' in error for _, error in printed) == 5

@@ -203,6 +203,7 @@ def save(folder, state):
 def restore(folder, training):
     checkpoints = Checkpoints(folder, keep=1)
     with jax.set_mesh(training.mesh):
-        state, _ = checkpoints.restore(training.abstract)
+        step, _ = checkpoints.newest()
+        state = checkpoints.restore(step, training.abstract)
     checkpoints.close()
     return state

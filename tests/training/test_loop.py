@@ -123,8 +123,11 @@ def test_no_checkpoint_left_is_an_error_that_names_them(config):
     folder = train(config)
     for step in (3, 6):
         shutil.rmtree(folder / 'checkpoints' / str(step) / 'model')
-    with pytest.raises(Refusal, match=r'\[6, 3\] .* can be read'):
+    with pytest.raises(Refusal, match=r'None of the checkpoints .* is whole') as refusal:
         train(config)
+    for step in (6, 3):
+        assert f'checkpoints/{step}: model/' in str(refusal.value)
+        assert (folder / 'checkpoints' / str(step)).exists()    # not renamed
 
 
 def test_memory_is_added_to_a_run_without_one(config, tmp_path, capsys):
@@ -203,13 +206,14 @@ def test_a_run_can_be_lengthened_on_purpose(config, capsys):
 
 def test_a_text_that_changed_is_said_to_be_that(config, corpus, tmp_path):
     """With a vocabulary trained on it, and with one that stays: no checkpoint is called damaged."""
+    changed = 'text or its vocabulary has changed since the run began'
     text = tmp_path / 'text.txt'
     text.write_text(corpus.read_text())
     config.data.corpus = str(text)
     folder = train(config)
     shutil.rmtree(folder / 'checkpoints' / '6')
     text.write_text(text.read_text() + '\nhippopotamus xylophone zeugma 4242\n' * 9)
-    with pytest.raises(Refusal, match='The text or the vocabulary changed'):
+    with pytest.raises(Refusal, match=changed):
         train(config)
     config.update(workdir=str(tmp_path / 'kept'), init_from='')
     config.data.vocab = str(folder)
@@ -217,7 +221,7 @@ def test_a_text_that_changed_is_said_to_be_that(config, corpus, tmp_path):
     folder = train(config)
     shutil.rmtree(folder / 'checkpoints' / '6')
     text.write_text(text.read_text() + '\nmemory key value query slot\n')
-    with pytest.raises(Refusal, match='text or its vocabulary has changed since the run began'):
+    with pytest.raises(Refusal, match=changed):
         train(config)
     assert [path.name for path in (folder / 'checkpoints').iterdir()] == ['3']
 
@@ -235,10 +239,10 @@ def test_a_run_that_diverges_stops_before_it_is_saved(config):
 
 def test_a_full_disk_is_named_before_a_checkpoint_is_begun(config, monkeypatch):
     real = shutil.disk_usage
-    rooms = iter([10 ** 9, 1000])
+    rooms = iter([10 ** 9, 10 ** 9, 1000])      # at the start, for steps 3 and 6
     monkeypatch.setattr(store.shutil, 'disk_usage',
                         lambda path: real(path)._replace(free=next(rooms)))
-    with pytest.raises(Refusal, match=r'No room for the checkpoint of step 6.* of steps \[3\]'):
+    with pytest.raises(Refusal, match=r'No room for the checkpoint of step 6.* of steps \[3\] are whole'):
         train(config)
     assert store.newest(Path(config.workdir)).name == '3'
 
