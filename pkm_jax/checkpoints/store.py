@@ -21,7 +21,8 @@ from pkm_jax.refusal import Refusal
 # What another run can start from, by what it is called in a checkpoint: the fields of a state.
 MODEL = {'params': 'params', 'statistics': 'batch_stats'}
 # Left where a process was killed: a checkpoint begun, an old one half deleted.
-LEFTOVERS = ('*.orbax-checkpoint-tmp*', '*.deleted')
+UNFINISHED = '.unfinished'      # ends the name of a checkpoint until its checksums are written
+LEFTOVERS = ('*.orbax-checkpoint-tmp*', f'*{UNFINISHED}', '*.deleted')
 
 State = Any     # a NamedTuple with these fields, `step` and others: training.state.TrainState
 
@@ -58,6 +59,7 @@ class Checkpoints:
         """
         if jax.process_index() == 0:
             for path in (path for pattern in LEFTOVERS for path in self.folder.glob(pattern)):
+                logging.warning('%s was never finished, or its deletion: it is deleted.', path)
                 shutil.rmtree(path)
         before = [str(path) for path in self.folder.glob('damaged-*')]
         steps, before = hosts.all_say((self.steps(), before))[0]
@@ -118,7 +120,7 @@ class Checkpoints:
         self._agree(self._hindrance(step, _bytes(state)))
         model, rest = _items(state)
         with self._storage_named(step):
-            self._writer.save(self.folder / str(step), args=ocp.args.Composite(
+            self._writer.save(self.folder / f'{step}{UNFINISHED}', args=ocp.args.Composite(
                 model=ocp.args.StandardSave(model), rest=ocp.args.StandardSave(rest),
                 progress=ocp.args.JsonSave(progress)), custom_metadata=checksums.PROMISED)
         self._last = self._finishing.submit(self._finish, step)
@@ -145,7 +147,9 @@ class Checkpoints:
         with self._storage_named(step):
             self._writer.wait_until_finished()
             if jax.process_index() == 0:
-                checksums.write(self.folder / str(step))
+                written = self.folder / f'{step}{UNFINISHED}'
+                checksums.write(written)
+                written.rename(self.folder / str(step))
                 for old in self.steps()[:-self._keep]:
                     unwanted = self.folder / f'{old}.deleted'
                     (self.folder / str(old)).rename(unwanted)
