@@ -1,0 +1,16 @@
+"""A few kills of real runs; `make test-faults` has the many."""
+
+import json
+import shutil
+from pathlib import Path
+
+import pytest
+
+from tests.faults.kills import check, differences, tiny, undisturbed
+
+
+@pytest.mark.parametrize('updates, processes, kills', [
+    ('dense', 1, 2), pytest.param('sparse', 1, 4, marks=pytest.mark.slow),
+    pytest.param('sparse', 2, 4, marks=pytest.mark.slow)])
+def test_a_killed_run_ends_as_one_never_killed(updates, processes, kills):
+    assert 'equal to the bit' in check(updates, processes, kills, seed=1)
