@@ -1,8 +1,8 @@
 """What the files of a finished checkpoint hold, written beside them, and what has become of them.
 
 CHECKSUMS lists every other file of the folder with its size and SHA-256. It is the last file that
-is written, once the others are on the disk: a checkpoint that was to have one (PROMISED in its
-metadata) and has none was never finished.
+is written, once the others are on the disk, before the folder gets its name: a checkpoint that was
+to have one (PROMISED in its metadata) and has none is damaged.
 """
 
 import errno
@@ -78,7 +78,7 @@ def _listed(checkpoint: Path) -> tuple[str, dict[str, Any] | None]:
         text = (checkpoint / CHECKSUMS).read_text()
     except FileNotFoundError:
         if _promised(checkpoint):
-            return f'{CHECKSUMS} is missing: it was never finished', None
+            return f'{CHECKSUMS} is missing', None
         logging.warning('The checkpoint %s has no checksums, as an earlier version wrote it: its '
                         'files are taken as they are.', checkpoint)
         return '', None

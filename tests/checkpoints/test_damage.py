@@ -186,7 +186,7 @@ def test_those_of_before_are_read_with_a_word(tmp_path, caplog):
 
 
 def test_one_that_was_not_finished_is_not_taken_for_one_of_before(tmp_path, caplog):
-    """Killed before its checksums, or they were lost."""
+    """Its checksums were lost."""
     written(tmp_path, tiny(1), tiny(2))
     (tmp_path / '2' / checksums.CHECKSUMS).unlink()
     assert store.newest(tmp_path) == tmp_path / '1'
@@ -200,13 +200,13 @@ def test_old_ones_are_deleted_once_the_new_one_is_finished(tmp_path, monkeypatch
     monkeypatch.setattr(checksums, 'write', lambda checkpoint: raised(KeyboardInterrupt()))
     with pytest.raises(KeyboardInterrupt):
         written(tmp_path, tiny(4), keep=1)
-    assert sorted(path.name for path in tmp_path.iterdir()) == ['2', '3', '4']
+    assert sorted(path.name for path in tmp_path.iterdir()) == ['2', '3', '4.unfinished']
     assert found(tmp_path)[0] == 3
 
 
 def test_what_a_killed_process_left_is_cleared(tmp_path):
     written(tmp_path, tiny(1))
-    for name in ('2.orbax-checkpoint-tmp', '0.deleted'):
+    for name in ('2.orbax-checkpoint-tmp', '2.unfinished', '0.deleted'):
         shutil.copytree(tmp_path / '1', tmp_path / name)
     assert found(tmp_path)[0] == 1
     assert [path.name for path in tmp_path.iterdir()] == ['1']
