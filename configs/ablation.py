@@ -10,7 +10,7 @@ scale=base|small (small: the quickstart's model, minutes on a laptop). `init=pre
 --config.init_from, by default the run scratch-none of the same scale.
 
 A run of scale=small takes a minute or two on two CPU cores and ends as the quickstart's do. One of
-scale=base takes as long as configs/bert_base_pkm.py says, a week on one H200 (without memory 0.76 of
+scale=base takes what configs/bert_base_pkm.py says, a week on one H200 (without memory 0.76 of
 that); how it ends has not been measured.
 """
 
