@@ -1,9 +1,11 @@
 """Weighted sum of value rows, and its derivative (docs/method.md, section 1, step 5)."""
 
 import functools
+import math
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jaxtyping import Array, Float, Int32
 
 from pkm_jax.dispatch import Choice, Implementation, Kernel
@@ -12,6 +14,7 @@ from pkm_jax.memory.sparse_rows import SparseRows, distinct, take_rows
 # Tokens that plain jnp reads for at a time: their sums stay in the on-chip memory of a TPU, and a
 # CPU's caches, through all R reads.
 BLOCK = 16_384
+OWN_READS = 'own_reads'     # names loops of as many passes as tokens have reads of their own
 
 
 def embedding_bag(
@@ -19,42 +22,44 @@ def embedding_bag(
     slots: Int32[Array, 'T R'],
     weights: Float[Array, 'T R'],
     *,
+    elsewhere: bool = False,
     implementation: Implementation | None = None,
 ) -> Float[Array, 'T V']:
     """Σ_r weights[t, r] · values[slots[t, r]], summed in float32, in the dtype of `values`.
 
     No [T, R, V] array exists, forward or backward. Slots must lie in [0, S). The gradient of
-    `values` is dense and in their dtype; it is deterministic, except in plain jnp on a GPU. For
-    `implementation` see `pkm_jax.dispatch.Choice`.
+    `values` is dense and in their dtype; it is deterministic, except in plain jnp on a GPU.
+    `elsewhere`: most slots are S, reads that other devices make. They add nothing, and plain jnp
+    passes over the others alone. For `implementation` see `pkm_jax.dispatch.Choice`.
 
     Raises:
       Refusal: the implementation cannot take these arrays.
     """
-    return _bag(values, slots, weights, implementation)
+    return _bag(values, slots, weights, elsewhere, implementation)
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(3,))
-def _bag(values, slots, weights, implementation):
-    return _forward_choice(implementation, values, slots, weights)
+@functools.partial(jax.custom_vjp, nondiff_argnums=(3, 4))
+def _bag(values, slots, weights, elsewhere, implementation):
+    return _forward_choice(implementation, values, slots, weights, elsewhere=elsewhere)
 
 
 def reference(
     values: Float[Array, 'S V'],
     slots: Int32[Array, 'T R'],
     weights: Float[Array, 'T R'],
+    *, elsewhere: bool = False,
 ) -> Float[Array, 'T V']:
     """`embedding_bag` in plain jnp, for any device: one read of every token at a time."""
-    def read_block(block):
-        def add_read(total, read):
-            slot, weight = read
-            rows = values[slot].astype(jnp.float32)
-            return total + weight[:, None].astype(jnp.float32) * rows, None
+    def read_block(carry, passes, slots, weights):
+        def add_read(r, total):
+            rows = take_rows(values, slots[r]) if elsewhere else values[slots[r]]
+            return total + weights[r][:, None].astype(jnp.float32) * rows.astype(jnp.float32)
 
-        slots, weights = block
-        start = jnp.zeros((len(slots), values.shape[1]), jnp.float32)
-        return jax.lax.scan(add_read, start, (slots.T, weights.T))[0].astype(values.dtype)
+        start = jnp.zeros((slots.shape[1], values.shape[1]), jnp.float32)
+        return carry, jax.lax.fori_loop(0, passes, add_read, start).astype(values.dtype)
 
-    return _joined(jax.lax.map(read_block, _blocks(slots, weights)), len(slots))
+    return _over_blocks(read_block, None, slots, weights, n_slots=len(values),
+                        elsewhere=elsewhere)[1]
 
 
 def reference_backward(
@@ -62,12 +67,14 @@ def reference_backward(
     slots: Int32[Array, 'T R'],
     weights: Float[Array, 'T R'],
     gradient: Float[Array, 'T V'],
+    *, elsewhere: bool = False,
 ) -> tuple[Float[Array, 'S V'], Float[Array, 'T R']]:
     """Gradients of values and weights; deterministic where a scatter-add is (CPU and TPU)."""
     def add(table, slot, changes):
-        return table.at[slot].add(changes), values[slot]
+        return table.at[slot].add(changes, mode='drop'), take_rows(values, slot)
 
-    table, by_read = _add_reads(add, jnp.zeros(values.shape, jnp.float32), slots, weights, gradient)
+    table, by_read = _add_reads(add, jnp.zeros(values.shape, jnp.float32), slots, weights, gradient,
+                                n_slots=len(values), elsewhere=elsewhere)
     return table.astype(values.dtype), by_read
 
 
@@ -77,14 +84,15 @@ def compact_gradients(
     weights: Float[Array, 'T R'],
     gradient: Float[Array, 'T V'],
     *,
+    elsewhere: bool = False,
     implementation: Implementation | None = None,
 ) -> tuple[SparseRows, Float[Array, 'T R']]:
     """The gradient of `values` as the rows that were read, and the gradient of the weights.
 
-    Slots may be S too: nothing is read there, with a weight of 0, whose gradient is 0. No array
-    has S rows, and none is [T, R, V].
+    Slots may be S: nothing is read there, with a weight of 0, whose gradient is 0. No array has S
+    rows unless there are S reads, and none is [T, R, V]. `elsewhere`: most slots are S.
     """
-    return _compact_choice(implementation, values, slots, weights, gradient)
+    return _compact_choice(implementation, values, slots, weights, gradient, elsewhere=elsewhere)
 
 
 def compact_reference(
@@ -92,52 +100,123 @@ def compact_reference(
     slots: Int32[Array, 'T R'],
     weights: Float[Array, 'T R'],
     gradient: Float[Array, 'T V'],
+    *, elsewhere: bool = False,
 ) -> tuple[SparseRows, Float[Array, 'T R']]:
     """`compact_gradients` in plain jnp, for any device: one read of every token at a time."""
     capacity = min(len(values), slots.size)
-    ids, count = distinct(slots, len(values), capacity)
+    ids, count = touched(slots, len(values), elsewhere=elsewhere)
+    ranks = _ranks(ids, len(values)) if capacity == len(values) else None
 
     def add(rows, slot, changes):
-        place = jnp.where(slot < len(values), jnp.searchsorted(ids, slot), capacity)
+        if ranks is None:
+            place = jnp.where(slot < len(values), jnp.searchsorted(ids, slot), capacity)
+        else:
+            place = ranks[slot]
         return rows.at[place].add(changes, mode='drop'), take_rows(values, slot)
 
     start = jnp.zeros((capacity, values.shape[1]), jnp.float32)
-    rows, by_read = _add_reads(add, start, slots, weights, gradient)
+    rows, by_read = _add_reads(add, start, slots, weights, gradient, n_slots=len(values),
+                               elsewhere=elsewhere)
     return SparseRows(ids, rows, count), by_read
 
 
-def _add_reads(add, start, slots, weights, gradient):
+def touched(
+    slots: Int32[Array, 'T R'], n_slots: int, *, elsewhere: bool = False,
+) -> tuple[Int32[Array, 'rows'], Int32[Array, '1']]:
+    """`sparse_rows.distinct` of the slots that are not `n_slots`, with room for as many as there
+    can be; without sorting where most are `elsewhere` and all of the others could be touched."""
+    capacity = min(n_slots, slots.size)
+    if not elsewhere or capacity < n_slots:
+        return distinct(slots, n_slots, capacity)
+
+    def mark_block(marked, passes, slots, _):
+        def mark(r, marked):
+            return marked.at[slots[r]].set(True, mode='drop')
+
+        return jax.lax.fori_loop(0, passes, mark, marked), jnp.zeros((slots.shape[1], 0))
+
+    marked, _ = _over_blocks(mark_block, jnp.zeros(n_slots, bool), slots,
+                             jnp.zeros(slots.shape, bool), n_slots=n_slots, elsewhere=True)
+    position = jnp.where(marked, jnp.cumsum(marked) - 1, capacity)
+    ids = jnp.full(capacity, n_slots, jnp.int32).at[position].set(
+        jnp.arange(n_slots, dtype=jnp.int32), mode='drop')
+    return ids, jnp.sum(marked, dtype=jnp.int32)[None]
+
+
+def _ranks(ids, n_slots):
+    """The place of each slot, and of S, among the ascending ids; S where it is not among them."""
+    return jnp.full(n_slots + 1, n_slots, jnp.int32).at[ids].set(
+        jnp.where(ids < n_slots, jnp.arange(len(ids), dtype=jnp.int32), n_slots))
+
+
+def _add_reads(add, start, slots, weights, gradient, *, n_slots, elsewhere):
     """`start` after `add(total, slot, changes)` for every read, and the gradient of the weights.
 
     `add` takes the slots of one read of each token of a block and what to add there, and returns
     the new total and the values of these slots.
     """
-    def add_block(total, block):
-        def add_read(total, read):
-            slot, weight = read
-            total, rows = add(total, slot, weight[:, None].astype(jnp.float32) * gradient)
-            return total, jnp.sum(rows.astype(jnp.float32) * gradient, axis=-1)
-
-        slots, weights, gradient = block
+    def add_block(total, passes, slots, weights, gradient):
         gradient = gradient.astype(jnp.float32)
-        total, by_read = jax.lax.scan(add_read, total, (slots.T, weights.T))
+
+        def add_read(r, carry):
+            total, by_read = carry
+            total, rows = add(total, slots[r], weights[r][:, None].astype(jnp.float32) * gradient)
+            return total, by_read.at[r].set(jnp.sum(rows.astype(jnp.float32) * gradient, axis=-1))
+
+        by_read = jnp.zeros(slots.shape, jnp.float32)
+        total, by_read = jax.lax.fori_loop(0, passes, add_read, (total, by_read))
         return total, by_read.T.astype(weights.dtype)
 
-    total, by_read = jax.lax.scan(add_block, start, _blocks(slots, weights, gradient))
-    return total, _joined(by_read, len(slots))
+    return _over_blocks(add_block, start, slots, weights, gradient, n_slots=n_slots,
+                        elsewhere=elsewhere, by_read=True)
 
 
-def _blocks(*arrays):
-    """Arrays of T tokens in blocks of BLOCK or a little less; what fills the last one weighs 0."""
-    tokens = len(arrays[0])
+def _over_blocks(function, carry, slots, weights, *rest, n_slots, elsewhere, by_read=False):
+    """`carry, result = function(carry, passes, slots, weights, *rest)` of each block of tokens.
+
+    A block has at most BLOCK tokens; its slots and weights come as [R, tokens], of which the first
+    `passes` are to be read. Returns the last carry, and the results of all tokens.
+
+    Of reads that are mostly `elsewhere` a token's own come first, in their order, and a block has
+    tokens with about as many of them: so it takes few more passes than its tokens have own reads,
+    and however these are spread none is left out. `by_read`: results are [tokens, R].
+    """
+    arrays, (tokens, reads) = (slots, weights, *rest), slots.shape
     number = -(-tokens // BLOCK)
     size = -(-tokens // number)
-    return tuple(jnp.pad(array, ((0, number * size - tokens), (0, 0))).reshape(number, size, -1)
-                 for array in arrays)
+
+    def on_block(carry, block):
+        slots, weights, *rest = block
+        return function(carry, reads, slots.T, weights.T, *rest)
+
+    def on_own(carry, block):
+        slots, weights, *rest = (array.at[block].get(mode='fill', fill_value=n_slots * (n == 0))
+                                 for n, array in enumerate(arrays))
+        place = jnp.broadcast_to(jnp.arange(reads, dtype=jnp.int32), slots.shape)
+        others, slots, weights, place = jax.lax.sort((slots == n_slots, slots, weights, place),
+                                                     num_keys=1)
+        passes = reads - jnp.min(jnp.sum(others, axis=1, dtype=jnp.int32))
+        with jax.named_scope(OWN_READS):
+            carry, result = function(carry, passes, slots.T, weights.T, *rest)
+        return carry, jax.lax.sort((place, result), num_keys=1)[1] if by_read else result
+
+    if elsewhere:
+        order = jnp.argsort(jnp.sum(slots == n_slots, axis=1, dtype=jnp.int32))
+        blocks = jnp.pad(order, (0, number * size - tokens), constant_values=tokens)
+        carry, results = jax.lax.scan(on_own, carry, blocks.reshape(number, size))
+        return carry, results.reshape(number * size, -1)[jnp.argsort(order)]
+    blocks = tuple(jnp.pad(array, ((0, number * size - tokens), (0, 0))).reshape(number, size, -1)
+                   for array in arrays)
+    carry, results = jax.lax.scan(on_block, carry, blocks)
+    return carry, results.reshape(number * size, -1)[:tokens]
 
 
-def _joined(blocks, tokens):
-    return blocks.reshape(-1, blocks.shape[-1])[:tokens]
+def even_passes(tokens: int, reads: int, owners: int) -> int:
+    """Passes that a block takes on average, rounded up, if every read is as likely to be any
+    owner's: what `elsewhere` is worth. Skewed reads cost the owner of the hot rows more."""
+    own = np.sort(np.random.default_rng(0).binomial(reads, 1 / owners, tokens))
+    blocks = np.array_split(own, -(-tokens // BLOCK))
+    return math.ceil(np.mean([block[-1] for block in blocks]))
 
 
 def _load_forward():
@@ -160,12 +239,13 @@ _backward_choice = Choice('embedding bag', reference_backward, _load_backward)
 _compact_choice = Choice('embedding bag', compact_reference, _load_compact_backward)
 
 
-def _forward(values, slots, weights, implementation):
-    return _forward_choice(implementation, values, slots, weights), (values, slots, weights)
+def _forward(values, slots, weights, elsewhere, implementation):
+    return _bag(values, slots, weights, elsewhere, implementation), (values, slots, weights)
 
 
-def _backward(implementation, residuals, gradient):
-    by_values, by_weights = _backward_choice(implementation, *residuals, gradient)
+def _backward(elsewhere, implementation, residuals, gradient):
+    by_values, by_weights = _backward_choice(implementation, *residuals, gradient,
+                                             elsewhere=elsewhere)
     return by_values, None, by_weights
 
 

@@ -43,9 +43,8 @@ def embedding_bag(
     own."""
     def read(values, slots, weights):
         values = values.astype(dtype or values.dtype)
-        slots, mine = _in_shard(_gather(slots, axes.memory), len(values), axes)
-        weights = jnp.where(mine, _gather(weights, axes.memory), 0)
-        partial = bag.embedding_bag(values, jnp.where(mine, slots, 0), weights,
+        own = _own(_gather(slots, axes.memory), _gather(weights, axes.memory), len(values), axes)
+        partial = bag.embedding_bag(values, *own, elsewhere=_elsewhere(axes),
                                     implementation=implementation)
         return _to_owners(partial, axes)
 
@@ -81,19 +80,60 @@ def sparse_embedding_bag(
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(4, 5))
 def _sparse_bag(values, delta, slots, weights, axes, implementation):
-    return (embedding_bag(values, slots, weights, axes=axes, implementation=implementation),
-            _touched(slots, weights, len(values), axes))
+    return _sparse_forward(values, delta, slots, weights, axes, implementation)[0]
 
 
 def _sparse_forward(values, delta, slots, weights, axes, implementation):
-    return (_sparse_bag(values, delta, slots, weights, axes, implementation),
-            (values, slots, weights))
+    """The read and what it touched; and slots and weights as exchanged, for the backward pass."""
+    n_slots, along = len(values), _exchanged(slots.shape, values, weights, axes)
+
+    def read(values, slots, weights):
+        every = _gather(_read_slots(slots, weights, n_slots), axes.names)
+        weights, group = _gather(weights, along), _of_group(every, axes)
+        own, own_weights = _own(
+            group, weights if along == axes.memory else _of_group(weights, axes), len(values), axes)
+        if not _elsewhere(axes):        # then reads of weight 0 are of some row
+            own = jnp.minimum(own, len(values) - 1)
+        partial = bag.embedding_bag(values, own, own_weights, elsewhere=_elsewhere(axes),
+                                    implementation=implementation)
+        ids, count = bag.touched(_in_shard(every, len(values), axes)[0], len(values),
+                                 elsewhere=_elsewhere(axes))
+        touched = Touched(_in_table(ids, len(values), n_slots, axes), count)
+        return (_to_owners(partial, axes), touched, group if along == axes.memory else every,
+                weights)
+
+    rows, kept = _rows(axes), _kept(along, axes)
+    result, touched, slots, weights = on_shards(
+        read, (axes.table, axes.tokens, axes.tokens),
+        (axes.tokens, Touched(rows.ids, rows.count), kept, kept), axes)(values, slots, weights)
+    return (result, touched), (values, slots, weights)
 
 
 def _sparse_backward(axes, implementation, residuals, gradients):
+    """Gradients of the rows read with a weight other than 0, summed over the replicas, which
+    exchange their tokens or their rows, whichever is less; and of the weights."""
     values, slots, weights = residuals
-    rows, by_weights = compact_gradients(values, slots, weights, gradients[0], axes=axes,
-                                         implementation=implementation)
+    gradient, shards, n_slots = gradients[0], shards_in_use(axes), len(values)
+    reads = len(gradient), slots.shape[1]
+    along = _exchanged(reads, values, weights, axes)
+    capacity = _capacity(n_slots, math.prod(reads), axes)
+
+    def differentiate(values, slots, weights, gradient):
+        slots, weights = _own(slots, weights, len(values), axes)
+        rows, by_read = bag.compact_gradients(
+            values, slots, weights, _to_readers(gradient, along, axes),
+            elsewhere=_elsewhere(axes), implementation=implementation)
+        if along == axes.memory and shards.data > 1:
+            rows = sparse_rows.merge(jax.lax.all_gather(rows, axes.data), len(values), capacity)
+        else:
+            by_read = _of_group(by_read, axes)
+        return (rows._replace(ids=_in_table(rows.ids, len(values), n_slots, axes)),
+                _sum_to_owners(by_read, axes.memory))
+
+    kept = _kept(along, axes)
+    rows, by_weights = on_shards(
+        differentiate, (axes.table, kept, kept, axes.tokens), (_rows(axes), axes.tokens), axes)(
+            values, slots, weights, gradient)
     return None, rows.rows, None, by_weights
 
 
@@ -106,55 +146,6 @@ def no_delta(
     """Zeros in place of every row that `reads` reads can touch."""
     rows = shards_in_use(axes).rows * _capacity(n_slots, reads, axes)
     return jnp.zeros((rows, width), jnp.float32)
-
-
-def _touched(slots, weights, n_slots, axes):
-    """The ids, in ascending order, and the number of all slots read with a weight other than 0."""
-    capacity = _capacity(n_slots, slots.size, axes)
-
-    def find(slots, weights):
-        size = n_slots // shards_in_use(axes).rows
-        slots = _gather(_read_slots(slots, weights, n_slots), axes.names)
-        ids, count = sparse_rows.distinct(_in_shard(slots, size, axes)[0], size, capacity)
-        return Touched(_in_table(ids, size, n_slots, axes), count)
-
-    rows = _rows(axes)
-    return on_shards(find, (axes.tokens, axes.tokens), Touched(rows.ids, rows.count), axes)(
-        slots, weights)
-
-
-def compact_gradients(
-    values: Float[Array, 'S V'], slots: Int32[Array, 'T R'], weights: Float[Array, 'T R'],
-    gradient: Float[Array, 'T V'], *,
-    axes: Axes = OWN, implementation: Implementation | None = None,
-) -> tuple[SparseRows, Float[Array, 'T R']]:
-    """`embedding_bag.compact_gradients` of all slots read with a weight other than 0, summed over
-    the replicas, which exchange their tokens or their rows, whichever is less."""
-    shards, n_slots = shards_in_use(axes), len(values)
-    capacity = _capacity(n_slots, slots.size, axes)
-    (tokens, reads), width = slots.shape, values.shape[1]
-    exchanged = replica_exchange(shards, tokens, reads, n_slots, width, gradient.dtype.itemsize,
-                                 weights.dtype.itemsize).what
-    along = axes.names if exchanged == 'tokens' else axes.memory
-
-    def differentiate(values, slots, weights, gradient):
-        slots = _gather(_read_slots(slots, weights, n_slots), along)
-        slots, mine = _in_shard(slots, len(values), axes)
-        weights = jnp.where(mine, _gather(weights, along), 0)
-        rows, by_read = bag.compact_gradients(
-            values, slots, weights, _to_readers(gradient, along, axes),
-            implementation=implementation)
-        if exchanged == 'rows':
-            rows = sparse_rows.merge(jax.lax.all_gather(rows, axes.data), len(values), capacity)
-        elif shards.data > 1:
-            by_read = by_read.reshape(shards.data, -1, *by_read.shape[1:])
-            by_read = by_read[jax.lax.axis_index(axes.data)]
-        return (rows._replace(ids=_in_table(rows.ids, len(values), n_slots, axes)),
-                _sum_to_owners(by_read, axes.memory))
-
-    split = axes.table, axes.tokens, axes.tokens, axes.tokens
-    return on_shards(differentiate, split, (_rows(axes), axes.tokens), axes)(
-        values, slots, weights, gradient)
 
 
 def merge(parts: SparseRows, n_slots: int, *, axes: Axes = OWN) -> SparseRows:
@@ -205,6 +196,23 @@ def _read_slots(slots, weights, n_slots):
     return jnp.where(weights != 0, slots, n_slots)
 
 
+def _exchanged(reads, values, weights, axes):
+    """The axes along which a sparse backward pass exchanges slots, weights and output gradients."""
+    what = replica_exchange(shards_in_use(axes), *reads, *values.shape, values.dtype.itemsize,
+                            weights.dtype.itemsize).what
+    return axes.memory if what == 'rows' else axes.names
+
+
+def _kept(along, axes):
+    """How arrays of the tokens exchanged along some axes are split."""
+    return P(axes.data or None) if along == axes.memory else P()
+
+
+def _elsewhere(axes):
+    """Whether most reads of a device's tokens are of rows that others have."""
+    return shards_in_use(axes).rows > 1
+
+
 # What follows runs within a shard, of `size` rows.
 
 def _in_shard(slots, size, axes):
@@ -219,6 +227,19 @@ def _in_table(ids, size, n_slots, axes):
     """Rows of this shard as slots of the table; `size`, which is none, as S."""
     start = jax.lax.axis_index(axes.rows) * size if shards_in_use(axes).rows > 1 else 0
     return jnp.where(ids < size, ids + start, n_slots)
+
+
+def _own(slots, weights, size, axes):
+    """Slots as rows of this shard, and weights: `size` and 0 for the reads of others."""
+    slots, mine = _in_shard(slots, size, axes)
+    return slots, jnp.where(mine, weights, 0)
+
+
+def _of_group(array, axes):
+    """The tokens of this device's memory group, of those of all."""
+    if _devices(axes.data) == 1:
+        return array
+    return array.reshape(_devices(axes.data), -1, *array.shape[1:])[jax.lax.axis_index(axes.data)]
 
 
 def _gather(array, names):

@@ -9,6 +9,7 @@ import jax
 from jax.experimental.compilation_cache import compilation_cache
 
 from pkm_jax.configuration.run import Run
+from pkm_jax.memory.embedding_bag import even_passes
 from pkm_jax.mesh import make_mesh
 from pkm_jax.models.interface import ModelConfig
 from pkm_jax.planning import chips, device_memory, hlo
@@ -42,6 +43,7 @@ class Estimate(NamedTuple):
     counted_bytes: float    # HBM traffic by the same
     loop_bytes: float       # what the loops' other iterations add to it
     unknown_loops: int      # of which the iterations are not known
+    own_reads: int | None   # iterations taken for loops over the reads of one owner of rows
     transfers: tuple[Transfer, ...]
     table_sized: tuple[str, ...]    # collectives of whole tables, or of whole rows or columns
     compile_seconds: float
@@ -91,15 +93,26 @@ def estimate(run: Run, topology: Topology) -> Estimate:
     if refusal:
         given = given | {device_memory.TEMPORARY: _refused_bytes(refusal)}
         return Estimate(topology, run, layout, DeviceMemory(given, available), refusal, flops, 0.,
-                        0., 0., 0, (), (), seconds)
+                        0., 0., 0, None, (), (), seconds)
     needed = (device_memory.of_compiled(given, compiled) if topology.is_tpu else
               device_memory.estimated(given, run, layout))
-    text, costs = hlo.Program(compiled.as_text()), compiled.cost_analysis()
+    own_reads = _own_reads(run, layout)
+    text, costs = hlo.Program(compiled.as_text(), own_reads), compiled.cost_analysis()
     transfers = _transfers(text, topology, mesh)
     return Estimate(topology, run, layout, DeviceMemory(needed, available), '', flops,
                     costs['flops'], costs['bytes accessed'], text.uncounted_bytes(),
-                    text.unknown_loops(), transfers,
+                    text.unknown_loops(), own_reads, transfers,
                     table_sized([one.collective for one in transfers], layout, run.model), seconds)
+
+
+def _own_reads(run, layout):
+    """Passes over the reads of one's own rows, if reads are spread evenly over the owners."""
+    memories, rows = list(run.model.memories.values()), layout.shards.rows
+    if not memories or rows == 1:
+        return None
+    config = memories[0].config
+    tokens = run.tokens_per_step // run.train.gradient_accumulation_steps
+    return even_passes(tokens, config.heads * config.top_k, rows)
 
 
 def _compile(lowered):

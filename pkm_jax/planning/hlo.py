@@ -8,6 +8,8 @@ from typing import NamedTuple
 
 import numpy as np
 
+from pkm_jax.memory.embedding_bag import OWN_READS
+
 ITEM_BITS = {'pred': 8, 's4': 4, 'u4': 4, 's8': 8, 'u8': 8, 's16': 16, 'u16': 16, 'bf16': 16,
              'f16': 16, 's32': 32, 'u32': 32, 'f32': 32, 's64': 64, 'u64': 64, 'f64': 64}
 KINDS = ('all-gather', 'all-reduce', 'reduce-scatter', 'all-to-all', 'collective-permute')
@@ -75,9 +77,13 @@ class Collective(NamedTuple):
 
 
 class Program:
-    """The computations of a module's text, as `compiled.as_text()` gives it."""
+    """The computations of a module's text, as `compiled.as_text()` gives it.
 
-    def __init__(self, text: str):
+    `own_reads`: iterations of the loops that `embedding_bag.OWN_READS` names, which data decides.
+    """
+
+    def __init__(self, text: str, own_reads: int | None = None):
+        self._own_reads = own_reads
         self._computations, self._results, self._entry, lines = {}, {}, '', []
         for line in text.splitlines():
             heading = re.match(r'(ENTRY )?%?([\w.\-]+) \(.*\{$', line)
@@ -144,7 +150,9 @@ class Program:
             return int(known[1])
         condition = self._computations[re.search(r'condition=%?([\w.\-]+)', text)[1]]
         numbers = re.findall(r's32\[\]\S* constant\((\d+)\)', '\n'.join(condition))
-        return int(numbers[0]) if len(numbers) == 1 else None
+        if len(numbers) == 1:
+            return int(numbers[0])
+        return self._own_reads if OWN_READS in text else None
 
     def _continues(self, name):
         return bool(_CONTINUED.search('\n'.join([name, *self._computations[name]])))

@@ -74,6 +74,8 @@ def _step(estimate):
     tokens = estimate.run.tokens_per_step
     loops = (f', {estimate.unknown_loops} loops of unknown length as one iteration'
              if estimate.unknown_loops else '')
+    if estimate.own_reads:
+        loops += f' (passes over own reads: {estimate.own_reads}, as if spread evenly)'
     moved = (f'{_gb(estimate.counted_bytes)} GB as XLA counts (also what stays on the chip; loop '
              f'bodies once), {_gb(estimate.loop_bytes)} GB in their other iterations{loops}, at '
              f'{chip.bandwidth / 1e9:,.0f} GB/s' if estimate.topology.is_tpu else

@@ -78,3 +78,54 @@ def test_tokens_in_blocks_give_what_they_give_together(monkeypatch):
     monkeypatch.setattr(bag, 'BLOCK', 3)
     for ours, theirs in zip(results(), together, strict=True):
         np.testing.assert_allclose(ours, theirs, rtol=1e-6, atol=1e-6)
+
+
+ELSEWHERE = {   # by name, which reads [7, 6] are another device's
+    'most': lambda rng: rng.random((7, 6)) < .8,
+    'all': lambda rng: np.ones((7, 6), bool),
+    'none': lambda rng: np.zeros((7, 6), bool),
+    'all but those of one token': lambda rng: np.arange(7)[:, None].repeat(6, 1) != 4,
+}
+
+
+@pytest.mark.parametrize('block', [3, 16_384])
+@pytest.mark.parametrize('n_slots', [11, 101])      # fewer and more than reads
+@pytest.mark.parametrize('which', ELSEWHERE)
+def test_reads_made_elsewhere_add_nothing(which, n_slots, block, monkeypatch):
+    """Result and gradients, dense and compact, against float64; three blocks of tokens, and one."""
+    monkeypatch.setattr(bag, 'BLOCK', block)
+    values, slots, weights, gradient = draw(6, n_slots=n_slots)
+    away = ELSEWHERE[which](np.random.default_rng(7))
+    read, d_values, d_weights = expected(values, slots, np.where(away, 0, weights), gradient)
+    slots = jnp.where(away, n_slots, slots)
+    settings = dict(elsewhere=True, implementation='xla')
+
+    ours, pull = jax.vjp(lambda v, w: embedding_bag(v, slots, w, **settings), values, weights)
+    rows, by_read = compact_gradients(values, slots, weights, gradient, **settings)
+    for got, want in zip((ours, *pull(gradient), by_read),
+                         (read, d_values, *[np.where(away, 0, d_weights)] * 2), strict=True):
+        np.testing.assert_allclose(got, want, atol=1e-5)
+    ids, count = np.asarray(rows.ids), int(rows.count[0])
+    assert list(ids[:count]) == sorted(set(np.asarray(slots)[~away])) and (ids[count:] == n_slots).all()
+    np.testing.assert_allclose(rows.rows[:count], d_values[ids[:count]], atol=1e-5)
+    np.testing.assert_array_equal(rows.rows[count:], 0)
+
+
+def test_passes_are_as_many_as_a_block_has_own_reads(monkeypatch):
+    """Tokens with no, one, …, six own reads, two in a block: 0 + 2 + 4 + 6 passes, not 4 · 6."""
+    monkeypatch.setattr(bag, 'BLOCK', 2)
+    passes = []
+
+    def count(carry, n, slots, weights):
+        jax.debug.callback(lambda n: passes.append(int(n)), n)
+        return carry, weights.T
+
+    own = np.arange(6)[None] < np.array([3, 6, 0, 5, 1, 4, 2])[:, None]
+    bag._over_blocks(count, None, jnp.where(own, 0, 9), jnp.ones((7, 6)), n_slots=9, elsewhere=True)
+    jax.effects_barrier()
+    assert sorted(passes) == [0, 2, 4, 6]
+
+
+def test_even_passes_are_about_the_mean():
+    assert bag.even_passes(16_384 * 8, 128, 16) in range(8, 12)
+    assert bag.even_passes(10, 128, 1) == 128

@@ -95,7 +95,7 @@ def test_compact_gradients_equal_the_dense_ones_of_one_device(shards):
     np.testing.assert_allclose(by_weight[used], theirs[2][used], atol=1e-5)
     assert set(np.asarray(rows.ids)) - {SLOTS} == set(slots[used])
     exchanged = replica_exchange(shards, TOKENS, READS, SLOTS, WIDTH, 4, 4).what
-    if exchanged != 'rows':
+    if exchanged != 'rows' and shards.rows == 1:        # every sum in the order of one device
         np.testing.assert_array_equal(spread(rows), theirs[1])
 
 

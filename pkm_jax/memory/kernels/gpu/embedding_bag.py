@@ -13,6 +13,7 @@ DTYPES = (jnp.float32, jnp.bfloat16)
 
 def unsupported(
     values: ShapeDtypeStruct, slots: ShapeDtypeStruct, *_: ShapeDtypeStruct,
+    elsewhere: bool = False,
 ) -> str | None:
     """Why the kernels cannot read this table with these slots; None if they can."""
     if values.dtype not in DTYPES:
@@ -26,9 +27,10 @@ def unsupported(
 
 def forward(
     values: Float[Array, 'S V'], slots: Int32[Array, 'T R'], weights: Float[Array, 'T R'], *,
-    interpret: bool,
+    elsewhere: bool = False, interpret: bool,
 ) -> Float[Array, 'T V']:
     """The sum, in the dtype of `values`."""
+    slots, weights = _everywhere(values, slots, weights, elsewhere)
     if slots.shape[1] == 1:     # a gather
         return (values[slots[:, 0]] * weights.astype(jnp.float32)).astype(values.dtype)
     return sum_rows(values, slots, weights, interpret=interpret)
@@ -36,15 +38,17 @@ def forward(
 
 def backward(
     values: Float[Array, 'S V'], slots: Int32[Array, 'T R'], weights: Float[Array, 'T R'],
-    gradient: Float[Array, 'T V'], *, interpret: bool,
+    gradient: Float[Array, 'T V'], *, elsewhere: bool = False, interpret: bool,
 ) -> tuple[Float[Array, 'S V'], Float[Array, 'T R']]:
     """Dense gradients of values, in their dtype, and of weights; deterministic."""
-    return dense_gradients(values, slots, weights, gradient, interpret=interpret)
+    read = _everywhere(values, slots, weights, elsewhere)
+    table, by_read = dense_gradients(values, *read, gradient, interpret=interpret)
+    return table, jnp.where(slots < len(values), by_read, 0) if elsewhere else by_read
 
 
 def compact_backward(
     values: Float[Array, 'S V'], slots: Int32[Array, 'T R'], weights: Float[Array, 'T R'],
-    gradient: Float[Array, 'T V'], *, interpret: bool,
+    gradient: Float[Array, 'T V'], *, elsewhere: bool = False, interpret: bool,
 ) -> tuple[SparseRows, Float[Array, 'T R']]:
     """The rows of the values' gradient that were read, and the weights' gradient; deterministic."""
     # The kernel reads everywhere: slot S - 1 for S.
@@ -56,3 +60,11 @@ def compact_backward(
                        jnp.where(in_use[:, None], rows.astype(jnp.float32), 0),
                        jnp.sum(in_use, dtype=jnp.int32)[None]),
             jnp.where(slots <= last, by_read, 0))
+
+
+def _everywhere(values, slots, weights, elsewhere):
+    """Reads of slots that exist: the kernels make those that are elsewhere too, with weight 0."""
+    if not elsewhere:
+        return slots, weights
+    mine = slots < len(values)
+    return jnp.where(mine, slots, 0), jnp.where(mine, weights, 0)
