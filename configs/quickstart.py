@@ -6,6 +6,9 @@ Three runs of a small BERT on the documentation of the Python packages installed
 learns without memory; `add` starts from its weights with a product-key memory beside a feed-forward
 layer; `replace`, the contrast, learns from scratch with the memory in the feed-forward layer's
 place, for as many steps. Then a report compares them: runs/quickstart/report/report.html.
+
+Some six minutes on two idle cores. About: `pretrain` ends at a loss of 6.3, `add` at 6.2 with 95 %
+top-1 usage, `replace` at 6.3 with 90 %; the text depends on what is installed (docs/results.md).
 """
 
 from pkm_jax.configs import bert_base_pkm

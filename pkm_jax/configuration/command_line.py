@@ -31,7 +31,7 @@ def parse(argv: Sequence[str]) -> list[str]:
     try:
         arguments = _with_paths(argv)
         if config := _config_named(arguments):
-            check_fields(arguments, ConfigFileFlagParser('config').parse(config))
+            check_fields(arguments, _configuration(config))
         elif not {'--help', '--helpfull', '-?', '--helpshort'} & set(arguments):
             raise Refusal(f'give --config, a path or one of {", ".join(shipped())}.')
     except Refusal as refusal:
@@ -39,6 +39,16 @@ def parse(argv: Sequence[str]) -> list[str]:
         sys.exit(f'Not started: {str(refusal).rpartition("Refusal: ")[2].strip()}')
     sys.argv[:] = arguments     # where ml_collections looks for what was set
     return app.parse_flags_with_usage(arguments)
+
+
+def _configuration(config):
+    try:
+        return ConfigFileFlagParser('config').parse(config)
+    except TypeError as error:
+        if 'get_config() takes 0' not in str(error):
+            raise
+        raise Refusal(f'--config={config}: this configuration takes no arguments after '
+                      f"':'.") from None
 
 
 def shipped() -> list[str]:

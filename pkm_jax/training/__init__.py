@@ -1,1 +1,1 @@
-"""Training: optimizer, step, loop, checkpoints, metrics, report."""
+"""Training: what a run compiles, its step, loop, evaluation and log."""

@@ -76,3 +76,8 @@ def test_a_wrong_command_line_is_one_line(arguments, said, tmp_path):
                          text=True, check=False)
     assert ran.returncode == 1 and ran.stderr.strip().startswith(said), ran.stderr
     assert len(ran.stderr.strip().splitlines()) == 1
+
+
+def test_arguments_for_a_configuration_that_takes_none():
+    with pytest.raises(Refusal, match='bert_base_pkm.py:layers=2: this configuration takes no arg'):
+        command_line._configuration(f'{ROOT}/configs/bert_base_pkm.py:layers=2')
