@@ -90,8 +90,12 @@ def assemble(config: BertConfig, stored: dict[str, StoredTensor], name_of: Calla
     """The parameters of `Bert(config)` taken from `stored`; `left` was set aside before, and why.
 
     Raises:
-      Refusal: as `take` does and, unless `allow_unused`, for names that are not understood.
+      Refusal: as `take` does and, unless `allow_unused`, for names that are not understood; and of
+        a configuration with more layers than there are tensors, before they are made.
     """
+    if config.layers > len(stored):
+        raise Refusal(f'The configuration asks for {config.layers:,} layers, but the weights hold '
+                      f'{len(stored):,} tensors: one of the two files is damaged. Copy them again.')
     params, statistics = expected(config)
     unused = dict(stored)
     taken, entries = take(params | statistics, unused, name_of, transposed)
