@@ -28,6 +28,8 @@ from pathlib import Path
 from random import Random
 from typing import Any, NamedTuple
 
+from absl import logging
+
 from pkm_jax.convert import configuration, foreign
 from pkm_jax.convert.tensors import flatten
 from pkm_jax.convert.weights import open_state_dict, open_weights
@@ -255,6 +257,7 @@ def _most_memory() -> int:
 
 def try_reader(name: str, first: int, inputs: int, folder: Path, keep: Path) -> dict[str, Any]:
     """Counts of what became of the inputs `first` … of a reader; what was found is kept."""
+    logging.set_verbosity(logging.ERROR)
     reader, watched = readers()[name], Watched(folder)
     for other, content in reader.beside.items():
         (folder / other).write_bytes(content)

@@ -14,7 +14,7 @@ import pickletools
 import zipfile
 from collections.abc import Callable
 from pathlib import Path
-from typing import IO, Any
+from typing import Any
 
 import ml_dtypes
 import numpy as np
@@ -118,7 +118,7 @@ def _load_stream(path: Path, file: io.BufferedIOBase) -> Any:
     return loaded
 
 
-def _bound_memo(file: IO[bytes], size: int) -> None:
+def _bound_memo(file: io.BufferedIOBase, size: int) -> None:
     """Refuses a pickle that remembers under a number beyond its `size`: Python makes as many places.
 
     And one that announces more bytes than there are, before they are asked for.
