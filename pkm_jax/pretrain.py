@@ -23,8 +23,9 @@ from pkm_jax.processes.preemption import Stopped
 from pkm_jax.refusal import Refusal
 from pkm_jax.report.report import write_report
 from pkm_jax.training import start
+from pkm_jax.training.divergence import Diverged
 from pkm_jax.training.layout import bytes_of_device, lay_out
-from pkm_jax.training.loop import Diverged, train
+from pkm_jax.training.loop import train
 
 DIVERGED = 3    # exit status; 1: refused, 128 + signal: stopped by it
 CONFIG = command_line.define_config()
@@ -38,7 +39,7 @@ def run(config: ml_collections.ConfigDict) -> Path | None:
     Raises:
       Refusal: see `loop.train`; bad settings of any run are found before the first starts.
       Stopped: a signal asked for it; started again it goes on.
-      Diverged: a loss is not finite.
+      Diverged: losses or gradients were not finite, see `loop.train`.
     """
     runs = runs_of(config)
     start.use_compilation_cache(runs[0].compilation_cache)

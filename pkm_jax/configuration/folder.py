@@ -15,10 +15,13 @@ from pkm_jax.refusal import Refusal
 
 # What may differ between the runs that share a folder: where things are, not what they are.
 FREE = ('log', 'workdir', 'compilation_cache', 'distributed', 'memory.shards', 'train.fsdp',
-        'model.remat', 'data.corpus', 'data.cache', 'data.workers')    # data: compared by content
+        'train.max_skipped_steps', 'model.remat', 'data.corpus', 'data.cache',
+        'data.workers')     # data: compared by content
 # What fields were called before, by section: runs of then go on.
 RENAMED = {'model': {'heads': 'output_heads'},
            'train': {'accumulate': 'gradient_accumulation_steps', 'split_backbone': 'fsdp'}}
+# Fields that came later, and what runs of before did.
+ADDED = {'train.skip_loss_spikes': 0.}
 REMEDY = ('restore it from a copy, or remove it: the same command then goes on from the '
           'checkpoints beside it, which are not harmed, and writes it anew, without comparing '
           'settings.')
@@ -60,7 +63,7 @@ def check_same_run(run: Run) -> str:
         resumes = any(path.name.isdigit() for path in (run.folder / 'checkpoints').glob('*'))
         return (f'WARNING: {run.folder} has checkpoints and no config.json: it is written anew; '
                 f'whether the settings are those of before was not compared' if resumes else '')
-    found, here = _flat(read_description(run.folder)), _flat(described(run))
+    found, here = ADDED | _flat(read_description(run.folder)), _flat(described(run))
     if 'task' not in found:     # of before there were several
         here = {name: value for name, value in here.items() if name in found}
     changed = {name: (found.get(name), here.get(name))

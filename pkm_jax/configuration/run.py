@@ -46,6 +46,9 @@ class Train(OptimizerConfig):
     fsdp: bool = setting(False, 'fully sharded data parallelism: the backbone and its optimizer '
                                 'state split over the replicas of tables; less memory, more '
                                 'traffic')
+    max_skipped_steps: int = setting(
+        10, 'the run stops after so many steps in a row that were skipped, as loss or gradient '
+        'were not finite', least=1)
 
     def __post_init__(self) -> None:
         check_settings(self, 'train')
@@ -86,6 +89,9 @@ class Log:
     eval_batches: int = setting(50, 'of train.batch examples, always the same', least=1)
     checkpoint_every: int = setting(5_000, 'steps between checkpoints', least=1)
     keep: int = setting(3, 'newest checkpoints that are kept', least=1)
+    hang_exit: bool = setting(
+        False, 'end a process that makes no progress, with exit status 4, after it has said where '
+        'it stands')
     profile: tuple[int, int] = setting((0, 0), 'first and last step of a profiler trace; 0: none')
 
     def __post_init__(self) -> None:

@@ -16,6 +16,7 @@ from pkm_jax.models.interface import flatten, unflatten
 from pkm_jax.refusal import Refusal
 
 FLOATS = (np.float32, np.float16, ml_dtypes.bfloat16)
+LAYER_TENSORS = 12  # of a layer at least: attention and two norms, as any layer has them
 BLOCK = 2**14   # rows of which a checksum is taken at a time
 
 
@@ -90,8 +91,12 @@ def assemble(config: BertConfig, stored: dict[str, StoredTensor], name_of: Calla
     """The parameters of `Bert(config)` taken from `stored`; `left` was set aside before, and why.
 
     Raises:
-      Refusal: as `take` does and, unless `allow_unused`, for names that are not understood.
+      Refusal: as `take` does and, unless `allow_unused`, for names that are not understood; and of
+        a configuration with more layers than there are tensors, before they are made.
     """
+    if config.layers * LAYER_TENSORS > len(stored):
+        raise Refusal(f'The configuration asks for {config.layers:,} layers, but the weights hold '
+                      f'{len(stored):,} tensors: one of the two files is damaged. Copy them again.')
     params, statistics = expected(config)
     unused = dict(stored)
     taken, entries = take(params | statistics, unused, name_of, transposed)

@@ -2,15 +2,16 @@
 
 Such a file is a pickle that refers to raw storages: entries of a ZIP archive since PyTorch 1.6,
 the tail of the same stream before. A pickle may name any function to be called while it loads.
-Here it may name only the few that rebuild tensors; anything else is refused before it is run.
+Here it may name only the few that rebuild tensors; anything else is refused before it is run. It may
+also ask for any amount of memory: here for no more than its file has bytes.
 """
 
 import collections
 import io
 import math
 import pickle
+import pickletools
 import zipfile
-import zlib
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -58,7 +59,9 @@ def load(path: Path) -> Any:
 
 def _load_archive(path: Path) -> Any:
     with zipfile.ZipFile(path) as archive:
-        names = set(archive.namelist())
+        names, size = set(archive.namelist()), path.stat().st_size
+        if any(entry.file_size > size for entry in archive.infolist()):
+            raise ValueError('its entries are larger than the file, in which they are as they are')
         pickled = next(name for name in names if name.endswith('/data.pkl'))
         root = pickled.removesuffix('data.pkl')
         if (order := root + 'byteorder') in names and archive.read(order) != b'little':
@@ -70,6 +73,7 @@ def _load_archive(path: Path) -> Any:
                 raise ValueError(f'{entry} does not hold {count} values of type {dtype}')
             return _Storage(dtype, count, lambda: _read_entry(path, entry))
 
+        _bound_memo(io.BytesIO(archive.read(pickled)), size)
         return _TensorUnpickler(io.BytesIO(archive.read(pickled)), storage).load()
 
 
@@ -77,30 +81,51 @@ def _read_entry(path: Path, entry: str) -> bytes:
     try:
         with zipfile.ZipFile(path) as archive:
             return archive.read(entry)
-    except (zipfile.BadZipFile, zlib.error, EOFError, NotImplementedError, OSError) as error:
-        raise Refusal(f'{path} is damaged ({error}): copy it again.') from error
+    except Exception as error:  # zipfile raises nearly anything
+        raise Refusal(f'{path} is damaged ({error!r}): copy it again.') from error
 
 
 def _load_stream(path: Path, file: io.BufferedIOBase) -> Any:
     """The format before PyTorch 1.6: magic, version, machine, object, storage keys, storages."""
-    offsets = {}
+    offsets: dict[str, int] = {}
+    size = path.stat().st_size
+
+    def load(unpickler):
+        start = file.tell()
+        _bound_memo(file, size)
+        file.seek(start)
+        return unpickler.load()
 
     def storage(dtype: np.dtype, key: str, count: int) -> '_Storage':
         return _Storage(dtype, count, lambda: _read_at(path, offsets[key], count * dtype.itemsize))
 
-    if _TensorUnpickler(file, storage).load() != LEGACY_MAGIC:
+    if load(_TensorUnpickler(file, storage)) != LEGACY_MAGIC:
         raise ValueError('it does not start as one')
     for _ in ('version', 'machine'):
-        _TensorUnpickler(file, storage).load()
+        load(_TensorUnpickler(file, storage))
     unpickler = _TensorUnpickler(file, storage)
-    loaded = unpickler.load()
-    for key in _TensorUnpickler(file, storage).load():
-        count = int.from_bytes(file.read(8), 'little')
+    loaded = load(unpickler)
+    for key in load(_TensorUnpickler(file, storage)):
+        count, named = int.from_bytes(file.read(8), 'little'), unpickler.storages[key]
+        if count != named.count:
+            raise ValueError(f'a storage of {count} numbers is named as one of {named.count}')
         offsets[key] = file.tell()
-        file.seek(count * unpickler.storages[key].dtype.itemsize, io.SEEK_CUR)
-    if file.tell() > path.stat().st_size:
-        raise ValueError(f'it has {path.stat().st_size} bytes and should have {file.tell()}')
+        file.seek(count * named.dtype.itemsize, io.SEEK_CUR)
+    if file.tell() > size:
+        raise ValueError(f'it has {size} bytes and should have {file.tell()}')
+    if absent := unpickler.storages.keys() - offsets.keys():
+        raise ValueError(f'it lacks {len(absent)} of its storages')
     return loaded
+
+
+def _bound_memo(file: io.BufferedIOBase, size: int) -> None:
+    """Refuses a pickle that remembers under a number beyond its `size`: Python makes as many places.
+
+    And one that announces more bytes than there are, before they are asked for.
+    """
+    for opcode, argument, _ in pickletools.genops(file):
+        if 'PUT' in opcode.name and argument > size:
+            raise ValueError(f'it remembers an object as number {argument:,}')
 
 
 def _read_at(path: Path, offset: int, size: int) -> bytes:
@@ -116,7 +141,7 @@ class _Storage:
         self.dtype, self.count, self.read = dtype, count, read
 
     def view(self, offset: int, shape: tuple[int, ...], strides: tuple[int, ...]) -> np.ndarray:
-        flat = np.frombuffer(self.read(), self.dtype)
+        flat = np.frombuffer(self.read(), self.dtype, self.count)
         return np.lib.stride_tricks.as_strided(
             flat[offset:], shape, [stride * self.dtype.itemsize for stride in strides])
 
@@ -143,7 +168,7 @@ class _TensorUnpickler(pickle.Unpickler):
     def persistent_load(self, reference: tuple) -> _Storage:
         kind, dtype, key, _, count, *_ = reference
         if kind != 'storage':
-            raise ValueError(f'unknown reference {kind!r}')
+            raise ValueError('a reference to something else than a storage')
         if key not in self.storages:
             self.storages[key] = self.storage(dtype, key, count)
         return self.storages[key]
@@ -153,6 +178,8 @@ def _rebuild_tensor(storage: _Storage, offset: int, shape: tuple, strides: tuple
     last = offset + sum((size - 1) * stride for size, stride in zip(shape, strides, strict=True))
     if min((offset, *shape, *strides)) < 0 or math.prod(shape) and last >= storage.count:
         raise ValueError(f'a tensor of shape {shape} reaches outside its storage')
+    if math.prod(shape) > storage.count:
+        raise ValueError(f'a tensor of shape {shape} has {storage.count} numbers')
     return StoredTensor(tuple(shape), storage.dtype, lambda: storage.view(offset, shape, strides))
 
 

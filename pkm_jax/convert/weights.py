@@ -72,13 +72,12 @@ def _open_shards(index: Path) -> dict[str, StoredTensor]:
     files = read_json(index).get('weight_map')
     if not isinstance(files, dict) or not all(isinstance(file, str) for file in files.values()):
         raise Refusal(f'{index} is damaged, it maps no names to files: copy it again.')
-    tensors = {}
+    tensors, beside = {}, {path.name for path in index.parent.iterdir()}
     for shard in sorted(set(files.values())):
-        path = index.parent / shard
-        if Path(shard).name != shard or not path.is_file():
-            raise Refusal(f'{index} lists the shard {shard!r}, which is not beside it: '
+        if shard not in beside:
+            raise Refusal(f'{index} lists the shard {shard[:200]!r}, which is not beside it: '
                           f'copy it there.')
-        tensors |= open_state_dict(path)
+        tensors |= open_state_dict(index.parent / shard)
     if absent := sorted(set(files) - set(tensors)):
         raise Refusal(f'{index} lists tensors that its shards do not hold: {absent[:5]}.')
     return tensors

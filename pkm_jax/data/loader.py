@@ -8,6 +8,7 @@ import dataclasses
 import functools
 import multiprocessing
 import os
+import re
 import signal
 import sys
 import threading
@@ -16,7 +17,7 @@ from typing import Protocol, runtime_checkable
 
 import grain
 import numpy as np
-from absl import flags
+from absl import flags, logging
 from jaxtyping import Int
 
 from pkm_jax.data.examples import Examples
@@ -24,6 +25,16 @@ from pkm_jax.refusal import Refusal
 
 Batch = dict[str, np.ndarray]
 FILLER = -1   # instead of a record's number, in the last batch of an evaluation
+
+
+class LoaderDied(RuntimeError):
+    """A process that makes batches (`data.workers`) has ended: its exit status, or minus a signal."""
+
+    def __init__(self, status: int, batch: int):
+        how = f'by {signal.Signals(-status).name}' if status < 0 else f'with status {status}'
+        super().__init__(f'A loader process (data.workers) ended {how} before batch {batch + 1:,}'
+                         + (': often for want of memory, of which fewer data.workers take less'
+                            if status == -signal.SIGKILL else ''))
 
 
 @runtime_checkable
@@ -75,7 +86,8 @@ class BatchStream:
     `batch_size`. Every epoch passes all records once, in an order drawn from `seed`; a batch may
     reach into the next epoch. `workers` processes read and mask; 0 does so in threads of this
     process. A script that asks for workers must guard its entry point with `if __name__ ==
-    '__main__'`.
+    '__main__'`. A worker that dies is named and replaced, once for each batch; then LoaderDied ends
+    the stream.
     Raises Refusal where the batch does not divide over the hosts.
     """
 
@@ -83,10 +95,10 @@ class BatchStream:
                  seed: int, process_index: int = 0, process_count: int = 1, workers: int = 0):
         rows = _rows_per_host(batch_size, process_count)
         size = records.num_records(split)
-        self._batches = (grain.MapDataset.range(size).shuffle(seed=seed).repeat()
-                         .map_with_index(lambda position, record: (position // size, record))
-                         .batch(rows)[process_index::process_count]
-                         .map(Collate(records, split, examples)))
+        self._places = (grain.MapDataset.range(size).shuffle(seed=seed).repeat()
+                        .map_with_index(lambda position, record: (position // size, record))
+                        .batch(rows)[process_index::process_count])
+        self._batches = self._places.map(Collate(records, split, examples))
         self._workers = workers
         self._identity = {'fingerprint': records.fingerprint, 'split': split, 'seed': seed,
                           'batch_size': batch_size, **examples.identity}
@@ -97,11 +109,29 @@ class BatchStream:
         return self
 
     def __next__(self) -> Batch:
-        if self._iterator is None:
-            self._iterator = _iterate(self._batches[self._returned:], self._workers)
-        batch = next(self._iterator)
+        try:
+            batch = self._next()
+        except LoaderDied as died:      # the place is known: others go on there, once
+            logging.warning('%s; its work is begun again', died)
+            self.close()
+            batch = self._next()
         self._returned += 1
         return batch
+
+    def _next(self):
+        if self._iterator is None:
+            self._iterator = _iterate(self._batches[self._returned:], self._workers)
+        try:
+            return next(self._iterator)
+        except RuntimeError as error:
+            status = re.search(r'terminated unexpectedly with exit code (-?\d+)', str(error))
+            if status is None:
+                raise
+            raise LoaderDied(int(status[1]), self._returned) from error
+
+    def at(self, number: int) -> tuple[Batch, Int[np.ndarray, 'B'], Int[np.ndarray, 'B']]:
+        """The batch after `number` others, and the epochs and records that it is made of."""
+        return self._batches[number], *self._places[number]
 
     def get_state(self) -> dict:
         """The place after the last batch returned, for JSON; any number of hosts can go on."""

@@ -17,13 +17,14 @@ from pkm_jax.data import encodings
 from pkm_jax.data.corpus import LONGEST_LINE, Corpus, Counts, bounded_lines, safe_name
 from pkm_jax.data.files import ContentHashes, expand, refuse_pointer
 from pkm_jax.data.long_json import text_of_long_object
+from pkm_jax.data.xz import open_xz
 from pkm_jax.refusal import Refusal
 
 LONGEST_OBJECT = 2**20       # characters of a JSON line that is parsed as a whole
 MOST_UNDECODABLE = 0.001     # of a file's characters, beyond the first UNDECODABLE_ALLOWED
 UNDECODABLE_ALLOWED = 10
 _ENOUGH = 2**20              # characters after which a file is judged before its end
-_OPENERS: dict[str, Callable] = {'.gz': gzip.open, '.xz': lzma.open}
+_OPENERS: dict[str, Callable] = {'.gz': gzip.open, '.xz': open_xz}
 _KINDS = 'name .txt or .jsonl files, plain, .gz or .xz'
 _SURROGATES = re.compile('[\ud800-\udfff]')
 
@@ -122,7 +123,7 @@ def _read(path: Path, encoding: str, counts: Counts) -> Iterator[str]:
 
 def _opened(
     raw: io.BufferedReader, path: Path,
-) -> io.BufferedReader | gzip.GzipFile | lzma.LZMAFile:
+) -> io.BufferedReader | gzip.GzipFile:
     opener = _OPENERS.get(path.suffix.lower())
     return opener(raw) if opener else raw
 

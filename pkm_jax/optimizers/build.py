@@ -14,6 +14,7 @@ from optax.contrib import MuonDimensionNumbers, muon
 
 from pkm_jax.fields import check_settings, setting
 from pkm_jax.optimizers.groups import groups_of, path_of, schedule
+from pkm_jax.optimizers.skips import limit_loss
 from pkm_jax.optimizers.sparse import lazy_adam, on_rows, rowwise_adagrad, rowwise_adam, sparse_sgd
 from pkm_jax.refusal import Refusal
 
@@ -92,6 +93,9 @@ class OptimizerConfig:
     beta2: float = setting(0.999, 'decay of the second moment', least=0., below=1.)
     epsilon: float = setting(1e-6, 'added to the root of the second moment', above=0.)
     clip: float = setting(1.0, 'largest global norm of the gradient; 0: no clipping', least=0.)
+    skip_loss_spikes: float = setting(
+        0., 'skip steps whose loss is above this multiple of its running mean (of some 100 steps), '
+        'as those that are not finite are; 0: none', least=0.)
 
     def __post_init__(self) -> None:
         check_settings(self, 'train')
@@ -102,7 +106,7 @@ def make_optimizer(
 ) -> optax.GradientTransformation:
     """Clipping by global norm, then each group of parameters by its optimizer; updates need params.
 
-    `sparse`: gradients of value tables come as SparseRows, to be applied by `sparse.apply_updates`.
+    With `skip_loss_spikes` they need the `loss` too, see `skips.limit_loss`. `sparse`: gradients of value tables come as SparseRows, to be applied by `sparse.apply_updates`.
 
     Raises:
       Refusal: config.values_optimizer is not one of `values_optimizers(sparse)`.
@@ -115,9 +119,9 @@ def make_optimizer(
         'undecayed': undecayed(config, rate),
         'decayed': decayed(config, rate, config.weight_decay),
     }, groups_of)
-    if not config.clip:
-        return groups
-    return optax.chain(on_rows(optax.clip_by_global_norm(config.clip)), groups)
+    if config.clip:
+        groups = optax.chain(on_rows(optax.clip_by_global_norm(config.clip)), groups)
+    return limit_loss(groups, config.skip_loss_spikes) if config.skip_loss_spikes else groups
 
 
 def values_optimizers(sparse: bool) -> tuple[str, ...]:

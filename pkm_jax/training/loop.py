@@ -27,18 +27,14 @@ from pkm_jax.optimizers.groups import schedule
 from pkm_jax.processes import hosts
 from pkm_jax.processes.lock import only_run_in
 from pkm_jax.processes.preemption import Stopped, StopRequests
+from pkm_jax.processes.watch import Watch
 from pkm_jax.tasks.interface import Batch, Data
-from pkm_jax.training import start
+from pkm_jax.training import divergence, start
 from pkm_jax.training.evaluation import evaluate, save_counts
 from pkm_jax.training.layout import Layout
 from pkm_jax.training.program import Program, abstract_batch, make_program
 from pkm_jax.training.run_log import RunLog, utilisation
 from pkm_jax.training.state import TrainState, batch_sharding
-
-
-class Diverged(RuntimeError):
-    """Loss or gradient are no numbers any more: the run has stopped, and did not save them."""
-
 
 EVALUATION_SEED = 0     # of the examples evaluated over: the same for runs of any seed
 
@@ -51,7 +47,8 @@ def train(run: Run, layout: Layout) -> Path:
     Raises:
       Refusal: the settings, corpus, checkpoint or folder cannot be used; before anything is
       compiled. Stopped: a signal asked for it; see preemption.py.
-      Diverged: a loss is not finite. The checkpoints are of before.
+      Diverged: losses or gradients were not finite, for train.max_skipped_steps in a row. The
+      checkpoints are of before; what is kept of it beside them, `divergence.stop_after_too_many` says.
     """
     changed = run_folder.check_same_run(run)
     with run_folder.written_or_named(run.folder), contextlib.ExitStack() as alone:
@@ -106,8 +103,9 @@ def _train(run: Run, layout: Layout, changed: str, still_ours: Callable[[], None
         requests = closing.enter_context(StopRequests(mesh))
         with start.phase('compiling the step'), log.pause():
             take_step = _compiled_steps(run, program, state, mesh, log)
+        watch = closing.enter_context(Watch(run.folder, jax.process_index(), run.log.hang_exit))
         _loop(run, state, take_step, _evaluation(run, program, mesh, data, log), stream, mesh,
-              checkpoints, log, requests)
+              checkpoints, log, requests, watch)
     return run.folder
 
 
@@ -148,14 +146,17 @@ def _takes_norms(run: Run, step: int) -> bool:
 
 def _loop(run: Run, state: TrainState, take_step: dict[bool, Callable], evaluate_now: Callable,
           stream: loader.BatchStream, mesh: Mesh, checkpoints: Checkpoints, log: RunLog,
-          requests: StopRequests) -> None:
+          requests: StopRequests, watch: Watch) -> None:
     """Steps from state.step to the last, never waiting for a step before the next is under way."""
     step, steps, every = int(state.step), run.train.steps, run.log
-    profiling, asked = False, 0
+    profiling, asked, due = False, 0, False
     window: list[dict[str, Any]] = []   # metrics of the steps since the last line, on the devices
-    report = _reporter(run, log)
+    skips = divergence.Skips()
+    report = _reporter(run, log, skips)
     while step < steps and not asked:
-        batch = _to_devices(next(stream), mesh)
+        with watch.waiting_for('the loader, which makes batches'):
+            rows = next(stream)
+        batch = _to_devices(rows, mesh)
         if step + 1 == every.profile[0]:
             jax.profiler.start_trace(str(run.folder / 'profile'))
             profiling = True
@@ -165,22 +166,30 @@ def _loop(run: Run, state: TrainState, take_step: dict[bool, Callable], evaluate
         if (step - 1) % every.every == 0 and window:
             report(step - 1, window)
             window = []
+            if skips.in_a_row >= run.train.max_skipped_steps:
+                skips.see(step, [jax.device_get(metrics)])      # they may have ended since
+            divergence.stop_after_too_many(run, skips, state, stream)
         window.append(metrics)
         if profiling and step == every.profile[1]:
             jax.block_until_ready(metrics)
             jax.profiler.stop_trace()
         asked = requests.agreed()
         evaluates = step % every.eval_every == 0 or step == steps
-        saves = step % every.checkpoint_every == 0 or step == steps or asked
-        if evaluates or saves:
+        due |= step % every.checkpoint_every == 0
+        if evaluates or due or asked:
             report(step, window)
             window = []
-            with log.pause():
+            divergence.stop_after_too_many(run, skips, state, stream)
+            with log.pause(), watch.pause():
                 if evaluates:
                     evaluate_now(state, step)
-                if saves:
+                # Among steps that are skipped a checkpoint waits: it might replace a better one.
+                if due and not skips.in_a_row or asked or step == steps:
                     checkpoints.save(state, {'data': stream.get_state(), 'log': log.state})
-    checkpoints.wait()
+                    due = False
+        watch.step_done()
+    with watch.pause():
+        checkpoints.wait()
     if not asked:       # one heard in the last step stops all processes too, before another run
         requests.agreed()
         asked = requests.agreed()
@@ -188,23 +197,34 @@ def _loop(run: Run, state: TrainState, take_step: dict[bool, Callable], evaluate
         raise Stopped(asked, step)
 
 
-def _reporter(run: Run, log: RunLog) -> Callable[[int, list[dict[str, Any]]], None]:
-    """A function that logs the mean of the metrics of the steps up to `step`."""
+def _reporter(
+    run: Run, log: RunLog, skips: divergence.Skips,
+) -> Callable[[int, list[dict[str, Any]]], None]:
+    """A function that logs the mean of the metrics of the steps up to `step` that were taken, and
+    counts those that were skipped."""
     rate = schedule(run.train.learning_rate, run.train.warmup, run.train.steps)
 
     def report(step, window):
         window = jax.device_get(window)
         seconds = log.lap()
         tokens_per_second = run.tokens_per_step * len(window) / seconds
+        taken = [dict(metrics) for metrics in window if not metrics['skipped']]
+        skips.see(step - len(window) + 1, window)
+        skipped = len(window) - len(taken)
+        if skipped:
+            log.say(f'{skipped:,} of {len(window):,} steps up to {step:,} skipped: {skips.why()}')
+        if not taken:
+            log.write('skipped', step, step * run.tokens_per_step, skipped=skipped)
+            return
         norms = {}      # each kind of the last step that took it
-        for metrics in window:
+        for metrics in taken:
             norms |= metrics.pop('norms')
-        values = jax.tree.map(lambda *numbers: float(np.mean(numbers)), *window)
+        values = jax.tree.map(lambda *numbers: float(np.mean(numbers)), *taken)
         values |= {'norms': jax.tree.map(float, norms),
+                   'skipped': skipped,
                    'learning_rate': float(rate(step - 1)),
                    'steps_per_second': len(window) / seconds,
                    'tokens_per_second': tokens_per_second}
-        _check_finite(step, values['loss'], values['grad_norm'], run)
         used = utilisation(run.flops_per_step * len(window) / seconds)
         if used is not None:
             values['mfu'] = used
@@ -227,7 +247,7 @@ def _evaluation(run: Run, program: Program, mesh: Mesh, data: Data,
         values, counts = evaluate(
             state, (_to_devices(batch, mesh) for batch in batches), program.count, run.task, sites,
             min(number * size, data.num_records('validation')), run.tables.dead_after)
-        _check_finite(step, values['loss'], 0., run)
+        divergence.check_evaluation(step, values['loss'], run)
         log.write('eval', step, step * run.tokens_per_step, **values)
         shown = ', '.join(f'{name} {value:.4f}' for name, value in values.items()
                           if isinstance(value, float) and name != 'perplexity')
@@ -241,16 +261,6 @@ def _evaluation(run: Run, program: Program, mesh: Mesh, data: Data,
                 save_counts(run.folder / f'slot_counts_{name}.npz', slots)
 
     return evaluate_now
-
-
-def _check_finite(step: int, loss: float, grad_norm: float, run: Run) -> None:
-    """Stops a run whose numbers are none, before it is saved."""
-    if not (math.isfinite(loss) and math.isfinite(grad_norm)):
-        raise Diverged(
-            f'At step {step:,} the loss is {loss}, the norm of the gradient {grad_norm}: training '
-            f'has diverged, or the text has nothing to predict. The checkpoints in {run.folder} '
-            f'are of before. Lower train.learning_rate or train.values_learning_rate, lengthen '
-            f'train.warmup, or set train.clip, in another --config.workdir.')
 
 
 def _stream(run: Run, data: Data) -> loader.BatchStream:

@@ -10,12 +10,12 @@ from einops import rearrange
 from flax import nnx
 from jaxtyping import Array, Bool, Float, Int32
 
-from pkm_jax.memory.layer import MemoryReads
 from pkm_jax.memory.sharded import merge, no_delta, put_rows
 from pkm_jax.memory.sparse_rows import SparseRows, rows_of
 from pkm_jax.memory.usage import SlotCounts, count_slots, mark_selected
 from pkm_jax.models.interface import MemorySite, at, replaced
 from pkm_jax.optimizers.groups import group_norms
+from pkm_jax.optimizers.skips import is_sound, params_if, rows_if, state_if
 from pkm_jax.optimizers.sparse import apply_updates
 from pkm_jax.tasks.interface import Batch, Task
 from pkm_jax.training.state import TrainState, gathered
@@ -41,6 +41,9 @@ def train_step(
     as it has; batch norms and their running statistics see them in turn. `sparse`: gradients of
     value tables reach the optimizer as SparseRows. The metrics 'norms' hold norms by group of
     parameters: the gradient's, and with `all_norms` those of update and new parameters.
+
+    Where loss or gradient is not finite, or the loss above its limit (`optimizers.skips`), the
+    metric 'skipped' is 1 and the state that of before, but for its step.
     """
     steps = jax.random.split(jax.random.key(np.uint32(seed)))[1]    # the other drew the weights
     key, rounding = jax.random.split(jax.random.fold_in(steps, state.step))
@@ -61,8 +64,9 @@ def train_step(
         rows = {name: SparseRows(reads[name].touched.ids, rows[name], reads[name].touched.count)
                 for name in rows}
         gradient = _with_tables(gradient, sites, dict.fromkeys(_owners(sites)) if sparse else {})
-        last_selected = {name: _mark(last, reads[name], task.real(batch), state.step)
-                         for name, last in last_selected.items()}
+        if not sparse:      # else below, by the rows alone
+            last_selected = {name: mark_selected(last, reads[name], task.real(batch), state.step)
+                             for name, last in last_selected.items()}
         return (gradient, sums), rows, batch_stats, last_selected
 
     if accumulation_steps == 1:
@@ -86,14 +90,24 @@ def train_step(
             add_micro_step, (start, state.batch_stats, state.last_selected), inputs)
 
     gradient = _with_tables(gradient, sites, _summed(rows, sites, state.params))
-    updates, optimizer_state = optimizer.update(gradient, state.optimizer, state.params)
+    loss, norm = sums['loss'] / terms, optax.tree.norm(rows_of(gradient))
+    sound = is_sound(loss, norm, state.optimizer)
+    updates, optimizer_state = optax.with_extra_args_support(optimizer).update(
+        rows_if(sound, gradient, state.params), state.optimizer, state.params, loss=loss)
     params = apply_updates(state.params, updates, rounding)
-    metrics = {**task.metrics({**sums, 'terms': terms}),
-               'grad_norm': optax.tree.norm(rows_of(gradient)),
-               'norms': {'grad_norm': group_norms(gradient)}}
+    metrics = {**task.metrics({**sums, 'terms': terms}), 'skipped': (~sound).astype(jnp.int32),
+               'grad_norm': norm, 'norms': {'grad_norm': group_norms(gradient)}}
     if all_norms:
         metrics['norms'] |= _norms_of_change(updates, params, sparse)
-    return TrainState(state.step + 1, params, batch_stats, optimizer_state, last_selected), metrics
+    if sparse:
+        last_selected = {name: _mark_rows(last, rows[name].ids, state.step, sound)
+                         for name, last in state.last_selected.items()}
+    else:
+        last_selected = state_if(sound, last_selected, state.last_selected)
+    return TrainState(
+        state.step + 1, params_if(sound, updates, params, state.params),
+        state_if(sound, batch_stats, state.batch_stats),
+        state_if(sound, optimizer_state, state.optimizer), last_selected), metrics
 
 
 def eval_step(
@@ -120,15 +134,19 @@ def _no_deltas(sites, tokens):
             for name, site in sites.items()}
 
 
-def _mark(
-    last_selected: Int32[Array, 'S'], reads: MemoryReads, real: Bool[Array, 'T'],
-    step: Int32[Array, ''],
+def _mark_rows(
+    last_selected: Int32[Array, 'S'], ids: Int32[Array, 'n rows'], step: Int32[Array, ''],
+    sound: Bool[Array, ''],
 ) -> Int32[Array, 'S']:
-    """`mark_selected`; of sparse updates by the rows alone, at a cost that S does not change."""
-    if reads.touched is None:
-        return mark_selected(last_selected, reads, real, step)
-    ids = reads.touched.ids
-    return put_rows(last_selected, ids, jnp.full(ids.shape, step))
+    """`mark_selected` of the rows that each of n micro-batches touched, at a cost that S does not
+    change; of none unless `sound`."""
+    def mark(last, ids):
+        return put_rows(last, ids, jnp.full(ids.shape, step)), None
+
+    ids = jnp.where(sound, ids, len(last_selected))
+    if len(ids) == 1:
+        return mark(last_selected, ids[0])[0]
+    return jax.lax.scan(mark, last_selected, ids)[0]
 
 
 def _owners(sites: Sites) -> dict[Any, list]:

@@ -3,6 +3,7 @@ import json
 import multiprocessing
 import os
 import pickle
+import re
 import signal
 import subprocess
 import sys
@@ -12,7 +13,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from pkm_jax.data import tokenizer
+from pkm_jax.data import loader, tokenizer
 from pkm_jax.data.examples import MaskedExamples
 from pkm_jax.data.loader import BatchStream, evaluation_batches
 from pkm_jax.data.masking import Masking
@@ -138,6 +139,28 @@ def test_workers_end_with_a_parent_that_is_killed(prepared):
         parent.kill()
         assert len(workers) == 2
         parent.communicate(timeout=20)      # returns when no worker holds the pipe any more
+
+
+def test_a_worker_that_dies_is_named_and_replaced(prepared, caplog):
+    """The stream goes on as if it had not; one that dies again and again ends it."""
+    whole, stream = take(stream_of(prepared), 30), stream_of(prepared, workers=1)
+    start = take(stream, 2)
+    worker, = multiprocessing.active_children()
+    worker.kill()
+    assert_same(start + take(stream, 28), whole)
+    assert re.search(r'loader process .* ended by SIGKILL before batch \d+.* begun again', caplog.text)
+    stream.close()
+
+
+def test_a_worker_that_dies_again_at_the_same_batch_ends_the_stream(prepared, monkeypatch):
+    stream = stream_of(prepared, workers=1)
+    monkeypatch.setattr(loader, '_leave_signals_to_parent', end_at_once)
+    with pytest.raises(loader.LoaderDied, match='ended with status 3 before batch 1'):
+        next(stream)
+
+
+def end_at_once(worker, workers):
+    os._exit(3)
 
 
 @pytest.mark.parametrize('hosts', [2, 3])

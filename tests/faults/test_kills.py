@@ -1,12 +1,9 @@
 """A few kills of real runs; `make test-faults` has the many."""
 
-import json
-import shutil
-from pathlib import Path
 
 import pytest
 
-from tests.faults.kills import check, differences, tiny, undisturbed
+from tests.faults.kills import check
 
 
 @pytest.mark.parametrize('updates, processes, kills', [

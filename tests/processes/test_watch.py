@@ -1,0 +1,88 @@
+"""A run that hangs says where; one that is slow, or pauses, does not."""
+
+import itertools
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from pkm_jax.processes import watch
+from pkm_jax.processes.watch import HUNG, Watch
+from pkm_jax.training import loop
+from tests.training.runs import train
+
+
+@pytest.fixture
+def quick(monkeypatch):
+    for name, seconds in (('LEAST', .3), ('BEFORE_FIRST', .6), ('PERIOD', .02)):
+        monkeypatch.setattr(watch, name, seconds)
+
+
+def stacks(folder):
+    return [path.read_text() for path in folder.glob('stacks-*.txt')]
+
+
+def hang_here(seconds):
+    time.sleep(seconds)
+
+
+def test_a_step_that_hangs_is_said_once_with_all_stacks(quick, tmp_path, capfd):
+    with Watch(tmp_path, 3) as watched:
+        for _ in range(5):
+            watched.step_done()
+        hang_here(1.)
+        said, = stacks(tmp_path)
+        assert said.count('No progress for') == 1 and 'in a step; steps took 0.00 s' in said
+        assert 'hang_here' in said and said.count('hread 0x') >= 2
+        assert (tmp_path / 'stacks-3.txt').exists()
+        watched.step_done()
+        hang_here(.6)                   # another hang is said anew
+    assert stacks(tmp_path)[0].count('No progress for') == 2
+    assert 'hang_here' in capfd.readouterr().err
+
+
+def test_the_loader_is_named(quick, tmp_path):
+    with Watch(tmp_path) as watched, watched.waiting_for('the loader'):
+        hang_here(1.)
+    assert 'in the loader, the first' in stacks(tmp_path)[0]
+
+
+def test_slow_peers_pauses_and_the_first_step_are_no_hang(quick, tmp_path):
+    with Watch(tmp_path) as watched:
+        hang_here(.4)                   # the first step
+        watched.step_done()
+        hang_here(.5)                   # more than LEAST, less than 20 × the median
+        watched.step_done()
+        with watched.pause():
+            hang_here(1.5)
+        hang_here(.1)
+    assert not stacks(tmp_path)
+
+
+def test_it_ends_a_process_that_asks_for_it(tmp_path):
+    program = ('import time; from pathlib import Path; from pkm_jax.processes import watch; '
+               'watch.BEFORE_FIRST = watch.PERIOD = .1; '
+               f'watch.Watch(Path({str(tmp_path)!r}), exits=True).__enter__(); time.sleep(60)')
+    done = subprocess.run([sys.executable, '-c', program], capture_output=True, text=True,
+                          timeout=30, cwd=Path(__file__).parents[2])
+    assert done.returncode == HUNG and 'No progress' in done.stderr and stacks(tmp_path)
+
+
+def test_a_run_whose_loader_delivers_nothing_is_reported(config, monkeypatch, capfd):
+    monkeypatch.setattr(watch, 'LEAST', .5)
+    monkeypatch.setattr(watch, 'PEERS', 0)
+    monkeypatch.setattr(watch, 'PERIOD', .05)
+    real, batches = loop.loader.BatchStream.__next__, itertools.count(1)
+
+    def stuck(stream):
+        if next(batches) == 5:
+            hang_here(1.5)
+        return real(stream)
+
+    monkeypatch.setattr(loop.loader.BatchStream, '__next__', stuck)
+    folder = train(config)
+    said, = stacks(folder)
+    assert 'in the loader, which makes batches' in said and 'hang_here' in said
+    assert 'hang_here' in capfd.readouterr().err
