@@ -1,0 +1,17 @@
+"""What the entry point knows of the ways to use a model."""
+
+from collections.abc import Iterable, Iterator
+from typing import Any, Protocol
+
+from pkm_jax.prediction.texts import Cutter, Text
+
+
+class Predictor(Protocol):
+    """A way to use a model."""
+    cutter: Cutter      # which counts the texts that it cut off
+
+    def __call__(self, texts: Iterable[Text], rows: int) -> Iterator[dict[str, Any]]:
+        """A JSON-able result of each text, in order; `rows` texts are computed at a time."""
+
+    def readable(self, result: dict[str, Any]) -> str:
+        """A result for people."""

@@ -1,0 +1,68 @@
+"""A trained model to use: weights, sizes, vocabulary, from any folder that a run can start from."""
+
+import dataclasses
+from typing import Any
+
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+
+from pkm_jax.checkpoints.pretrained import Pretrained, open_pretrained
+from pkm_jax.data import tokenizer
+from pkm_jax.data.vocabulary import Vocabulary
+from pkm_jax.models.bert import HEADS, BertConfig
+from pkm_jax.models.interface import ModelConfig, flatten, unflatten
+from pkm_jax.refusal import Refusal
+
+
+@dataclasses.dataclass(frozen=True)
+class Trained:
+    """A model that does not change: `graph` and `state` make its module within a program."""
+    name: str
+    config: ModelConfig
+    vocabulary: Vocabulary
+    graph: nnx.GraphDef
+    state: tuple[dict, dict]        # parameters and batch statistics, nested
+
+
+def open_trained(source: str) -> Trained:
+    """The model of a run, one of its checkpoints, a converted or a Hugging Face BERT folder.
+
+    Raises:
+      Refusal: there is none, it is damaged, or it has no vocabulary beside it.
+    """
+    pretrained = open_pretrained(source)
+    if pretrained.vocabulary is None:
+        raise Refusal(f'{source} has no tokenizer.json or vocab.txt: put that of its training '
+                      f'there, without which words have no numbers.')
+    config = config_of(pretrained)
+    graph, params, statistics = nnx.split(
+        nnx.eval_shape(lambda: config.build(nnx.Rngs(0))), nnx.Param, nnx.BatchStat)
+    state = tuple(_filled(source, pretrained, kind, nnx.to_pure_dict(abstract))
+                  for kind, abstract in (('params', params), ('statistics', statistics)))
+    vocabulary = tokenizer.load(pretrained.vocabulary)
+    return Trained(pretrained.name, config, vocabulary, graph, state)
+
+
+def config_of(pretrained: Pretrained) -> ModelConfig:
+    """The model's sizes with what its weights tell alone: words, heads and classes."""
+    config, weights = pretrained.model, pretrained.weights
+    words = weights['/'.join(['params', *map(str, config.word_embedding)])].shape[0]
+    told: dict[str, Any] = {'vocab_size': words}
+    if isinstance(config, BertConfig):
+        heads = {name.split('/')[1] for name in weights if name.startswith('params/')}
+        told['output_heads'] = tuple(head for head in HEADS if head in heads)
+        if 'classifier' in heads:
+            told['classes'] = weights['params/classifier/kernel'].shape[1]
+        if 'mlm' in heads:
+            told['tied'] = 'params/mlm/decoder' not in weights
+    return dataclasses.replace(config, **told)
+
+
+def _filled(source, pretrained, kind, abstract):
+    """The weights of the abstract nested dict, on the device."""
+    wanted = flatten(abstract)
+    if missing := [path for path in wanted if f'{kind}/{path}' not in pretrained.weights]:
+        raise Refusal(f'{source} lacks {", ".join(missing[:5])}, which its config.json asks for.')
+    return unflatten({path: jnp.asarray(np.asarray(pretrained.weights[f'{kind}/{path}'], leaf.dtype))
+                      for path, leaf in wanted.items()})
