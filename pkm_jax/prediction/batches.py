@@ -15,18 +15,19 @@ from jaxtyping import Int
 SHORTEST = 32       # tokens, to which shorter texts are padded
 WINDOW = 32         # batches that are sorted together, once so many texts have come
 Result = TypeVar('Result')
+AnyEncoded = TypeVar('AnyEncoded', bound='Encoded')
 
 
-class Encoded(NamedTuple):
+@dataclasses.dataclass(frozen=True)
+class Encoded:
     """A text as a model reads it."""
     text: str
-    ids: list[int]
-    marks: list[int]            # places that matter to a task, such as those of masks
-    segments: list[int] | None = None       # None: all 0
+    ids: Sequence[int]
+    segments: Sequence[int] = ()    # (): all 0
 
 
 class TokenBatch(NamedTuple):
-    """Rows of texts, those after the last text of length 1."""
+    """Rows of texts, those after the last text of length 0."""
     tokens: Int[np.ndarray, 'B L']
     segments: Int[np.ndarray, 'B L']
     lengths: Int[np.ndarray, 'B']
@@ -47,9 +48,9 @@ class Shapes:
 
 
 def in_order(
-    texts: Iterable[Encoded], shapes: Shapes, pad: int,
-    run: Callable[[TokenBatch, Sequence[Encoded]], Callable[[], Sequence[Result]]],
-) -> Iterator[tuple[Encoded, Result]]:
+    texts: Iterable[AnyEncoded], shapes: Shapes, pad: int,
+    run: Callable[[TokenBatch, Sequence[AnyEncoded]], Callable[[], Sequence[Result]]],
+) -> Iterator[tuple[AnyEncoded, Result]]:
     """Each text with its result, in the order of the texts.
 
     `run` starts the computation of a batch and returns what waits for the results of its texts: the
@@ -71,7 +72,7 @@ def padded(texts: Sequence[Encoded], shapes: Shapes, pad: int) -> TokenBatch:
     """The batch of at most `rows` texts."""
     length = shapes.length(max(len(text.ids) for text in texts))
     tokens = np.full((shapes.rows, length), pad, np.int32)
-    segments, lengths = np.zeros_like(tokens), np.ones(shapes.rows, np.int32)
+    segments, lengths = np.zeros_like(tokens), np.zeros(shapes.rows, np.int32)
     for row, text in enumerate(texts):
         lengths[row] = len(text.ids)
         tokens[row, :len(text.ids)] = text.ids
@@ -79,9 +80,9 @@ def padded(texts: Sequence[Encoded], shapes: Shapes, pad: int) -> TokenBatch:
     return TokenBatch(tokens, segments, lengths)
 
 
-def _windows(texts: Iterable[Encoded], rows: int) -> Iterator[list[Encoded]]:
+def _windows(texts: Iterable[AnyEncoded], rows: int) -> Iterator[list[AnyEncoded]]:
     """One batch first, which is soon answered, then twice as many each time."""
-    window: list[Encoded] = []
+    window: list[AnyEncoded] = []
     size = rows
     for text in texts:
         window.append(text)

@@ -40,6 +40,12 @@ class Sampling:
             raise Refusal(f'--seed={self.seed} must lie within 0..{2 ** 32 - 1}.')
 
 
+@dataclasses.dataclass(frozen=True)
+class Prompt(Encoded):
+    """A text and how many were before it."""
+    number: int = 0
+
+
 class Continue:
     """Continues prompts up to the end of their paragraph, or by `most` tokens.
 
@@ -83,12 +89,12 @@ class Continue:
         """A result for people: the text and how it goes on."""
         return f'{result["text"]} …{result["continuation"]}{"" if result["ended"] else " …"}'
 
-    def _encode(self, text: Text, number: int) -> Encoded:
-        return Encoded(text.content, self.cutter(text.content)[0], [number])
+    def _encode(self, text: Text, number: int) -> Prompt:
+        return Prompt(text.content, self.cutter(text.content)[0], number=number)
 
-    def _run(self, batch: TokenBatch, texts: Sequence[Encoded]) -> Callable[[], list[list[int]]]:
+    def _run(self, batch: TokenBatch, texts: Sequence[Prompt]) -> Callable[[], list[list[int]]]:
         numbers = np.zeros(len(batch.tokens), np.uint32)
-        numbers[:len(texts)] = [text.marks[0] for text in texts]
+        numbers[:len(texts)] = [text.number for text in texts]
         used = np.arange(len(numbers)) < len(texts)
         state = self._trained.state
         logits, past = self._read(state, batch.tokens, batch.lengths)

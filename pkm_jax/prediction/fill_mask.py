@@ -1,5 +1,6 @@
 """The likeliest words in the place of each mask of a text."""
 
+import dataclasses
 import functools
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any
@@ -16,6 +17,12 @@ from pkm_jax.prediction.trained import Trained
 from pkm_jax.refusal import Refusal
 
 MASKS = 4       # of a text in one program; where a batch has more, their next multiple
+
+
+@dataclasses.dataclass(frozen=True)
+class Masked(Encoded):
+    """A text and the places of its masks."""
+    masks: Sequence[int] = ()
 
 
 class FillMask:
@@ -59,7 +66,7 @@ class FillMask:
             lines += [f'  {entry["score"]:6.1%}  {entry["word"]}' for entry in mask]
         return '\n'.join(lines)
 
-    def _encode(self, text: Text) -> Encoded:
+    def _encode(self, text: Text) -> Masked:
         vocabulary = self._trained.vocabulary
         ids, beyond = self.cutter(text.content)
         masks = [place for place, token in enumerate(ids) if token == vocabulary.mask_id]
@@ -69,15 +76,15 @@ class FillMask:
                           f'tokens that the model takes: shorten the text before it.')
         if not masks:
             raise Refusal(f'{text.where} has no {name} to fill: {text.content[:60]!r}.')
-        return Encoded(text.content, ids, masks)
+        return Masked(text.content, ids, masks=masks)
 
-    def _run(self, batch: TokenBatch, texts: Sequence[Encoded]) -> Callable[[], list]:
-        most = max(len(text.marks) for text in texts)
+    def _run(self, batch: TokenBatch, texts: Sequence[Masked]) -> Callable[[], list]:
+        most = max(len(text.masks) for text in texts)
         positions = np.zeros((len(batch.tokens), -(-most // MASKS) * MASKS), np.int32)
         for row, text in enumerate(texts):
-            positions[row, :len(text.marks)] = text.marks
+            positions[row, :len(text.masks)] = text.masks
         scores, words = self._program(self._trained.state, batch, positions)
-        return lambda: [list(zip(*best))[:len(text.marks)]
+        return lambda: [list(zip(*best))[:len(text.masks)]
                         for *best, text in zip(np.asarray(scores), np.asarray(words), texts)]
 
 
