@@ -4,9 +4,9 @@
     python -m pkm_jax.predict runs/bert_base_pkm --file=texts.txt > words.jsonl
     python -m pkm_jax.predict runs/causal_pkm "In the beginning" --temperature=0.8 --top_p=0.95
 
-FOLDER is a run, one of its checkpoints, a converted checkpoint or a Hugging Face BERT folder. A BERT
-with its MLM head fills masks; a causal model continues prompts. Without texts and --file they are
-read from standard input, one a line. Results come in the order of the texts: a JSON object a line,
+FOLDER is a run, one of its checkpoints, a converted checkpoint or a Hugging Face BERT folder. A
+BERT with its MLM head fills masks; a causal model continues prompts. Without texts and --file they
+are read from standard input, one a line. Results come in the order of the texts: a JSON object a line,
 or, on a terminal, text.
 """
 

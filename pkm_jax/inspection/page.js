@@ -1,6 +1,6 @@
 'use strict';
 const data = JSON.parse(document.getElementById('data').textContent);
-const KIND_COLOURS = ['#8d99a8', '#2b83c6', '#c267a0', '#dd6a13', '#12946f', '#a68400'];
+const KIND_COLOURS = ['#c3c9d1', '#2b83c6', '#c267a0', '#dd6a13', '#12946f', '#a68400'];
 const RAMPS = {
   reads: ['#f1ecd9', '#c5dcb7', '#6fb7ad', '#2f7f9e', '#24477f', '#1b1b4b'],
   frequency: ['#3b1c5a', '#7d2a73', '#c2436a', '#ee7a55', '#f9b36b', '#fbe6b0'].reverse(),
@@ -116,14 +116,12 @@ function look(word) {
   shade();
 }
 
-// Words whose best slot is that of the word looked at, and underlines in the colours of the map.
+// Words that read the best slot of the word looked at as their best, too.
 function shade() {
-  const layer = current(), own = best(state.word)[0][0];
+  const own = best(state.word)[0][0];
   for (const [element, word] of words) {
-    const slot = best(word)[0][0], colour = colourOf(layer, cellOf(layer, slot));
-    element.style.borderBottomColor = colour ? `rgb(${colour})` : 'transparent';
     element.classList.toggle('on', word === state.word);
-    element.classList.toggle('same', word !== state.word && slot === own);
+    element.classList.toggle('same', word !== state.word && best(word)[0][0] === own);
   }
 }
 
@@ -172,13 +170,17 @@ function drawMarks() {
     return [(cell % layer.cells + .5) * size, (Math.floor(cell / layer.cells) + .5) * size];
   };
   $('marks').setAttribute('viewBox', '0 0 1000 1000');
-  if (state.slot !== null) {
-    const [x, y] = middle(state.slot);
-    marks.push(svg('path', { class: 'cross', d: `M${x} 0V1000M0 ${y}H1000` }));
+  for (const shape of ['halo', 'mark']) {
+    for (const [slot, weight] of best(state.word)) {
+      const [cx, cy] = middle(slot);
+      marks.push(svg('circle', { class: shape, cx, cy, r: 8 + 30 * Math.sqrt(weight) }));
+    }
   }
-  for (const [slot, weight] of best(state.word)) {
-    const [cx, cy] = middle(slot), r = Math.max(9, 34 * Math.sqrt(weight));
-    marks.push(svg('circle', { class: 'mark', cx, cy, r }), svg('circle', { class: 'mark', cx, cy, r }));
+  if (state.slot !== null) {
+    const [x, y] = middle(state.slot), half = Math.max(size / 2, 6);
+    for (const shape of ['halo', 'held']) {
+      marks.push(svg('rect', { class: shape, x: x - half, y: y - half, width: 2 * half, height: 2 * half }));
+    }
   }
   $('marks').replaceChildren(...marks);
 }
@@ -194,14 +196,15 @@ function drawWord() {
     .map(([reads, head]) => make('div', '', make('h3', '', `Head ${head}`), ...reads.map(([slot, weight]) => {
       const known = layer.slots[slot], fill = make('i');
       fill.style.width = `${100 * weight}%`;
-      const heard = known ? known.words.slice(0, 5).map(([text]) => text).join('  ') : '';
-      const button = make('button', slot === state.slot ? 'read on' : 'read', make('span', 'id', name(layer, slot)),
-        make('span', '', make('span', 'of', `${percent(weight)}   ${heard}`), make('span', 'fill', fill)));
+      const heard = known ? known.words.slice(0, 8).map(([text]) => text).join(' · ') : '';
+      const button = make('button', slot === state.slot ? 'read on' : 'read',
+        make('span', 'id', name(layer, slot)), make('span', 'much', percent(weight)), make('span', 'of', heard), make('span', 'fill', fill));
       button.type = 'button';
       button.onclick = () => { state.slot = slot; drawSlot(); drawMarks(); drawWord(); };
       return button;
     })));
-  $('word').replaceChildren(make('h2', '', 'Slots of the word'), title, make('div', 'heads', ...columns));
+  $('word').replaceChildren(make('h2', '', 'Slots of the word'), title,
+    make('div', columns.length > 1 ? 'heads' : '', ...columns));
 }
 
 function drawSlot() {
@@ -225,11 +228,11 @@ function drawSlot() {
   const contexts = make('div', 'kwic', ...known.contexts.map(([before, text, after]) =>
     make('p', '', make('span', '', make('span', '', before)), make('b', '', text), make('span', '', after))));
   const lens = data.lens
-    ? make('div', 'lens', ...known.lens.map(text => make('span', '', text)))
+    ? make('div', 'lens', ...known.lens.flatMap(text => [make('span', '', text), ' ']))
     : make('p', 'none', 'The model has no head over words.');
   $('slot').replaceChildren(heading, title, stack, make('div', 'two',
-    make('div', '', make('h3', '', 'Read by, share of its weight'), table),
-    make('div', '', make('h3', '', 'Where it was read with most weight'), contexts,
+    make('div', '', make('h3', '', 'Read by'), table),
+    make('div', '', make('h3', '', 'Read with most weight in'), contexts,
       make('h3', '', 'Its value row points to'), lens)));
 }
 
@@ -253,9 +256,10 @@ function drawMeta() {
 function drawNotes() {
   const notes = [
     ['A slot i, j', 'is a value row and its key, which is made of sub-key i of the first codebook and j of the second: row i and column j of the map.'],
-    ['A weight', 'is the share that a slot has in what a head reads for a token; those of a head add up to 100 %. Of a word in several pieces it is the mean over these. An underline has the colour of the word’s best slot on the map.'],
+    ['A weight', 'is the share that a slot has in what a head reads for a token; those of a head add up to 100 %. Of a word in several pieces it is the mean over these. Words in a light colour have the same best slot as the word looked at.'],
+    ['Read by', 'gives the share of each word in the weight of the slot, over all texts.'],
     ['Word frequency', 'is the mean, over the weight of a slot, of how often its words were there in these texts, on a logarithmic scale.'],
-    ['Kinds of word', 'are told by spelling alone: in pieces is a word that the vocabulary cuts up, special are the tokens around a text.'],
+    ['Kinds of word', 'are told by spelling alone: in pieces is a word that the vocabulary cuts up, special are the tokens around a text. A slot has the colour of the kind whose share of its weight exceeds the share of all weight by most; the bar of a slot shows all shares.'],
     ['A value row points to', 'the words that the model’s head gives the highest logits when the row alone, as if it were the output of its layer and added to nothing, passes the last norm and the head. This is a linear lens: it leaves out the layers above, the rows that are read with it and the states they are added to. It shows a direction, not an effect.'],
     ['Counts', current().exact ? 'of slots, words and weights are exact.' : 'of slots are exact; the table of words was full, so each slot kept the words of most weight, and words that came late may be missing.'],
   ];

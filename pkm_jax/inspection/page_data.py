@@ -2,7 +2,7 @@
 
 import base64
 import math
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 from jaxtyping import Float, Int, UInt8
@@ -12,7 +12,7 @@ from pkm_jax.inspection.readers import Context, Readers
 from pkm_jax.inspection.reading import Reads
 from pkm_jax.inspection.survey import Survey
 from pkm_jax.inspection.words import KINDS, Words
-from pkm_jax.memory.usage import usage_metrics
+from pkm_jax.memory.usage import SlotCounts, usage_metrics
 
 SLOTS_OF_WORD = 5       # of each head, on the page
 WORDS_OF_SLOT = 10
@@ -47,8 +47,10 @@ def _layer(survey: Survey, layer: int, shown_slots: int) -> dict[str, Any]:
     read = selected > 0
     reads, reads_range = _levels(np.log10(np.maximum(selected, 1)), read)
     frequencies, frequency_range = _levels(_cells(of_frequency, block) / in_cell, read)
-    kind = np.argmax([_cells(share, block) for share in of_kind], axis=0) + 1
-    usage = usage_metrics(readers.counts)
+    # The kind whose share exceeds that of all weight by most: the commonest is most slots' largest.
+    excess = [_cells(share, block) / in_cell - share.sum() / of_kind.sum() for share in of_kind]
+    kind = np.argmax(excess, axis=0) + 1
+    usage = usage_metrics(SlotCounts(*cast(Any, readers.counts)))
     return {
         'layer': layer, 'side': memory.sub_keys, 'block': block, 'heads': memory.heads,
         'top_k': memory.top_k, 'exact': readers.exact,

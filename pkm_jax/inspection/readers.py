@@ -5,7 +5,6 @@ there are too many pairs, each slot keeps those of most weight, and what was dro
 again. `exact` says whether that happened.
 """
 
-import dataclasses
 from typing import NamedTuple
 
 import numpy as np
@@ -13,7 +12,6 @@ from jaxtyping import Float, Int
 
 from pkm_jax.inspection.reading import Reads
 from pkm_jax.inspection.words import KINDS, Words
-from pkm_jax.memory.usage import SlotCounts
 
 MOST_PAIRS = 4_000_000      # (slot, word) in a table
 MOST_WORDS = 2 ** 20        # different ones that are told apart
@@ -47,6 +45,13 @@ class WordIndex:
         return np.array(found)
 
 
+class Counts(NamedTuple):
+    """Of each slot: how often it was read, how often it was a head's best, the sum of weights."""
+    selected: Int[np.ndarray, 'S']
+    best: Int[np.ndarray, 'S']
+    mass: Float[np.ndarray, 'S']
+
+
 class Pairs(NamedTuple):
     """Slots with words that read them: the sum of weights over tokens and heads, heaviest first
     within a slot, slots ascending."""
@@ -66,8 +71,8 @@ class Readers:
     """Of one memory of `slots` slots; contexts are kept for the `shown` slots read most."""
 
     def __init__(self, slots: int, shown: int):
-        self.counts = SlotCounts(np.zeros(slots, np.int64), np.zeros(slots, np.int64),
-                                 np.zeros(slots))
+        self.counts = Counts(np.zeros(slots, np.int64), np.zeros(slots, np.int64),
+                             np.zeros(slots))
         self.exact = True
         self._shown = shown
         self._keys, self._weights = np.zeros(0, np.int64), np.zeros(0)

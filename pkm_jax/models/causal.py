@@ -169,9 +169,9 @@ class Block(nnx.Module):
                              else None)
 
     def __call__(
-        self, states: Float[Array, 'B L D'], positions: Int[Array, '#B L'], lengths: Int[Array, 'B'],
-        key: Key[Array, ''] | None, delta: Float[Array, 'rows V'] | None = None, *,
-        deterministic: bool = True,
+        self, states: Float[Array, 'B L D'], positions: Int[Array, '#B L'],
+        lengths: Int[Array, 'B'], key: Key[Array, ''] | None,
+        delta: Float[Array, 'rows V'] | None = None, *, deterministic: bool = True,
     ) -> tuple[Float[Array, 'B L D'], MemoryReads | None]:
         keys = _split(key, 4)
         attended = self.attention(self.attention_norm(states), positions, lengths, keys[0])
@@ -212,8 +212,8 @@ class Attention(nnx.Module):
         self.output = _linear(config, rngs, config.width, config.width)
 
     def __call__(
-        self, states: Float[Array, 'B L D'], positions: Int[Array, '#B L'], lengths: Int[Array, 'B'],
-        key: Key[Array, ''] | None,
+        self, states: Float[Array, 'B L D'], positions: Int[Array, '#B L'],
+        lengths: Int[Array, 'B'], key: Key[Array, ''] | None,
     ) -> Float[Array, 'B L D']:
         query, keys, values = self.heads(states, positions)
         attended = attend(query, keys, values, lengths, self.config.attention_dropout, key,

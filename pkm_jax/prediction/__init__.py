@@ -1,1 +1,1 @@
-"""What trained models say of texts: batches of like length, in order, one program for each shape."""
+"""What trained models say of texts: in batches of like length, in order."""

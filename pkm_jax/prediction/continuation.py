@@ -1,4 +1,4 @@
-"""Prompts continued by a causal model: one program reads a prompt, another writes token by token."""
+"""Prompts continued by a causal model: one program reads them, another writes token by token."""
 
 import dataclasses
 import functools
@@ -155,4 +155,5 @@ def draw(
     falling = jnp.sort(logits, descending=True)
     shares = jax.nn.softmax(falling)
     least = jnp.min(jnp.where(jnp.cumsum(shares) - shares < sampling.top_p, falling, jnp.inf))
-    return jax.random.categorical(key, jnp.where(logits < least, -jnp.inf, logits)).astype(jnp.int32)
+    kept = jnp.where(logits < least, -jnp.inf, logits)
+    return jax.random.categorical(key, kept).astype(jnp.int32)

@@ -3,7 +3,7 @@
 import gzip
 import lzma
 import sys
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
@@ -40,7 +40,7 @@ def _lines_of(path: Path) -> Iterator[Text]:
     if path.is_dir():
         raise Refusal(f'--file={path} is a folder: name a file with a text in each line.')
     refuse_pointer(path)
-    openers = {'.gz': gzip.open, '.xz': lzma.open}
+    openers: dict[str, Callable] = {'.gz': gzip.open, '.xz': lzma.open}
     try:
         with openers.get(path.suffix.lower(), open)(path, 'rb') as lines:
             yield from _lines(lines, str(path))

@@ -3,6 +3,7 @@
 import dataclasses
 from typing import Any
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
@@ -36,17 +37,18 @@ def open_trained(source: str) -> Trained:
         raise Refusal(f'{source} has no tokenizer.json or vocab.txt: put that of its training '
                       f'there, without which words have no numbers.')
     config = config_of(pretrained)
-    graph, params, statistics = nnx.split(
-        nnx.eval_shape(lambda: config.build(nnx.Rngs(0))), nnx.Param, nnx.BatchStat)
-    state = tuple(_filled(source, pretrained, kind, nnx.to_pure_dict(abstract))
-                  for kind, abstract in (('params', params), ('statistics', statistics)))
+    abstract = nnx.eval_shape(lambda: config.build(nnx.Rngs(0)))
+    state = (_filled(source, pretrained, 'params', nnx.state(abstract, nnx.Param)),
+             _filled(source, pretrained, 'statistics', nnx.state(abstract, nnx.BatchStat)))
     vocabulary = tokenizer.load(pretrained.vocabulary)
+    graph = nnx.split(abstract, nnx.Param, nnx.BatchStat)[0]
     return Trained(pretrained.name, config, vocabulary, graph, state)
 
 
 def config_of(pretrained: Pretrained) -> ModelConfig:
     """The model's sizes with what its weights tell alone: words, heads and classes."""
-    config, weights = pretrained.model, pretrained.weights
+    config: Any = pretrained.model
+    weights = pretrained.weights
     words = weights['/'.join(['params', *map(str, config.word_embedding)])].shape[0]
     told: dict[str, Any] = {'vocab_size': words}
     if isinstance(config, BertConfig):
@@ -60,9 +62,10 @@ def config_of(pretrained: Pretrained) -> ModelConfig:
 
 
 def _filled(source, pretrained, kind, abstract):
-    """The weights of the abstract nested dict, on the device."""
-    wanted = flatten(abstract)
+    """The weights of an abstract state, nested, on the device."""
+    wanted = flatten(nnx.to_pure_dict(abstract))
     if missing := [path for path in wanted if f'{kind}/{path}' not in pretrained.weights]:
         raise Refusal(f'{source} lacks {", ".join(missing[:5])}, which its config.json asks for.')
-    return unflatten({path: jnp.asarray(np.asarray(pretrained.weights[f'{kind}/{path}'], leaf.dtype))
-                      for path, leaf in wanted.items()})
+    arrays = {path: np.asarray(pretrained.weights[f'{kind}/{path}'], leaf.dtype)
+              for path, leaf in wanted.items()}
+    return unflatten(jax.tree.map(jnp.asarray, arrays))
