@@ -90,6 +90,7 @@ class Log:
         100, 'steps between norms of update and parameters by group, which take 3 to 6 % of a step '
         'of BERT-base on an H100; 1 compiles one program of the step, else there are two', least=1)
     eval_every: int = setting(5_000, 'steps between evaluations', least=1)
+    eval_at_start: bool = setting(False, 'evaluate before the first step too')
     eval_batches: int = setting(50, 'of train.batch examples, always the same', least=1)
     checkpoint_every: int = setting(5_000, 'steps between checkpoints', least=1)
     keep: int = setting(3, 'newest checkpoints that are kept', least=1)

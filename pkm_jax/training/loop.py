@@ -39,6 +39,7 @@ from pkm_jax.training.state import TrainState, batch_sharding
 
 class Diverged(RuntimeError):
     """Loss or gradient are no numbers any more: the run has stopped, and did not save them."""
+    status = 3      # of the program that ends for it; 1: refused, 128 + signal: stopped by it
 
 
 Shapes = frozenset[tuple[str, tuple[int, ...]]]     # of a batch, by the names of its arrays
@@ -178,8 +179,11 @@ def _loop(run: Run, state: TrainState, progress: Progress, take_step: Steps,
     window: list[dict[str, Any]] = []   # metrics of the steps since the last line, on the devices
     lengths: list[int] = []             # of their batches
     report = _reporter(run, log, progress)
+    if every.eval_at_start and step == 0:
+        with log.pause():
+            evaluate_now(state, step, progress)
     while step < steps and not asked and not progress.stopped:
-        batch = _to_devices(next(stream), mesh)
+        batch = to_devices(next(stream), mesh)
         shapes = _shapes(batch)
         if step + 1 == every.profile[0]:
             jax.profiler.start_trace(str(run.folder / 'profile'))
@@ -277,9 +281,9 @@ def _evaluation(run: Run, program: Program, mesh: Mesh, data: Data,
     def evaluate_now(state, step, progress):
         batches = loader.evaluation_batches(
             data, 'validation', examples, batch_size=size, n_batches=number, seed=EVALUATION_SEED,
-            buckets=run.task.buckets, **_hosts())
+            buckets=run.task.buckets, **of_this_process())
         values, counts, _ = evaluate(
-            state, (_to_devices(batch, mesh) for batch in batches), program.count, run.task, sites,
+            state, (to_devices(batch, mesh) for batch in batches), program.count, run.task, sites,
             data, 'validation', min(number * size, data.num_records('validation')),
             run.tables.dead_after)
         _check_finite(step, values['loss'], 0., run)
@@ -312,7 +316,7 @@ def _check_finite(step: int, loss: float, grad_norm: float, run: Run) -> None:
 def _stream(run: Run, data: Data) -> loader.BatchStream:
     return loader.BatchStream(data, 'train', run.task.examples(data, run.seed),
                               batch_size=run.train.batch, seed=run.seed,
-                              buckets=run.task.buckets, workers=run.task.workers, **_hosts())
+                              buckets=run.task.buckets, workers=run.task.workers, **of_this_process())
 
 
 def _check_vocabulary(folder: Path, data: Data) -> None:
@@ -324,11 +328,12 @@ def _check_vocabulary(folder: Path, data: Data) -> None:
                       f'run (--config.workdir).')
 
 
-def _hosts() -> dict[str, int]:
+def of_this_process() -> dict[str, int]:
+    """Which part of the batches this process makes."""
     return dict(process_index=jax.process_index(), process_count=jax.process_count())
 
 
-def _to_devices(batch: dict[str, np.ndarray], mesh: Mesh) -> Batch:
+def to_devices(batch: dict[str, np.ndarray], mesh: Mesh) -> Batch:
     """This host's rows as its part of global arrays, split over all devices."""
     return {name: jax.make_array_from_process_local_data(batch_sharding(mesh), rows)
             for name, rows in batch.items()}
