@@ -16,10 +16,12 @@ from pkm_jax.models.causal import CausalConfig
 from pkm_jax.refusal import Refusal
 from pkm_jax.tasks.causal_lm import CausalLM
 from pkm_jax.tasks.classification import Classification
+from pkm_jax.tasks.glue import Glue
 from pkm_jax.tasks.masked_lm import MaskedLM
 
 MODELS = {'bert': BertConfig, 'causal': CausalConfig}
-TASKS = {'masked_lm': MaskedLM, 'causal_lm': CausalLM, 'classification': Classification}
+TASKS = {'masked_lm': MaskedLM, 'causal_lm': CausalLM, 'classification': Classification,
+         'glue': Glue}
 # Fields of a model that the section `memory` holds, by what they are called there.
 PLACEMENT = {'layers': 'memory_layers', 'placement': 'placement', 'zero_start': 'zero_start',
              'shared_values': 'shared_values'}

@@ -30,29 +30,18 @@ SPLITS = ('train', 'validation', 'test')
 
 
 @dataclasses.dataclass(frozen=True)
-class Classification(Labelling):
-    """One's own files: .tsv, .csv, .jsonl or .parquet, with columns named here.
+class TextClassification(Labelling):
+    """Texts with classes or numbers, whichever files they come from.
 
     Raises:
       Refusal: a value is out of its range.
     """
-    train: str = setting('', 'file to train on: .tsv, .csv, .jsonl or .parquet')
-    validation: str = setting('', "file to validate on; '': a share of the training data")
-    test: str = setting('', "file to predict at the end, with labels or without; '': none")
-    validation_fraction: float = setting(
-        0.1, 'share of the training data that is held out where validation is not named',
-        above=0, below=1)
-    text: str = setting('text', 'column of the text')
-    text_pair: str = setting('', "column of the second text of a pair; '': single texts")
-    label: str = setting('label', 'column of the label')
-    problem: str = setting('single_label', 'a class of each text, any number of them, or a number',
-                           choices=PROBLEMS)
     labels: tuple[str, ...] = setting((), 'names of the classes, in the order of the outputs; (): '
                                           'those in the training data')
-    separator: str = setting('|', "between the names in a label, with problem = 'multi_label'")
     class_weights: str = setting('none', "of the loss: 'none', or 'balanced' for the same share of "
                                  'all classes', choices=('none', 'balanced'))
     head_name = 'classifier'
+    separator = ''
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -61,9 +50,17 @@ class Classification(Labelling):
                           f"{self.problem!r}: only 'single_label' has classes to weigh.")
 
     @property
-    def metric(self) -> str:    # type: ignore[override]
-        """By which the best weights are chosen."""
-        return METRIC[self.problem]
+    def problem(self) -> str:
+        """One of PROBLEMS."""
+        raise NotImplementedError
+
+    def read(self, log: Callable[[str], None]) -> dict[str, Texts]:
+        """The texts of each split.
+
+        Raises:
+          Refusal: a file cannot be used; it is named with the line.
+        """
+        raise NotImplementedError
 
     @property
     def classes(self) -> int:
@@ -82,31 +79,6 @@ class Classification(Labelling):
                         'regression': ((), np.float32)}[self.problem]
         return {'labels': ArraySpec(shape, dtype), 'loss_weights': ArraySpec((), np.float32)}
 
-    def read(self, log: Callable[[str], None]) -> dict[str, Texts]:
-        """The texts of each split.
-
-        Raises:
-          Refusal: a file cannot be used; it is named with the line.
-        """
-        found = {}
-        for split in SPLITS:
-            if path := getattr(self, split):
-                needed = [name for name in (self.text, self.text_pair) if name]
-                labels = [self.label] if split != 'test' else []
-                rows = read_table(file_of(path, split), [*needed, *labels], [self.label])
-                known = self.label in rows[0].values
-                found[split] = columns.texts_of(rows, self.text, self.text_pair,
-                                                self.label if known else '')
-        if 'train' not in found:
-            file_of(self.train, 'train')
-        if 'validation' not in found:
-            parts = columns.held_out(len(found['train'].texts), self.validation_fraction)
-            log(f'data: {len(parts[1]):,} of {sum(map(len, parts)):,} examples are held out for '
-                f'validation (data.validation_fraction); data.validation names a file of its own')
-            whole = found['train']
-            found['train'], found['validation'] = (_chosen(whole, part) for part in parts)
-        return found
-
     def prepare(self, vocabulary: str, log: Callable[[str], None]) -> Labelled:
         """The files as sequences of tokens with their targets.
 
@@ -116,12 +88,10 @@ class Classification(Labelling):
         words = self.vocabulary(vocabulary)
         texts = self.read(log)
         parsed = {split: self._parsed(one) for split, one in texts.items()}
-        names = self.labels
-        if self.problem != 'regression':
-            names = self.labels or columns.label_names(parsed['train'])
-            if len(names) < 2 and self.problem == 'single_label':
-                raise Refusal(f'{texts["train"].places[0]}: all examples have the label '
-                              f'{names[0]!r}: there is nothing to tell apart.')
+        names = self.names(parsed) if self.problem != 'regression' else ()
+        if len(names) == 1 and self.problem == 'single_label':
+            raise Refusal(f'{texts["train"].places[0]}: all examples have the label {names[0]!r}: '
+                          f'there is nothing to tell apart.')
         targets = {split: self._targets(found, names, texts[split].places)
                    for split, found in parsed.items()}
         self._say(targets['train'], names, log)
@@ -141,6 +111,10 @@ class Classification(Labelling):
         """The same with the names of the classes, and the buckets that occur."""
         _, names = data.source['train']
         return dataclasses.replace(self.with_buckets(data), labels=tuple(names))
+
+    def names(self, found: dict[str, Any]) -> tuple[str, ...]:
+        """The names of the classes, by the names found in each split."""
+        return self.labels or columns.label_names(found['train'])
 
     def _parsed(self, texts):
         if texts.labels is None:
@@ -243,6 +217,56 @@ class Classification(Labelling):
         return {'prediction': self.labels[int(np.argmax(shares))],
                 'probabilities': dict(zip(self.labels, map(float, shares)))}
 
+
+@dataclasses.dataclass(frozen=True)
+class Classification(TextClassification):
+    """One's own files: .tsv, .csv, .jsonl or .parquet, with columns named here.
+
+    Raises:
+      Refusal: a value is out of its range.
+    """
+    train: str = setting('', 'file to train on: .tsv, .csv, .jsonl or .parquet')
+    validation: str = setting('', "file to validate on; '': a share of the training data")
+    test: str = setting('', "file to predict at the end, with labels or without; '': none")
+    validation_fraction: float = setting(
+        0.1, 'share of the training data that is held out where validation is not named',
+        above=0, below=1)
+    text: str = setting('text', 'column of the text')
+    text_pair: str = setting('', "column of the second text of a pair; '': single texts")
+    label: str = setting('label', 'column of the label')
+    problem: str = setting(     # type: ignore[assignment]
+        'single_label', 'a class of each text, any number of them, or a number', choices=PROBLEMS)
+    separator: str = setting('|', "between the names in a label, with problem = 'multi_label'")
+
+    @property
+    def metric(self) -> str:    # type: ignore[override]
+        """By which the best weights are chosen."""
+        return METRIC[self.problem]
+
+    def read(self, log: Callable[[str], None]) -> dict[str, Texts]:
+        """The texts of each split.
+
+        Raises:
+          Refusal: a file cannot be used; it is named with the line.
+        """
+        found = {}
+        for split in SPLITS:
+            if path := getattr(self, split):
+                needed = [name for name in (self.text, self.text_pair) if name]
+                labels = [self.label] if split != 'test' else []
+                rows = read_table(file_of(path, split), [*needed, *labels], [self.label])
+                known = self.label in rows[0].values
+                found[split] = columns.texts_of(rows, self.text, self.text_pair,
+                                                self.label if known else '')
+        if 'train' not in found:
+            file_of(self.train, 'train')
+        if 'validation' not in found:
+            parts = columns.held_out(len(found['train'].texts), self.validation_fraction)
+            log(f'data: {len(parts[1]):,} of {sum(map(len, parts)):,} examples are held out for '
+                f'validation (data.validation_fraction); data.validation names a file of its own')
+            whole = found['train']
+            found['train'], found['validation'] = (_chosen(whole, part) for part in parts)
+        return found
 
 def _chosen(texts: Texts, numbers: Any) -> Texts:
     return Texts(*(part and [part[number] for number in numbers] for part in texts))
