@@ -26,7 +26,6 @@ from pkm_jax.training import start
 from pkm_jax.training.layout import bytes_of_device, lay_out
 from pkm_jax.training.loop import Diverged, train
 
-DIVERGED = 3    # exit status; 1: refused, 128 + signal: stopped by it
 CONFIG = command_line.define_config()
 
 
@@ -62,7 +61,7 @@ def main(_: list[str]) -> None:
         sys.exit(f'Not trained: {refusal}')
     except Diverged as diverged:
         print(f'Stopped: {diverged}', file=sys.stderr)
-        sys.exit(DIVERGED)
+        sys.exit(diverged.status)
     except Stopped as stopped:
         print(stopped)
         sys.exit(stopped.status)

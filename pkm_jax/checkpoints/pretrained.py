@@ -67,7 +67,7 @@ def open_pretrained(source: str) -> Pretrained:
         found = foreign.load(folder)
         weights = flatten({'params': found.params, 'statistics': found.statistics})
         return Pretrained(source, weights, found.config, vocabulary)
-    checkpoint = store.newest(folder)
+    checkpoint = store.of_run(folder)
     return Pretrained(str(checkpoint), store.read_weights(checkpoint), model_of(config), vocabulary)
 
 
@@ -164,6 +164,6 @@ def _beside(folder: Path, name: str) -> Path | None:
 def _places(folder: Path) -> list[Path]:
     """A folder, and the run that it is a checkpoint of."""
     folder = folder.absolute()
-    if folder.name == 'checkpoints':
+    if folder.name in store.FOLDERS:
         return [folder, folder.parent]
-    return [folder, folder.parents[1]] if folder.parent.name == 'checkpoints' else [folder]
+    return [folder, folder.parents[1]] if folder.parent.name in store.FOLDERS else [folder]

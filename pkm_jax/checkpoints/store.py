@@ -15,6 +15,7 @@ from pkm_jax.refusal import Refusal
 
 # Orbax writes these last: the second one on storage without atomic renames too.
 FINISHED = ('_CHECKPOINT_METADATA', 'commit_success.txt')
+FOLDERS = ('checkpoints', 'best')       # of a run: its newest ones, that of its best evaluation
 # What another run can start from, by what it is called in a checkpoint: the fields of a state.
 MODEL = {'params': 'params', 'statistics': 'batch_stats'}
 
@@ -138,6 +139,16 @@ def newest(folder: Path) -> Path:
         if steps:
             return max(steps, key=lambda path: int(path.name))
     raise Refusal(f'{folder} holds no finished checkpoint.')
+
+
+def of_run(folder: Path) -> Path:
+    """The checkpoint of a run's best evaluation where it keeps that, else `newest`.
+
+    Raises:
+      Refusal: there is none.
+    """
+    best = Path(folder).absolute() / 'best'
+    return newest(best if any(map(_finished, best.glob('*'))) else folder)
 
 
 def read_weights(checkpoint: Path) -> dict[str, StoredArray]:

@@ -15,10 +15,13 @@ from pkm_jax.models.bert import BertConfig
 from pkm_jax.models.causal import CausalConfig
 from pkm_jax.refusal import Refusal
 from pkm_jax.tasks.causal_lm import CausalLM
+from pkm_jax.tasks.classification import Classification
+from pkm_jax.tasks.glue import Glue
 from pkm_jax.tasks.masked_lm import MaskedLM
 
 MODELS = {'bert': BertConfig, 'causal': CausalConfig}
-TASKS = {'masked_lm': MaskedLM, 'causal_lm': CausalLM}
+TASKS = {'masked_lm': MaskedLM, 'causal_lm': CausalLM, 'classification': Classification,
+         'glue': Glue}
 # Fields of a model that the section `memory` holds, by what they are called there.
 PLACEMENT = {'layers': 'memory_layers', 'placement': 'placement', 'zero_start': 'zero_start',
              'shared_values': 'shared_values'}
@@ -63,22 +66,33 @@ def runs_of(config: ml_collections.ConfigDict) -> list[Run]:
     return runs
 
 
-def resolve(config: dict[str, Any], name: str = '') -> Run:
+def resolve(config: dict[str, Any], name: str = '', model: Any = None, task: Any = None) -> Run:
     """The run of a configuration, or of a run's config.json; fields left out have their defaults.
+
+    `model` and `task`: where they are made already, and not described.
 
     Raises:
       Refusal: a field is unknown or cannot work; the message names it, its value and the remedy.
     """
-    task = _chosen(TASKS, 'task', config.get('task', 'masked_lm'))
     top: dict[str, Any] = {field: expand(config[field]) if field in PATHS else config[field]
                            for field in TOP if field in config}
     return Run(
-        model=model_of(config), name=name or Path(config.get('workdir', '')).name,
-        task=_section(task, config['data'], 'data'),
+        model=model or model_of(config), name=name or Path(config.get('workdir', '')).name,
+        task=task or task_of(config),
         tables=_tables(config['memory']), train=_section(Train, config['train'], 'train'),
         distributed=_section(Distributed, config.get('distributed', {}), 'distributed'),
         log=_section(Log, config['log'], 'log'),
         **top)
+
+
+def task_of(config: dict[str, Any]) -> Any:
+    """The task that a configuration names, with its section `data`.
+
+    Raises:
+      Refusal: see `resolve`.
+    """
+    kind = _chosen(TASKS, 'task', config.get('task', 'masked_lm'))
+    return _section(kind, config['data'], 'data')
 
 
 def model_of(config: dict[str, Any]) -> Any:
@@ -89,10 +103,20 @@ def model_of(config: dict[str, Any]) -> Any:
     """
     model, memory = dict(config['model']), config['memory']
     family = _chosen(MODELS, 'model.family', model.pop('family', 'bert'))
-    sizes = {field.name: memory[field.name] for field in dataclasses.fields(MemoryConfig)
-             if field.name in memory}
-    placed = {field: memory[name] for name, field in PLACEMENT.items() if name in memory}
-    return _section(family, {**model, **placed, 'memory': MemoryConfig(**sizes)}, 'model')
+    return _section(family, {**model, **memory_of(memory)}, 'model')
+
+
+def memory_of(section: dict[str, Any]) -> dict[str, Any]:
+    """The fields of a model that the section `memory` holds.
+
+    Raises:
+      Refusal: a size is impossible.
+    """
+    sizes = {field.name: section[field.name] for field in dataclasses.fields(MemoryConfig)
+             if field.name in section}
+    placed = {field: section[name] for name, field in PLACEMENT.items() if name in section}
+    return {name: tuple(value) if isinstance(value, list) else value
+            for name, value in placed.items()} | {'memory': MemoryConfig(**sizes)}
 
 
 def described(run: Run) -> dict[str, Any]:

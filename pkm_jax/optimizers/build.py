@@ -5,7 +5,10 @@ found from its `init` (`values_state_bytes`, layout.py).
 """
 
 import dataclasses
+import functools
 import math
+import re
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -13,6 +16,7 @@ import optax
 from optax.contrib import MuonDimensionNumbers, muon
 
 from pkm_jax.fields import check_settings, setting
+from pkm_jax.memory.sparse_rows import is_rows
 from pkm_jax.optimizers.groups import groups_of, path_of, schedule
 from pkm_jax.optimizers.sparse import lazy_adam, on_rows, rowwise_adagrad, rowwise_adam, sparse_sgd
 from pkm_jax.refusal import Refusal
@@ -69,6 +73,11 @@ SPARSE_VALUES = {
 }
 
 
+# What `freeze` names, by patterns of paths.
+FROZEN = {'nothing': '', 'tables': r'memory/values$',
+          'backbone': r'^(embeddings|layers/\d+/(?!memory)|mlm|nsp)'}
+
+
 @dataclasses.dataclass(frozen=True)
 class OptimizerConfig:
     """How parameters change with their gradients.
@@ -92,6 +101,9 @@ class OptimizerConfig:
     beta2: float = setting(0.999, 'decay of the second moment', least=0., below=1.)
     epsilon: float = setting(1e-6, 'added to the root of the second moment', above=0.)
     clip: float = setting(1.0, 'largest global norm of the gradient; 0: no clipping', least=0.)
+    freeze: str = setting('nothing', "what stays as it is: 'nothing', the value 'tables', or the "
+                          "'backbone', which is all but memories and the heads of a fine-tuned "
+                          "model", choices=tuple(FROZEN))
 
     def __post_init__(self) -> None:
         check_settings(self, 'train')
@@ -110,14 +122,37 @@ def make_optimizer(
     rate = schedule(config.learning_rate, config.warmup, steps)
     values_rate = schedule(config.values_learning_rate, config.warmup, steps)
     decayed, undecayed = BACKBONE[config.optimizer]
+    pattern = FROZEN[config.freeze]
     groups = optax.partition({
         'values': _values_optimizer(config, values_rate, sparse),
         'undecayed': undecayed(config, rate),
         'decayed': decayed(config, rate, config.weight_decay),
-    }, groups_of)
-    if not config.clip:
-        return groups
-    return optax.chain(on_rows(optax.clip_by_global_norm(config.clip)), groups)
+        'frozen': _zeroed(''),
+    }, functools.partial(_labels, pattern))
+    # What is frozen counts for nothing in clipping either.
+    before = [_zeroed(pattern)] if pattern else []
+    if config.clip:
+        before.append(on_rows(optax.clip_by_global_norm(config.clip)))
+    return optax.chain(*before, groups) if before else groups
+
+
+def _labels(frozen: str, params: Any) -> Any:
+    """The group of each parameter, or 'frozen' where its path has that pattern."""
+    return jax.tree_util.tree_map_with_path(
+        lambda path, group: 'frozen' if frozen and re.search(frozen, path_of(path)) else group,
+        groups_of(params))
+
+
+def _zeroed(pattern: str) -> optax.GradientTransformation:
+    """Zeros for the updates of the parameters whose path has the pattern."""
+    def zero(path, leaf):
+        if not re.search(pattern, path_of(path)):
+            return leaf
+        return (leaf._replace(rows=jnp.zeros_like(leaf.rows)) if is_rows(leaf) else
+                jnp.zeros_like(leaf))
+
+    return optax.stateless(lambda updates, _: jax.tree_util.tree_map_with_path(
+        zero, updates, is_leaf=is_rows))
 
 
 def values_optimizers(sparse: bool) -> tuple[str, ...]:
