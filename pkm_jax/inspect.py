@@ -21,7 +21,7 @@ from pkm_jax.data.files import expand
 from pkm_jax.inspection.arrays import write_arrays
 from pkm_jax.inspection.page import write_page
 from pkm_jax.inspection.survey import survey
-from pkm_jax.prediction.texts import given
+from pkm_jax.prediction.texts import Fields, given
 from pkm_jax.prediction.trained import open_trained
 from pkm_jax.refusal import Refusal
 
@@ -47,8 +47,7 @@ def look(options: argparse.Namespace) -> None:
       Refusal: the model has no memory, or there is no text.
     """
     start = time.perf_counter()
-    texts = given(options.texts, options.file)
-    found = survey(open_trained(options.folder), (text.content for text in texts),
+    found = survey(open_trained(options.folder), given(options.texts, options.file, Fields()),
                    shown_texts=options.texts_shown, shown_slots=options.slots_shown,
                    rows=options.batch)
     folder = Path(expand(options.to or Path(options.folder) / 'inspection'))
@@ -56,11 +55,11 @@ def look(options: argparse.Namespace) -> None:
     source = Path(options.file).name if options.file else 'the texts given'
     write_page(found, folder / 'inspect.html', source, options.slots_shown)
     write_arrays(found, folder / 'slots.npz')
-    cutter = found.cutter
-    if cutter.truncated:
-        print(f'{cutter.truncated:,} of {found.texts:,} texts were cut off: the model takes '
-              f'{found.trained.config.max_length:,} tokens.', file=sys.stderr)
-    print(f'{found.texts:,} texts of {cutter.tokens:,} tokens in '
+    tally = found.tally
+    if tally.truncated:
+        print(f'{tally.truncated:,} of {found.texts:,} texts were cut off: the model takes '
+              f'{tally.longest:,} tokens.', file=sys.stderr)
+    print(f'{found.texts:,} texts of {tally.tokens:,} tokens in '
           f'{time.perf_counter() - start:.1f} s.', file=sys.stderr)
     print(folder / 'inspect.html', folder / 'slots.npz', sep='\n')
 

@@ -26,7 +26,7 @@ def page_data(survey: Survey, source: str, shown_slots: int) -> dict[str, Any]:
     trained = survey.trained
     return {
         'model': trained.name, 'source': source, 'texts': survey.texts,
-        'tokens': survey.cutter.tokens, 'kinds': KINDS, 'lens': has_lens(trained),
+        'tokens': survey.tally.tokens, 'kinds': KINDS, 'lens': has_lens(trained),
         'layers': [_layer(survey, layer, shown_slots) for layer in survey.readers],
         'shown': [_text(words, reads) for words, reads in survey.shown]}
 

@@ -12,6 +12,7 @@ from jaxtyping import Array, Float, Int32
 from pkm_jax.inspection.words import WordCutter, Words
 from pkm_jax.models.bert import BertConfig
 from pkm_jax.prediction.batches import Shapes, TokenBatch, in_order
+from pkm_jax.prediction.texts import Text
 from pkm_jax.prediction.trained import Trained
 from pkm_jax.refusal import Refusal
 
@@ -23,7 +24,7 @@ class Reads(NamedTuple):
 
 
 def read_texts(
-    trained: Trained, texts: Iterable[str], cutter: WordCutter, rows: int,
+    trained: Trained, texts: Iterable[Text], cutter: WordCutter, rows: int,
 ) -> Iterator[tuple[Words, dict[int, Reads]]]:
     """Each text, with the reads of each memory by its layer.
 
@@ -42,7 +43,7 @@ def read_texts(
              for layer, reads in found.items()} for row, text in enumerate(chosen)]
 
     shapes = Shapes(rows, trained.config.max_length)
-    return in_order(map(cutter, texts), shapes, trained.vocabulary.pad_id, run)
+    return in_order(texts, cutter, shapes, trained.vocabulary.pad_id, run)
 
 
 def _reads(

@@ -7,6 +7,8 @@ from typing import NamedTuple
 from pkm_jax.inspection.readers import Readers, WordIndex
 from pkm_jax.inspection.reading import Reads, read_texts
 from pkm_jax.inspection.words import WordCutter, Words
+from pkm_jax.prediction.cutting import Tally
+from pkm_jax.prediction.texts import Text
 from pkm_jax.prediction.trained import Trained
 from pkm_jax.refusal import Refusal
 
@@ -20,11 +22,11 @@ class Survey(NamedTuple):
     readers: dict[int, Readers]                         # of each memory by its layer
     shown: list[tuple[Words, dict[int, Reads]]]         # the first texts
     texts: int
-    cutter: WordCutter                                  # which counted tokens and truncated texts
+    tally: Tally                                        # of their tokens
 
 
 def survey(
-    trained: Trained, texts: Iterable[str], *, shown_texts: int, shown_slots: int, rows: int,
+    trained: Trained, texts: Iterable[Text], *, shown_texts: int, shown_slots: int, rows: int,
 ) -> Survey:
     """Reads texts through a model, `rows` at a time.
 
@@ -46,4 +48,4 @@ def survey(
             own.add([(words, numbers, reads[layer]) for words, numbers, reads in numbered])
     if not count:
         raise Refusal('There is no text to read: give some, or --file.')
-    return Survey(trained, index, readers, shown, count, cutter)
+    return Survey(trained, index, readers, shown, count, cutter.tally)

@@ -6,6 +6,8 @@ from collections.abc import Sequence
 
 from pkm_jax.data.vocabulary import Vocabulary
 from pkm_jax.prediction.batches import Encoded
+from pkm_jax.prediction.cutting import Tally
+from pkm_jax.prediction.texts import Text
 
 KINDS = ('word', 'capitalised', 'in pieces', 'number', 'punctuation', 'special')
 LONGEST = 40        # characters of a word that are kept
@@ -22,22 +24,24 @@ class Words(Encoded):
 
 
 class WordCutter:
-    """Cuts texts for a model that takes `length` tokens; `truncated` counts those that are longer,
-    whose ends are left out, and `tokens` those of all texts."""
+    """Cuts texts to words for a model that takes `longest` tokens."""
 
-    def __init__(self, vocabulary: Vocabulary, length: int):
-        self._vocabulary, self._room = vocabulary, length - 2
+    def __init__(self, vocabulary: Vocabulary, longest: int):
+        self._vocabulary, self._room = vocabulary, longest - 2
         self._tokenizer = vocabulary.tokenizer()
         self._tokenizer.encode_special_tokens = False
-        self.truncated = self.tokens = 0
+        self.tally = Tally(longest)
 
-    def __call__(self, text: str) -> Words:
-        """The words of a text between [CLS] and [SEP]."""
+    def __call__(self, texts: Sequence[Text]) -> list[Words]:
+        """The words of each text between [CLS] and [SEP]."""
+        return [self._words(text.content) for text in texts]
+
+    def _words(self, text: str) -> Words:
         vocabulary = self._vocabulary
         found = self._tokenizer.encode(text, add_special_tokens=False)
-        self.truncated += len(found.ids) > self._room
+        self.tally.truncated += len(found.ids) > self._room
         ids = [vocabulary.cls_id, *found.ids[:self._room], vocabulary.sep_id]
-        self.tokens += len(ids)
+        self.tally.tokens += len(ids)
         word_of, spans, pieces, before = [0], [(0, 0)], [1], None
         for word, (start, end) in zip(found.word_ids[:self._room], found.offsets):
             if word is None or word != before:

@@ -12,6 +12,8 @@ from typing import NamedTuple, TypeVar
 import numpy as np
 from jaxtyping import Int
 
+from pkm_jax.prediction.texts import Text
+
 SHORTEST = 32       # tokens, to which shorter texts are padded
 WINDOW = 32         # batches that are sorted together, once so many texts have come
 Result = TypeVar('Result')
@@ -48,15 +50,16 @@ class Shapes:
 
 
 def in_order(
-    texts: Iterable[AnyEncoded], shapes: Shapes, pad: int,
+    texts: Iterable[Text], encode: Callable[[Sequence[Text]], list[AnyEncoded]], shapes: Shapes,
+    pad: int,
     run: Callable[[TokenBatch, Sequence[AnyEncoded]], Callable[[], Sequence[Result]]],
 ) -> Iterator[tuple[AnyEncoded, Result]]:
-    """Each text with its result, in the order of the texts.
+    """What `encode` makes of texts, each with its result, in the order of the texts.
 
     `run` starts the computation of a batch and returns what waits for the results of its texts: the
     batches of a window are all started before the first one is waited for.
     """
-    for window in _windows(texts, shapes.rows):
+    for window in map(encode, _windows(texts, shapes.rows)):
         by_length = sorted(range(len(window)), key=lambda place: len(window[place].ids))
         started = []
         for first in range(0, len(window), shapes.rows):
@@ -80,9 +83,9 @@ def padded(texts: Sequence[Encoded], shapes: Shapes, pad: int) -> TokenBatch:
     return TokenBatch(tokens, segments, lengths)
 
 
-def _windows(texts: Iterable[AnyEncoded], rows: int) -> Iterator[list[AnyEncoded]]:
+def _windows(texts: Iterable[Text], rows: int) -> Iterator[list[Text]]:
     """One batch first, which is soon answered, then twice as many each time."""
-    window: list[AnyEncoded] = []
+    window: list[Text] = []
     size = rows
     for text in texts:
         window.append(text)

@@ -2,7 +2,6 @@
 
 import dataclasses
 import functools
-import itertools
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any
 
@@ -14,7 +13,8 @@ from jaxtyping import Array, Bool, Float, Int, Int32, Key
 
 from pkm_jax.models.causal import CausalConfig, Past
 from pkm_jax.prediction.batches import Encoded, Shapes, TokenBatch, in_order
-from pkm_jax.prediction.texts import Cutter, Text
+from pkm_jax.prediction.cutting import Cutter
+from pkm_jax.prediction.texts import Fields, Text
 from pkm_jax.prediction.trained import Trained
 from pkm_jax.refusal import Refusal
 
@@ -64,7 +64,8 @@ class Continue:
             raise Refusal(f'--max_new={most} must lie within 1..{config.max_length - 1}: the model '
                           f'takes {config.max_length} tokens, the prompt among them.')
         self._trained, self._most, self._seed = trained, most, sampling.seed
-        self.cutter = Cutter(trained.vocabulary, config.max_length - most, ends=False)
+        self._cutter = Cutter(trained.vocabulary, config.max_length - most, ends=False)
+        self.tally, self.fields, self._count = self._cutter.tally, Fields(), 0
         vocabulary = trained.vocabulary
         allowed = np.zeros(config.vocab_size, bool)
         allowed[vocabulary.ordinary_ids] = allowed[vocabulary.sep_id] = True
@@ -77,8 +78,7 @@ class Continue:
         vocabulary = self._trained.vocabulary
         decode = vocabulary.tokenizer().decode
         shapes = Shapes(rows, self._trained.config.max_length)
-        encoded = map(self._encode, texts, itertools.count())
-        for text, new in in_order(encoded, shapes, vocabulary.pad_id, self._run):
+        for text, new in in_order(texts, self._encode, shapes, vocabulary.pad_id, self._run):
             ended = vocabulary.sep_id in new
             new = new[:new.index(vocabulary.sep_id)] if ended else new
             before = decode(text.ids)
@@ -89,8 +89,11 @@ class Continue:
         """A result for people: the text and how it goes on."""
         return f'{result["text"]} …{result["continuation"]}{"" if result["ended"] else " …"}'
 
-    def _encode(self, text: Text, number: int) -> Prompt:
-        return Prompt(text.content, self.cutter(text.content)[0], number=number)
+    def _encode(self, texts: Sequence[Text]) -> list[Prompt]:
+        first = self._count
+        self._count += len(texts)
+        return [Prompt(text.content, self._cutter(text.content)[0], number=number)
+                for number, text in enumerate(texts, first)]
 
     def _run(self, batch: TokenBatch, texts: Sequence[Prompt]) -> Callable[[], list[list[int]]]:
         numbers = np.zeros(len(batch.tokens), np.uint32)

@@ -12,7 +12,8 @@ from jaxtyping import Array, Float, Int, Int32
 
 from pkm_jax.models.bert import BertConfig
 from pkm_jax.prediction.batches import Encoded, Shapes, TokenBatch, in_order
-from pkm_jax.prediction.texts import Cutter, Text
+from pkm_jax.prediction.cutting import Cutter
+from pkm_jax.prediction.texts import Fields, Text
 from pkm_jax.prediction.trained import Trained
 from pkm_jax.refusal import Refusal
 
@@ -41,7 +42,8 @@ class FillMask:
             raise Refusal(f'--top_k={top_k} must lie within 1..{words:,}, the words of the '
                           f'vocabulary.')
         self._trained = trained
-        self.cutter = Cutter(trained.vocabulary, trained.config.max_length)
+        self._cutter = Cutter(trained.vocabulary, trained.config.max_length)
+        self.tally, self.fields = self._cutter.tally, Fields()
         self._program = jax.jit(functools.partial(_best_words, trained.graph, top_k, words))
 
     def __call__(self, texts: Iterable[Text], rows: int) -> Iterator[dict[str, Any]]:
@@ -52,8 +54,7 @@ class FillMask:
         """
         vocabulary = self._trained.vocabulary
         shapes = Shapes(rows, self._trained.config.max_length)
-        encoded = map(self._encode, texts)
-        for text, best in in_order(encoded, shapes, vocabulary.pad_id, self._run):
+        for text, best in in_order(texts, self._encode, shapes, vocabulary.pad_id, self._run):
             yield {'text': text.text, 'masks': [
                 [{'word': vocabulary.tokens[word], 'score': float(score)}
                  for score, word in zip(*mask)] for mask in best]}
@@ -66,9 +67,12 @@ class FillMask:
             lines += [f'  {entry["score"]:6.1%}  {entry["word"]}' for entry in mask]
         return '\n'.join(lines)
 
-    def _encode(self, text: Text) -> Masked:
+    def _encode(self, texts: Sequence[Text]) -> list[Masked]:
+        return [self._masked(text) for text in texts]
+
+    def _masked(self, text: Text) -> Masked:
         vocabulary = self._trained.vocabulary
-        ids, beyond = self.cutter(text.content)
+        ids, beyond = self._cutter(text.content)
         masks = [place for place, token in enumerate(ids) if token == vocabulary.mask_id]
         name = vocabulary.special_tokens.mask
         if vocabulary.mask_id in beyond:

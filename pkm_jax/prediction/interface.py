@@ -3,12 +3,14 @@
 from collections.abc import Iterable, Iterator
 from typing import Any, Protocol
 
-from pkm_jax.prediction.texts import Cutter, Text
+from pkm_jax.prediction.cutting import Tally
+from pkm_jax.prediction.texts import Fields, Text
 
 
 class Predictor(Protocol):
     """A way to use a model."""
-    cutter: Cutter      # which counts the texts that it cut off
+    tally: Tally
+    fields: Fields      # of the texts that it takes
 
     def __call__(self, texts: Iterable[Text], rows: int) -> Iterator[dict[str, Any]]:
         """A JSON-able result of each text, in order; `rows` texts are computed at a time."""

@@ -204,9 +204,10 @@ class TextClassification(Labelling):
             label = None if texts.labels is None else texts.labels[number]
             seconds = {} if texts.seconds is None else {'text_pair': texts.seconds[number]}
             yield {'place': texts.places[number], 'text': texts.texts[number], **seconds,
-                   'label': label, **self._said(row)}
+                   'label': label, **self.said(row)}
 
-    def _said(self, logits):
+    def said(self, logits: Float[np.ndarray, 'classes']) -> dict[str, Any]:
+        """What the outputs for a text say: a class, classes or a number, and probabilities."""
         if self.problem == 'regression':
             return {'prediction': float(logits[0])}
         if self.problem == 'multi_label':
