@@ -29,6 +29,7 @@ from pkm_jax.data.labelled import Labelled
 from pkm_jax.processes import hosts
 from pkm_jax.processes.preemption import Stopped
 from pkm_jax.refusal import Refusal
+from pkm_jax.tasks.finetuning import FinetuningTask
 from pkm_jax.training import start
 from pkm_jax.training.evaluation import Evaluation
 from pkm_jax.training.layout import bytes_of_device, lay_out
@@ -81,29 +82,30 @@ def finetune(config: dict[str, Any]) -> Results:
         train(one, layout, data)
         with start.phase('scoring the best weights'):
             found = score(one, layout, data, [split for split in data.splits if split != 'train'])
-        results[one.name] = _report(one, data, found, schedule_of(config).epochs)
-    return _summary(Path(config['workdir']), runs, results)
+        results[one.name] = _report(one, task, data, found, schedule_of(config).epochs)
+    return _summary(Path(config['workdir']), task.metric, runs, results)
 
 
-def _report(run: Run, data: Labelled, found: dict[str, Evaluation], epochs: float) -> Results:
+def _report(run: Run, task: FinetuningTask, data: Labelled, found: dict[str, Evaluation],
+            epochs: float) -> Results:
     """Writes what a run reaches, and its predictions; returns the former."""
     results: Results = {'epoch': epochs}
     for split, evaluation in found.items():
         kind, _, part = split.partition('_')
         prefix = {'validation': 'eval'}.get(kind, kind)
-        values = evaluation.values | run.task.baseline(data, split) | {
+        values = evaluation.values | task.baseline(data, split) | {
             'samples': data.num_records(split)}
         results |= {f'{prefix}_{name}' + (f'_{part}' if part else ''): value
                     for name, value in values.items() if isinstance(value, (int, float))}
     results |= _usage(run, found['validation'])
-    results['score'] = run.task.score({split: one.values for split, one in found.items()})
+    results['score'] = task.score({split: one.values for split, one in found.items()})
     if jax.process_index() == 0:
         _write(run.folder / 'eval_results.json', results)
         for split, evaluation in found.items():
             with (run.folder / f'predictions_{split}.jsonl').open('w', encoding='utf-8') as file:
                 file.writelines(json.dumps(row, ensure_ascii=False) + '\n'
-                                for row in run.task.rows(data, split, evaluation.outputs))
-            for path in run.task.write(run.folder, data, split, evaluation.outputs):
+                                for row in task.rows(data, split, evaluation.outputs))
+            for path in task.write(run.folder, data, split, evaluation.outputs):
                 _say(f'written: {path}')
     _say(f'{run.name}: ' + ', '.join(f'{name} {value:.4f}' for name, value in results.items()
                                      if isinstance(value, float)))
@@ -120,16 +122,16 @@ def _usage(run: Run, found: Evaluation) -> Results:
                        for name, after in found.values['memory'].items()}}
 
 
-def _summary(folder: Path, runs: list[Run], results: dict[str, Results]) -> Results:
+def _summary(folder: Path, metric: str, runs: list[Run], results: dict[str, Results]) -> Results:
     """The mean and deviation over seeds for each learning rate; that of the best one."""
     scores: dict[float, list[float]] = {}
     for one in runs:
         scores.setdefault(one.train.learning_rate, []).append(results[one.name]['score'])
-    rates = {f'{rate:g}': {'mean': float(np.mean(some)), 'scores': some,
+    rates: dict[str, Results] = {f'{rate:g}': {'mean': float(np.mean(some)), 'scores': some,
                            'deviation': float(np.std(some, ddof=1)) if len(some) > 1 else 0.}
              for rate, some in scores.items()}
     best = max(rates, key=lambda rate: rates[rate]['mean'])
-    summary = {'metric': runs[0].task.metric, 'learning_rate': float(best), **rates[best],
+    summary = {'metric': metric, 'learning_rate': float(best), **rates[best],
                'learning_rates': rates, 'runs': results}
     if len(runs) > 1:
         _write(folder / 'summary.json', summary)

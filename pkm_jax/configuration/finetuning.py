@@ -8,12 +8,13 @@ from typing import Any
 
 import ml_collections
 
-from pkm_jax.configuration.resolve import defaults, memory_of, resolve
+from pkm_jax.configuration.resolve import defaults, memory_of, resolve, section_of
 from pkm_jax.configuration.run import Run
 from pkm_jax.data.files import expand
 from pkm_jax.data.labelled import Labelled
 from pkm_jax.fields import check_settings, setting
 from pkm_jax.models.bert import BertConfig
+from pkm_jax.models.interface import ModelConfig
 from pkm_jax.refusal import Refusal
 from pkm_jax.tasks.finetuning import FinetuningTask
 
@@ -78,12 +79,11 @@ def schedule_of(config: dict[str, Any]) -> Schedule:
     Raises:
       Refusal: a value is out of its range.
     """
-    return Schedule(**{name: tuple(value) if isinstance(value, list) else value
-                       for name, value in config['finetune'].items()})
+    return section_of(Schedule, config['finetune'], 'finetune')
 
 
 def runs_of(config: dict[str, Any], task: FinetuningTask, data: Labelled,
-            source: BertConfig) -> list[Run]:
+            source: ModelConfig) -> list[Run]:
     """A run for each learning rate and seed; several in folders of their own below the workdir.
 
     `task` knows its data, `source` is the model of the weights to start from.
@@ -117,7 +117,7 @@ def runs_of(config: dict[str, Any], task: FinetuningTask, data: Labelled,
     return runs
 
 
-def model_of(config: dict[str, Any], source: BertConfig) -> BertConfig:
+def model_of(config: dict[str, Any], source: ModelConfig) -> BertConfig:
     """The model of the weights, with what the configuration sets of it: a memory too, if it places
     one where the weights have none.
 

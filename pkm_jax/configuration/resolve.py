@@ -18,10 +18,13 @@ from pkm_jax.tasks.causal_lm import CausalLM
 from pkm_jax.tasks.classification import Classification
 from pkm_jax.tasks.glue import Glue
 from pkm_jax.tasks.masked_lm import MaskedLM
+from pkm_jax.tasks.question_answering import QuestionAnswering
+from pkm_jax.tasks.token_classification import TokenClassification
 
 MODELS = {'bert': BertConfig, 'causal': CausalConfig}
 TASKS = {'masked_lm': MaskedLM, 'causal_lm': CausalLM, 'classification': Classification,
-         'glue': Glue}
+         'glue': Glue, 'question_answering': QuestionAnswering,
+         'token_classification': TokenClassification}
 # Fields of a model that the section `memory` holds, by what they are called there.
 PLACEMENT = {'layers': 'memory_layers', 'placement': 'placement', 'zero_start': 'zero_start',
              'shared_values': 'shared_values'}
@@ -79,9 +82,9 @@ def resolve(config: dict[str, Any], name: str = '', model: Any = None, task: Any
     return Run(
         model=model or model_of(config), name=name or Path(config.get('workdir', '')).name,
         task=task or task_of(config),
-        tables=_tables(config['memory']), train=_section(Train, config['train'], 'train'),
-        distributed=_section(Distributed, config.get('distributed', {}), 'distributed'),
-        log=_section(Log, config['log'], 'log'),
+        tables=_tables(config['memory']), train=section_of(Train, config['train'], 'train'),
+        distributed=section_of(Distributed, config.get('distributed', {}), 'distributed'),
+        log=section_of(Log, config['log'], 'log'),
         **top)
 
 
@@ -92,7 +95,7 @@ def task_of(config: dict[str, Any]) -> Any:
       Refusal: see `resolve`.
     """
     kind = _chosen(TASKS, 'task', config.get('task', 'masked_lm'))
-    return _section(kind, config['data'], 'data')
+    return section_of(kind, config['data'], 'data')
 
 
 def model_of(config: dict[str, Any]) -> Any:
@@ -103,7 +106,7 @@ def model_of(config: dict[str, Any]) -> Any:
     """
     model, memory = dict(config['model']), config['memory']
     family = _chosen(MODELS, 'model.family', model.pop('family', 'bert'))
-    return _section(family, {**model, **memory_of(memory)}, 'model')
+    return section_of(family, {**model, **memory_of(memory)}, 'model')
 
 
 def memory_of(section: dict[str, Any]) -> dict[str, Any]:
@@ -151,11 +154,15 @@ def _chosen(named, field, value):
 
 def _tables(memory):
     found = {name: memory[name] for name in ('updates', 'dead_after') if name in memory}
-    return Tables(**found, shards=_section(Parts, memory.get('shards', {}), 'memory.shards'))
+    return Tables(**found, shards=section_of(Parts, memory.get('shards', {}), 'memory.shards'))
 
 
-def _section(kind, values, name):
-    """A dataclass of a section's values, lists as tuples."""
+def section_of(kind: type, values: dict[str, Any], name: str) -> Any:
+    """A dataclass of a section's values, lists as tuples.
+
+    Raises:
+      Refusal: it has no such field, or a value cannot work.
+    """
     known = {field.name for field in dataclasses.fields(kind)}
     if unknown := sorted(values.keys() - known):
         raise Refusal(f'{name}.{unknown[0]} is no field of {kind.__name__}: it has '

@@ -73,7 +73,7 @@ class LabelledExamples:
         return {**found, 'lengths': len(record['tokens']), 'example': number, 'weights': 1.}
 
 
-def labelled_arrays(length: int, pad: int = 0, **own: ArraySpec) -> dict[str, ArraySpec]:
+def labelled_arrays(length: int, own: dict[str, ArraySpec], pad: int = 0) -> dict[str, ArraySpec]:
     """Tokens with their segments, the number of the example, 1 where there is one, a task's own."""
     return {**token_arrays(length, pad), 'segments': ArraySpec((length,), np.int32, by_token=True),
             'example': ArraySpec((), np.int32), 'weights': ArraySpec((), np.float32), **own}

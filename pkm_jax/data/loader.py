@@ -1,7 +1,8 @@
 """Prepared records to batches: shuffled each epoch, the same for any number of workers and hosts.
 
-Records whose lengths are known come in batches of like length (labelled.py). A batch is a dict of NumPy arrays with the examples' arrays (examples.py) one below the other. Rows
-without an example, in the last batch of an evaluation, hold what fills arrays: length 0.
+Records whose lengths are known come in batches of like length (labelled.py). A batch is a dict of
+NumPy arrays with the examples' arrays (examples.py) one below the other. Rows without an example,
+in the last batch of an evaluation, hold what fills arrays: length 0.
 """
 
 import dataclasses
@@ -85,9 +86,9 @@ class BatchStream:
     Host `process_index` of `process_count` gets its contiguous rows of every global batch of
     `batch_size`. Every epoch passes all records once, in an order drawn from `seed`; a batch may
     reach into the next epoch. Records of known lengths come in batches of like length, padded to
-    one of `buckets`, and the last batch of an epoch is filled with rows without one. `workers` processes read and mask; 0 does so in threads of this
-    process. A script that asks for workers must guard its entry point with `if __name__ ==
-    '__main__'`.
+    one of `buckets`, and the last batch of an epoch is filled with rows without one. `workers`
+    processes read and mask; 0 does so in threads of this process. A script that asks for workers
+    must guard its entry point with `if __name__ == '__main__'`.
     Raises Refusal where the batch does not divide over the hosts.
     """
 
@@ -105,7 +106,7 @@ class BatchStream:
             places = (grain.MapDataset.range(size).shuffle(seed=seed).repeat()
                       .map_with_index(lambda position, record: (position // size, record))
                       .batch(rows)[process_index::process_count]
-                      .map(lambda pair: Places(*pair, length=0)))
+                      .map(lambda pair: Places(pair[0], pair[1], length=0)))
         self._batches = places.map(Collate(records, split, examples))
         self._workers = workers
         self._identity = {'fingerprint': records.fingerprint, 'split': split, 'seed': seed,

@@ -118,7 +118,7 @@ def _jsonl(file: Path) -> Iterator[Row]:
 
 
 def _parquet(file: Path) -> Iterator[Row]:
-    import pyarrow      # not needed where files are text
+    import pyarrow  # not needed where files are text
     import pyarrow.parquet
     refuse_pointer(file)
     try:

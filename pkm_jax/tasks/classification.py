@@ -3,7 +3,7 @@
 import dataclasses
 from collections import Counter
 from collections.abc import Callable, Iterator
-from typing import Any
+from typing import Any, Self
 
 import jax
 import jax.numpy as jnp
@@ -75,9 +75,10 @@ class TextClassification(Labelling):
     @property
     def targets(self) -> dict[str, ArraySpec]:
         """A class with its weight in the loss, all classes, or a number."""
-        shape, dtype = {'single_label': ((), np.int32), 'multi_label': ((self.classes,), np.float32),
-                        'regression': ((), np.float32)}[self.problem]
-        return {'labels': ArraySpec(shape, dtype), 'loss_weights': ArraySpec((), np.float32)}
+        labels = {'single_label': ArraySpec((), np.int32),
+                  'multi_label': ArraySpec((self.classes,), np.float32),
+                  'regression': ArraySpec((), np.float32)}[self.problem]
+        return {'labels': labels, 'loss_weights': ArraySpec((), np.float32)}
 
     def prepare(self, vocabulary: str, log: Callable[[str], None]) -> Labelled:
         """The files as sequences of tokens with their targets.
@@ -107,7 +108,7 @@ class TextClassification(Labelling):
         return Labelled(self.vocab or vocabulary, len(words.tokens), splits,
                         {split: (one, names) for split, one in texts.items()})
 
-    def of_data(self, data: Labelled) -> 'Classification':
+    def of_data(self, data: Labelled) -> Self:
         """The same with the names of the classes, and the buckets that occur."""
         _, names = data.source['train']
         return dataclasses.replace(self.with_buckets(data), labels=tuple(names))

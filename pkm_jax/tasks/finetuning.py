@@ -1,9 +1,9 @@
 """What all tasks with labels have in common: their files, their batches, what a head reads."""
 
 import dataclasses
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
-from typing import Any, Protocol, runtime_checkable
+from typing import Any, Protocol, Self, runtime_checkable
 
 import jax.numpy as jnp
 import numpy as np
@@ -31,8 +31,6 @@ class FinetuningTask(Task, Protocol):
     def metric(self) -> str:
         """By which the best weights are chosen."""
 
-    def prepare(self, vocabulary: str, log: Callable[[str], None]) -> Labelled: ...
-
     def of_data(self, data: Labelled) -> 'FinetuningTask':
         """The same with what only the data say, such as label names."""
 
@@ -48,7 +46,9 @@ class FinetuningTask(Task, Protocol):
     def rows(self, data: Labelled, split: str, outputs: dict[str, Any]) -> Iterator[dict[str, Any]]:
         """A line for each prediction, in the order of the data."""
 
-    def write(self, folder: Path, data: Labelled, split: str, outputs: dict[str, Any]) -> list[Path]:
+    def write(
+        self, folder: Path, data: Labelled, split: str, outputs: dict[str, Any],
+    ) -> list[Path]:
         """Files in the form that others score or submit, beside those lines."""
 
 
@@ -96,7 +96,7 @@ class Labelling:
         """
         return tokenizer.load(self.vocab or found)
 
-    def with_buckets(self, data: Labelled) -> 'Labelling':
+    def with_buckets(self, data: Labelled) -> Self:
         """The same with the buckets that some example of the data falls into."""
         lengths = np.concatenate([data.lengths(split) for split in data.splits])
         if self.buckets and lengths.max() > self.buckets[-1]:
@@ -109,11 +109,11 @@ class Labelling:
     def examples(self, data: Labelled, seed: int) -> LabelledExamples:
         """The records as they are: nothing in them is random."""
         pad = tokenizer.load(data.vocab_path).pad_id
-        return LabelledExamples(labelled_arrays(self.length, pad, **self.targets))
+        return LabelledExamples(labelled_arrays(self.length, self.targets, pad))
 
     @property
     def arrays(self) -> dict[str, ArraySpec]:
-        return labelled_arrays(self.length, **self.targets)
+        return labelled_arrays(self.length, self.targets)
 
     @property
     def targets(self) -> dict[str, ArraySpec]:
@@ -140,7 +140,9 @@ class Labelling:
         """Nothing to compare with."""
         return {}
 
-    def write(self, folder: Path, data: Labelled, split: str, outputs: dict[str, Any]) -> list[Path]:
+    def write(
+        self, folder: Path, data: Labelled, split: str, outputs: dict[str, Any],
+    ) -> list[Path]:
         """Nothing beside the lines."""
         return []
 
@@ -152,7 +154,7 @@ class Labelling:
 def in_order(outputs: dict[str, Any]) -> dict[str, np.ndarray]:
     """Outputs of all examples in the order of the data, each exactly once."""
     numbers = outputs['example']
-    order: Int[np.ndarray, 'n'] = np.argsort(numbers, kind='stable')
+    order: Int[np.ndarray, n] = np.argsort(numbers, kind='stable')
     if not np.array_equal(numbers[order], np.arange(len(numbers))):
         raise AssertionError(f'{len(numbers)} outputs of {len(set(numbers.tolist()))} examples')
     return {name: array[order] for name, array in outputs.items()}

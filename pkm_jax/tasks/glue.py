@@ -75,7 +75,9 @@ class Glue(TextClassification):
         return float(np.mean([one[self.metric] for split, one in values.items()
                               if split.startswith('validation')]))
 
-    def write(self, folder: Path, data: Labelled, split: str, outputs: dict[str, Any]) -> list[Path]:
+    def write(
+        self, folder: Path, data: Labelled, split: str, outputs: dict[str, Any],
+    ) -> list[Path]:
         """The predictions of a test split as GLUE's server takes them."""
         if not split.startswith('test'):
             return []

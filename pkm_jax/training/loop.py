@@ -316,7 +316,8 @@ def _check_finite(step: int, loss: float, grad_norm: float, run: Run) -> None:
 def _stream(run: Run, data: Data) -> loader.BatchStream:
     return loader.BatchStream(data, 'train', run.task.examples(data, run.seed),
                               batch_size=run.train.batch, seed=run.seed,
-                              buckets=run.task.buckets, workers=run.task.workers, **of_this_process())
+                              buckets=run.task.buckets, workers=run.task.workers,
+                              **of_this_process())
 
 
 def _check_vocabulary(folder: Path, data: Data) -> None:
