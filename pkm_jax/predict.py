@@ -4,10 +4,13 @@
     python -m pkm_jax.predict runs/bert_base_pkm --file=texts.txt > words.jsonl
     python -m pkm_jax.predict runs/causal_pkm "In the beginning" --temperature=0.8 --top_p=0.95
 
-FOLDER is a run, one of its checkpoints, a converted checkpoint or a Hugging Face BERT folder. A
-BERT with its MLM head fills masks; a causal model continues prompts. Without texts and --file they
-are read from standard input, one a line. Results come in the order of the texts: a JSON object a line,
-or, on a terminal, text.
+    python -m pkm_jax.predict runs/squad "Who wrote it?" "It was written by Ada."
+
+FOLDER is a run, one of its checkpoints, a converted checkpoint or a Hugging Face BERT folder. What
+is said is what the model was trained for: classes or numbers of texts and pairs, answers to
+questions over contexts, labels of words, words for masks, or how a prompt goes on. Without texts
+and --file they are read from standard input, one a line. Results come in the order of
+the texts: a JSON object a line, or, on a terminal, text.
 """
 
 import argparse
@@ -21,12 +24,16 @@ from absl import logging
 
 from pkm_jax.console import survive_any_console
 from pkm_jax.models.causal import CausalConfig
+from pkm_jax.prediction import labelling
 from pkm_jax.prediction.continuation import Continue, Sampling
 from pkm_jax.prediction.fill_mask import FillMask
 from pkm_jax.prediction.interface import Predictor
 from pkm_jax.prediction.texts import given
 from pkm_jax.prediction.trained import open_trained
 from pkm_jax.refusal import Refusal
+from pkm_jax.tasks.classification import TextClassification
+from pkm_jax.tasks.question_answering import QuestionAnswering
+from pkm_jax.tasks.token_classification import TokenClassification
 
 # Options that one kind of model alone reads, with their values where they are not given.
 OF_CAUSAL = {'temperature': 1., 'top_p': 1., 'seed': 0, 'max_new': 32}
@@ -43,7 +50,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         if options.batch < 1:
             raise Refusal(f'--batch={options.batch} must be 1 or more.')
         predictor = _predictor(options)
-        texts = given(options.texts, options.file)
+        texts = given(options.texts, options.file, predictor.fields)
         rows = _rows(options)
         results = predictor(texts, rows)
         form = options.format or ('text' if sys.stdout.isatty() else 'json')
@@ -77,6 +84,10 @@ def _predictor(options: argparse.Namespace) -> Predictor:
         own = _own(options, OF_CAUSAL, OF_MASKS, 'a causal model')
         return Continue(trained, Sampling(own['temperature'], own['top_p'], own['seed']),
                         own['max_new'])
+    task = trained.task
+    if isinstance(task, TextClassification | QuestionAnswering | TokenClassification):
+        _own(options, {}, OF_MASKS | OF_CAUSAL, f'a BERT for {type(task).__name__}')
+        return labelling.predictor(trained, task)
     own = _own(options, OF_MASKS, OF_CAUSAL, 'a BERT')
     return FillMask(trained, own['top_k'])
 
@@ -104,13 +115,13 @@ def _write(results: Iterator[dict[str, Any]], predictor: Predictor, form: str,
         first = time.perf_counter() if count == 1 else first
         print(predictor.readable(result) if form == 'text'
               else json.dumps(result, ensure_ascii=False), flush=True)
-    seconds, cutter = time.perf_counter() - start, predictor.cutter
-    if cutter.truncated:
-        print(f'{cutter.truncated:,} of {count:,} texts were cut off: the model takes '
-              f'{cutter.room:,} tokens of a text.', file=sys.stderr)
+    seconds, tally = time.perf_counter() - start, predictor.tally
+    if tally.truncated:
+        print(f'{tally.truncated:,} of {count:,} texts were cut off: the model takes '
+              f'{tally.longest:,} tokens.', file=sys.stderr)
     waited = first - start
     then = f'; then {(count - rows) / (seconds - waited):,.0f} texts/s' if count > rows else ''
-    print(f'{count:,} texts of {cutter.tokens:,} tokens in {seconds:.1f} s, {waited:.1f} s of it '
+    print(f'{count:,} texts of {tally.tokens:,} tokens in {seconds:.1f} s, {waited:.1f} s of it '
           f'until the first results (loading, compiling){then}.', file=sys.stderr)
 
 

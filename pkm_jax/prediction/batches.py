@@ -14,7 +14,7 @@ from jaxtyping import Int
 
 from pkm_jax.prediction.texts import Text
 
-SHORTEST = 32       # tokens, to which shorter texts are padded
+SHORTEST = 32       # tokens that shorter texts are padded to
 WINDOW = 32         # batches that are sorted together, once so many texts have come
 Result = TypeVar('Result')
 AnyEncoded = TypeVar('AnyEncoded', bound='Encoded')
@@ -40,10 +40,11 @@ class Shapes:
     """The shapes that batches can have: `rows` texts, of the next of 32, 64, 128, … tokens."""
     rows: int
     max_length: int
+    shortest: int = SHORTEST
 
     def length(self, tokens: int) -> int:
         """The length that holds so many tokens."""
-        length = SHORTEST
+        length = self.shortest
         while length < tokens:
             length *= 2
         return min(length, self.max_length)

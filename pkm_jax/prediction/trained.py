@@ -8,10 +8,10 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
-from pkm_jax.checkpoints.pretrained import Pretrained, open_pretrained
+from pkm_jax.checkpoints.pretrained import model_of_weights, open_pretrained
+from pkm_jax.configuration.resolve import task_of
 from pkm_jax.data import tokenizer
 from pkm_jax.data.vocabulary import Vocabulary
-from pkm_jax.models.bert import HEADS, BertConfig
 from pkm_jax.models.interface import ModelConfig, flatten, unflatten
 from pkm_jax.refusal import Refusal
 
@@ -24,6 +24,7 @@ class Trained:
     vocabulary: Vocabulary
     graph: nnx.GraphDef
     state: tuple[dict, dict]        # parameters and batch statistics, nested
+    task: Any                       # that it was trained on; None where that is not known
 
 
 def open_trained(source: str) -> Trained:
@@ -36,29 +37,14 @@ def open_trained(source: str) -> Trained:
     if pretrained.vocabulary is None:
         raise Refusal(f'{source} has no tokenizer.json or vocab.txt: put that of its training '
                       f'there, without which words have no numbers.')
-    config = config_of(pretrained)
+    config = model_of_weights(pretrained.model, pretrained.weights)
     abstract = nnx.eval_shape(lambda: config.build(nnx.Rngs(0)))
     state = (_filled(source, pretrained, 'params', nnx.state(abstract, nnx.Param)),
              _filled(source, pretrained, 'statistics', nnx.state(abstract, nnx.BatchStat)))
     vocabulary = tokenizer.load(pretrained.vocabulary)
     graph = nnx.split(abstract, nnx.Param, nnx.BatchStat)[0]
-    return Trained(pretrained.name, config, vocabulary, graph, state)
-
-
-def config_of(pretrained: Pretrained) -> ModelConfig:
-    """The model's sizes with what its weights tell alone: words, heads and classes."""
-    config: Any = pretrained.model
-    weights = pretrained.weights
-    words = weights['/'.join(['params', *map(str, config.word_embedding)])].shape[0]
-    told: dict[str, Any] = {'vocab_size': words}
-    if isinstance(config, BertConfig):
-        heads = {name.split('/')[1] for name in weights if name.startswith('params/')}
-        told['output_heads'] = tuple(head for head in HEADS if head in heads)
-        if 'classifier' in heads:
-            told['classes'] = weights['params/classifier/kernel'].shape[1]
-        if 'mlm' in heads:
-            told['tied'] = 'params/mlm/decoder' not in weights
-    return dataclasses.replace(config, **told)
+    task = task_of(pretrained.described) if 'data' in pretrained.described else None
+    return Trained(pretrained.name, config, vocabulary, graph, state, task)
 
 
 def _filled(source, pretrained, kind, abstract):

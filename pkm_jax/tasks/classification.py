@@ -236,7 +236,7 @@ class Classification(TextClassification):
     text: str = setting('text', 'column of the text')
     text_pair: str = setting('', "column of the second text of a pair; '': single texts")
     label: str = setting('label', 'column of the label')
-    problem: str = setting(     # type: ignore[assignment]
+    problem: str = setting(
         'single_label', 'a class of each text, any number of them, or a number', choices=PROBLEMS)
     separator: str = setting('|', "between the names in a label, with problem = 'multi_label'")
 
