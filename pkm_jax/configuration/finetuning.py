@@ -94,7 +94,7 @@ def runs_of(config: dict[str, Any], task: FinetuningTask, data: Labelled,
     schedule = schedule_of(config)
     rates = schedule.learning_rates or (config['train']['learning_rate'],)
     grid = [(rate, seed) for rate in rates for seed in schedule.seeds]
-    model = task.head(model_of(config, source))
+    model = task.head(model_of(config, source)).with_vocabulary(data.vocab_size)
     per_epoch = -(-data.num_records('train') // config['train']['batch'])
     steps = max(1, math.ceil(per_epoch * schedule.epochs))
     found = {name: dict(value) if isinstance(value, dict) else value

@@ -97,7 +97,7 @@ class ByLength:
 
     def __init__(self, lengths: Int[np.ndarray, 'n'], buckets: Sequence[int], batch: int,
                  filler: int, seed: int | None = None):
-        self._lengths, self._buckets = lengths, np.array(buckets)
+        self._lengths, self._buckets = lengths, tuple(buckets)
         self._batch, self._filler, self._seed = batch, filler, seed
         self._of_epoch = functools.lru_cache(maxsize=2)(self._batches)
 
@@ -110,8 +110,8 @@ class ByLength:
         epoch, batch = divmod(number, len(self))
         numbers = self._of_epoch(epoch)[batch]
         longest = self._lengths[numbers[numbers != self._filler]].max()
-        bucket = self._buckets[np.searchsorted(self._buckets, longest)]
-        return Places(np.full_like(numbers, epoch), numbers, int(bucket))
+        bucket = next(size for size in self._buckets if size >= longest)
+        return Places(np.full_like(numbers, epoch), numbers, bucket)
 
     def __reduce__(self) -> tuple:
         return ByLength, (self._lengths, self._buckets, self._batch, self._filler, self._seed)

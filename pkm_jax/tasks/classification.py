@@ -3,7 +3,7 @@
 import dataclasses
 from collections import Counter
 from collections.abc import Callable, Iterator
-from typing import Any, Self
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -108,7 +108,7 @@ class TextClassification(Labelling):
         return Labelled(self.vocab or vocabulary, len(words.tokens), splits,
                         {split: (one, names) for split, one in texts.items()})
 
-    def of_data(self, data: Labelled) -> Self:
+    def of_data(self, data: Labelled) -> Any:
         """The same with the names of the classes, and the buckets that occur."""
         _, names = data.source['train']
         return dataclasses.replace(self.with_buckets(data), labels=tuple(names))

@@ -3,7 +3,7 @@
 import dataclasses
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any, Protocol, Self, runtime_checkable
+from typing import Any, Protocol, runtime_checkable
 
 import jax.numpy as jnp
 import numpy as np
@@ -96,7 +96,7 @@ class Labelling:
         """
         return tokenizer.load(self.vocab or found)
 
-    def with_buckets(self, data: Labelled) -> Self:
+    def with_buckets(self, data: Labelled) -> Any:
         """The same with the buckets that some example of the data falls into."""
         lengths = np.concatenate([data.lengths(split) for split in data.splits])
         if self.buckets and lengths.max() > self.buckets[-1]:

@@ -4,7 +4,7 @@ import dataclasses
 import json
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple, Self
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -57,7 +57,7 @@ class QuestionAnswering(Labelling):
         """The model with logits of starts and ends."""
         return dataclasses.replace(model, output_heads=('span',))
 
-    def of_data(self, data: Labelled) -> Self:
+    def of_data(self, data: Labelled) -> Any:
         """The same with the buckets that occur."""
         return self.with_buckets(data)
 

@@ -4,7 +4,7 @@ import dataclasses
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple, Self
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -121,7 +121,7 @@ class TokenClassification(Labelling):
         labels[one.places] = numbers[one.words]
         return {**one.tokens._asdict(), 'labels': labels}
 
-    def of_data(self, data: Labelled) -> Self:
+    def of_data(self, data: Labelled) -> Any:
         """The same with the names of the classes, and the buckets that occur."""
         return dataclasses.replace(self.with_buckets(data), labels=data.source['train'].names)
 
