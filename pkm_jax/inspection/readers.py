@@ -5,6 +5,7 @@ there are too many pairs, each slot keeps those of most weight, and what was dro
 again. `exact` says whether that happened.
 """
 
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import numpy as np
@@ -79,7 +80,7 @@ class Readers:
         self._new: list[tuple[np.ndarray, np.ndarray]] = []
         self._contexts: dict[int, list[Context]] = {}
 
-    def add(self, texts: list[tuple[Words, Int[np.ndarray, 'words'], Reads]]) -> None:
+    def add(self, texts: Sequence[tuple[Words, np.ndarray, Reads]]) -> None:
         """Adds what some texts read: their words, the numbers of these, the reads."""
         slots = np.concatenate([_flat(reads.slots) for *_, reads in texts]).astype(np.int64)
         weights = np.concatenate([_flat(reads.weights) for *_, reads in texts]).astype(np.float64)

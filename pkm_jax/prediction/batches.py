@@ -9,6 +9,7 @@ import dataclasses
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import NamedTuple, TypeVar
 
+import jax
 import numpy as np
 from jaxtyping import Int
 
@@ -30,9 +31,9 @@ class Encoded:
 
 class TokenBatch(NamedTuple):
     """Rows of texts, those after the last text of length 0."""
-    tokens: Int[np.ndarray, 'B L']
-    segments: Int[np.ndarray, 'B L']
-    lengths: Int[np.ndarray, 'B']
+    tokens: Int[np.ndarray | jax.Array, 'B L']
+    segments: Int[np.ndarray | jax.Array, 'B L']
+    lengths: Int[np.ndarray | jax.Array, 'B']
 
 
 @dataclasses.dataclass(frozen=True)

@@ -100,4 +100,5 @@ def _best_words(
     model = nnx.merge(graph, *state)
     states, _ = model(*batch)
     logits = model.mlm_logits(states, positions)[..., :words]
-    return jax.lax.top_k(jax.nn.softmax(logits), top_k)
+    scores, best = jax.lax.top_k(jax.nn.softmax(logits), top_k)
+    return scores, best

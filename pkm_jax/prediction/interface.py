@@ -1,12 +1,13 @@
 """What the entry point knows of the ways to use a model."""
 
 from collections.abc import Iterable, Iterator
-from typing import Any, Protocol
+from typing import Any, Protocol, runtime_checkable
 
 from pkm_jax.prediction.cutting import Tally
 from pkm_jax.prediction.texts import Fields, Text
 
 
+@runtime_checkable
 class Predictor(Protocol):
     """A way to use a model."""
     tally: Tally

@@ -27,7 +27,7 @@ from pkm_jax.tasks.glue import Glue
 from pkm_jax.tasks.question_answering import QuestionAnswering
 from pkm_jax.tasks.token_classification import TokenClassification
 
-Outputs = dict[str, np.ndarray]     # of a text, as its task names them
+Outputs = dict[str, Any]     # arrays of a text, as its task names them
 
 
 class _Forward:
