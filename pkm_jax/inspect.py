@@ -30,7 +30,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     """Looks at what the command line names, and prints where the page and the arrays are."""
     survive_any_console()
     logging.set_verbosity(logging.ERROR)
-    options = _parser().parse_args(arguments)
+    options = _parser().parse_intermixed_args(arguments)
     try:
         for name in ('batch', 'texts_shown', 'slots_shown'):
             if getattr(options, name) < 1:

@@ -44,7 +44,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     """Predicts what the command line asks for; what could not be is said on standard error."""
     survive_any_console()
     logging.set_verbosity(logging.ERROR)    # a head that is not known is no matter of a user's
-    options = _parser().parse_args(arguments)
+    options = _parser().parse_intermixed_args(arguments)
     start = time.perf_counter()
     try:
         if options.batch < 1:
