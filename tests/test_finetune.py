@@ -64,3 +64,148 @@ def test_classes(tuned, tmp_path):
     right = np.mean([row['prediction'] == row['label'] for row in rows])
     assert right == pytest.approx(found['eval_accuracy'])
     assert store.of_run(folder).parent.name == 'best' and (folder / 'tokenizer.json').exists()
+
+
+def pairs(size, seed):
+    """Pairs of texts with the share of the second's words that the first has, 0 to 5."""
+    rng = np.random.default_rng(seed)
+    rows = []
+    for number in range(size):
+        same = int(rng.integers(2))
+        first = WORDS[:6] if same else WORDS[6:12]
+        rows.append((number, *'gfyinn', ' '.join(rng.permutation(first)),
+                     ' '.join(rng.permutation(WORDS[:6])), f'{5. * same:.3f}'))
+    return rows
+
+
+def test_glue_with_a_memory_over_seeds(tuned, tmp_path):
+    """Regression of pairs; what the server takes; usage before and after; mean and deviation."""
+    header = '\t'.join(['index', *'abcdef', 'sentence1', 'sentence2', 'score'])
+    folder = tmp_path / 'STS-B'
+    folder.mkdir()
+    for name, size in (('train', 96), ('dev', 19)):
+        table(folder / f'{name}.tsv', pairs(size, size), header)
+    table(folder / 'test.tsv', [row[:-1] for row in pairs(7, 7)], header.removesuffix('\tscore'))
+    config = glue.get_config('task=stsb')
+    config.finetune.update(epochs=4., seeds=(1, 2))
+    config.memory.update(placement='add', layers=(0,), zero_start=True, sub_keys=6, heads=2,
+                         top_k=3, query_width=8)
+    results, folder = tuned(config, folder=str(tmp_path))
+    assert results['metric'] == 'combined_score' and results['mean'] > .8
+    assert json.loads((folder / 'summary.json').read_text())['deviation'] == pytest.approx(
+        np.std(results['scores'], ddof=1))
+    found = results['runs']['seed1']
+    assert found['eval_combined_score'] == pytest.approx(
+        (found['eval_pearson'] + found['eval_spearmanr']) / 2)
+    use = found['memory']['0']
+    assert 0 < use['before']['top_k_usage'] <= 1 and use['before'] != use['after']
+    lines = (folder / 'seed1/STS-B.tsv').read_text().splitlines()
+    assert lines[0] == 'index\tprediction' and len(lines) == 8
+    assert all(0 <= float(line.split('\t')[1]) <= 5 for line in lines[1:])
+    assert 'test_loss' not in found
+
+
+def test_several_classes_each_and_stopping_early(tuned, tmp_path):
+    """From JSON lines; a metric that gets no better ends the run, which is not gone on with."""
+    path = tmp_path / 'train.jsonl'
+    path.write_text(''.join(json.dumps({'text': line, 'label': [WORDS[label], 'all'][label:]}) + '\n'
+                            for line, label in texts(64)))
+    config = text.get_config()
+    config.finetune.update(epochs=40.)
+    config.train.update(patience=2, best='exact_match')
+    results, folder = tuned(config, train=str(path), problem='multi_label')
+    lines = list(map(json.loads, (folder / 'metrics.jsonl').read_text().splitlines()))
+    scores = [line['exact_match'] for line in lines if line['kind'] == 'eval']
+    assert len(scores) < 40 and max(scores) == scores[-3] > max(scores[-2:]) - 1e-9
+    assert results['runs']['run']['eval_exact_match'] == pytest.approx(scores[-3])
+    before = (folder / 'metrics.jsonl').read_text()
+    finetune.run(config)
+    assert (folder / 'metrics.jsonl').read_text() == before
+
+
+def questions(size, seed):
+    """'Which word follows X?' over paragraphs of 40 words, longer than a window."""
+    rng = np.random.default_rng(seed)
+    paragraphs = []
+    for number in range(size):
+        words = [WORDS[place] for place in rng.permutation(len(WORDS))] * 2
+        start = len(' '.join(words[:30])) + 1
+        paragraphs.append({'context': ' '.join(words), 'qas': [
+            {'id': f'a{number}', 'question': words[29],
+             'answers': [{'text': words[30], 'answer_start': start}]},
+            {'id': f'b{number}', 'question': 'memory', 'answers': [], 'is_impossible': True}]})
+    return {'data': [{'paragraphs': paragraphs}]}
+
+
+def test_questions(tuned, tmp_path, capsys):
+    train = questions(20, 0)
+    train['data'][0]['paragraphs'][3]['qas'][0]['answers'][0]['answer_start'] += 1
+    for name, content in (('train', train), ('dev', questions(6, 1))):
+        (tmp_path / f'{name}.json').write_text(json.dumps(content))
+    config = squad.get_config('version=2')
+    config.finetune.update(epochs=1.)
+    results, folder = tuned(config, train=str(tmp_path / 'train.json'),
+                            validation=str(tmp_path / 'dev.json'), stride=8)
+    said = capsys.readouterr().out
+    assert 'WARNING: 1 questions whose answer is not where it is said to be' in said
+    assert 'qas[0] (id a3): the answer is' in said
+    found = results['runs']['run']
+    assert 0 <= found['eval_HasAns_f1'] <= 100 and found['eval_NoAns_exact'] in (0, 100)
+    answers = json.loads((folder / 'predictions_validation.json').read_text())
+    assert answers.keys() == {f'{kind}{number}' for kind in 'ab' for number in range(6)}
+    odds = json.loads((folder / 'null_odds_validation.json').read_text())
+    best = json.loads((folder / 'nbest_predictions_validation.json').read_text())
+    for name, answer in answers.items():
+        assert answer == ('' if odds[name] > 0 else best[name][0]['text'])
+        assert best[name][0]['text'] in questions(6, 1)['data'][0]['paragraphs'][
+            int(name[1:])]['context']
+
+
+def test_words(tuned, tmp_path):
+    """Entities of two words, in sentences of which some are longer than a sequence."""
+    rng = np.random.default_rng(0)
+    for name, size in (('train', 120), ('valid', 20)):
+        lines = []
+        for _ in range(size):
+            words = [(WORDS[number], 'O') for number in rng.integers(4, len(WORDS),
+                                                                     rng.integers(4, 45))]
+            place = int(rng.integers(len(words) - 2))
+            words[place:place + 2] = [(WORDS[0], 'B-X'), (WORDS[1], 'I-X')]
+            lines += [f'{word} NN {label}' for word, label in words] + ['']
+        (tmp_path / f'{name}.txt').write_text('\n'.join(lines))
+    config = conll.get_config()
+    config.finetune.update(epochs=4.)
+    results, folder = tuned(config, train=str(tmp_path / 'train.txt'),
+                            validation=str(tmp_path / 'valid.txt'))
+    assert results['metric'] == 'f1' and results['mean'] > .9
+    assert resolve(read_description(folder)).task.labels == ('B-X', 'I-X', 'O')
+    lines = (folder / 'predictions_validation.txt').read_text().splitlines()
+    words = [line for line in (tmp_path / 'valid.txt').read_text().splitlines() if line]
+    assert [line.rsplit(' ', 1)[0].split() for line in lines if line] == [
+        [line.split()[0], line.split()[2]] for line in words]
+
+
+@pytest.mark.parametrize('rows, data, message', [
+    ([('a', 'x'), ('b', 'y')], dict(text='review'), "line 2 has no column 'review'"),
+    ([('a', 'x'), ('b', 'x')], {}, "line .: all examples have the label 'x'"),
+    ([('a', 'x'), ('b', '')], {}, 'line 3 has no label'),
+    ([('a', '1'), ('b', 'x')], dict(problem='regression'), "line 3: 'x' is no number"),
+    ([('a', 'x'), ('b', 'z')], dict(labels=('x', 'y')), "line 3: the label 'z' is none of 'x', 'y'"),
+    ([('a', 'x'), ('b', 'y')], dict(class_weights='balanced', problem='regression'), "'single_label'"),
+])
+def test_what_cannot_be_learnt_is_refused(rows, data, message, tuned, tmp_path):
+    with pytest.raises(Refusal, match=message):
+        tuned(text.get_config(), train=table(tmp_path / 'train.tsv', rows), **data)
+    assert not (tmp_path / 'run').exists()
+
+
+def test_a_label_that_was_never_seen_in_training(tuned, tmp_path):
+    train = table(tmp_path / 'train.tsv', [('a', 'x'), ('b', 'y')])
+    validation = table(tmp_path / 'valid.tsv', [('a', 'x'), ('b', 'z')])
+    with pytest.raises(Refusal, match=r"valid.tsv, line 3: the label 'z' .* never seen there"):
+        tuned(text.get_config(), train=train, validation=validation)
+
+
+def test_nothing_to_start_from():
+    with pytest.raises(Refusal, match="init_from = ''"):
+        finetune.run(text.get_config())

@@ -10,7 +10,7 @@ LEVELS = (
     ('refusal', 'console'), ('fields', 'mesh', 'dispatch'), ('ops', 'data'), ('memory',),
     ('models',), ('optimizers',), ('tasks',), ('configuration', 'convert', 'configs', 'report'),
     ('checkpoints', 'processes'), ('training',), ('planning',),
-    ('pretrain', 'compile_check', 'convert_checkpoint'))
+    ('pretrain', 'finetune', 'compile_check', 'convert_checkpoint'))
 LEVEL = {name: level for level, names in enumerate(LEVELS) for name in names}
 ROOT = Path(pkm_jax.__file__).parent
 

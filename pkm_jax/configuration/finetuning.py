@@ -63,7 +63,14 @@ def finetuning_defaults(task: str) -> ml_collections.ConfigDict:
 
 def each(config: dict[str, Any]) -> Iterator[tuple[str, dict[str, Any]]]:
     """A configuration by name for each of its `runs`, in folders of these names; itself without
-    any."""
+    any.
+
+    Raises:
+      Refusal: it is one of pretraining.
+    """
+    if 'finetune' not in config:
+        raise Refusal('This configuration is one of pretraining: python -m pkm_jax.pretrain takes '
+                      'it.')
     if not config['runs']:
         yield '', config
     for name, changes in config['runs'].items():

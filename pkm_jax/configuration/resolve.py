@@ -55,6 +55,9 @@ def runs_of(config: ml_collections.ConfigDict) -> list[Run]:
     Raises:
       Refusal: a field cannot work; the message names it, its value and the remedy.
     """
+    if 'finetune' in config:
+        raise Refusal('This configuration is one of fine-tuning: python -m pkm_jax.finetune takes '
+                      'it.')
     if not config.runs:
         return [resolve(config.to_dict())]
     runs = []

@@ -124,7 +124,9 @@ def make_optimizer(
     decayed, undecayed = BACKBONE[config.optimizer]
     pattern = FROZEN[config.freeze]
     groups = optax.partition({
-        'values': _values_optimizer(config, values_rate, sparse),
+        # Sparse optimizers need a table.
+        'values': (_zeroed('') if config.freeze == 'tables' else
+                   _values_optimizer(config, values_rate, sparse)),
         'undecayed': undecayed(config, rate),
         'decayed': decayed(config, rate, config.weight_decay),
         'frozen': _zeroed(''),

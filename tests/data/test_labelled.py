@@ -1,5 +1,6 @@
 """Batches of examples of like length: all once, on any number of hosts."""
 
+import itertools
 import pickle
 
 import numpy as np
@@ -46,11 +47,8 @@ def test_every_epoch_has_all_records_once_in_another_order(data):
 
 
 def test_a_batch_is_as_short_as_the_bucket_that_holds_it(data):
-    order = ByLength(data.lengths('train'), BUCKETS, 12, FILLER, seed=1)
-    batches = stream(data)
     found = set()
-    for number in range(len(order)):
-        batch = next(batches)
+    for batch in itertools.islice(stream(data), 9):
         longest = batch['lengths'].max()
         length = batch['tokens'].shape[1]
         assert length == min(bucket for bucket in BUCKETS if bucket >= longest)
