@@ -16,7 +16,7 @@ def write_page(survey: Survey, path: Path, source: str, shown_slots: int) -> Non
                       separators=(',', ':')).replace('<', '\\u003c')
     style, body, script = ((HERE / f'page.{kind}').read_text(encoding='utf-8')
                            for kind in ('css', 'html', 'js'))
-    title = html.escape(survey.trained.name)
+    title = html.escape(survey.trained.title)
     path.write_text(
         '<!doctype html>\n<html lang="en"><head><meta charset="utf-8">'
         '<meta name="viewport" content="width=device-width, initial-scale=1">'

@@ -25,7 +25,7 @@ def page_data(survey: Survey, source: str, shown_slots: int) -> dict[str, Any]:
     """The values; `source` names the texts, `shown_slots` of each memory have details."""
     trained = survey.trained
     return {
-        'model': trained.name, 'source': source, 'texts': survey.texts,
+        'model': trained.title, 'source': source, 'texts': survey.texts,
         'tokens': survey.tally.tokens, 'kinds': KINDS, 'lens': has_lens(trained),
         'layers': [_layer(survey, layer, shown_slots) for layer in survey.readers],
         'shown': [_text(words, reads) for words, reads in survey.shown]}

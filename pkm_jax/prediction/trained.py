@@ -1,6 +1,7 @@
 """A trained model to use: weights, sizes, vocabulary, from any folder that a run can start from."""
 
 import dataclasses
+from pathlib import Path
 from typing import Any
 
 import jax
@@ -8,6 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
+from pkm_jax.checkpoints import store
 from pkm_jax.checkpoints.pretrained import model_of_weights, open_pretrained
 from pkm_jax.configuration.resolve import task_of
 from pkm_jax.data import tokenizer
@@ -25,6 +27,14 @@ class Trained:
     graph: nnx.GraphDef
     state: tuple[dict, dict]        # parameters and batch statistics, nested
     task: Any                       # that it was trained on; None where that is not known
+
+    @property
+    def title(self) -> str:
+        """Its run and step, or the name of its folder."""
+        path = Path(self.name).absolute()
+        if path.parent.name in store.FOLDERS:
+            return f'{path.parents[1].name}, step {int(path.name):,}'
+        return path.name
 
 
 def open_trained(source: str) -> Trained:
