@@ -16,6 +16,7 @@ from pathlib import Path
 
 from absl import logging
 
+from pkm_jax.checkpoints.pretrained import run_of
 from pkm_jax.console import survive_any_console
 from pkm_jax.data.files import expand
 from pkm_jax.inspection.arrays import write_arrays
@@ -50,7 +51,7 @@ def look(options: argparse.Namespace) -> None:
     found = survey(open_trained(options.folder), given(options.texts, options.file, Fields()),
                    shown_texts=options.texts_shown, shown_slots=options.slots_shown,
                    rows=options.batch)
-    folder = Path(expand(options.to or Path(options.folder) / 'inspection'))
+    folder = Path(expand(options.to or run_of(Path(options.folder)) / 'inspection'))
     folder.mkdir(parents=True, exist_ok=True)
     source = Path(options.file).name if options.file else 'the texts given'
     write_page(found, folder / 'inspect.html', source, options.slots_shown)
@@ -72,7 +73,7 @@ def _parser() -> argparse.ArgumentParser:
     add('folder', metavar='FOLDER', help='a run, checkpoint or Hugging Face folder with a memory')
     add('texts', metavar='TEXT', nargs='*', help='texts; else --file or standard input')
     add('--file', default='', help='a text in each line; plain, .gz or .xz')
-    add('--to', default='', help='folder to write to (FOLDER/inspection)')
+    add('--to', default='', help='folder to write to (inspection in the folder of the run)')
     add('--batch', type=int, default=32, help='texts computed at a time (32)')
     add('--texts_shown', type=int, default=30, help='first texts, which the page shows (30)')
     add('--slots_shown', type=int, default=3000,

@@ -15,6 +15,7 @@ the texts: a JSON object a line, or, on a terminal, text.
 
 import argparse
 import json
+import os
 import sys
 import time
 from collections.abc import Iterator, Sequence
@@ -55,6 +56,9 @@ def main(arguments: Sequence[str] | None = None) -> None:
         results = predictor(texts, rows)
         form = options.format or ('text' if sys.stdout.isatty() else 'json')
         _write(results, predictor, form, rows, start)
+    except BrokenPipeError:     # nobody reads on: `| head`
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        raise SystemExit(1) from None
     except (Refusal, OSError) as error:
         raise SystemExit(f'Not predicted: {error}') from error
 

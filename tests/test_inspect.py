@@ -58,7 +58,7 @@ def test_the_page_holds_its_texts_and_slots_and_needs_no_other_file(looked):
     assert shown == TEXTS[1]
     layer, = data['layers']
     assert len(layer['slots']) == 10 and layer['exact']
-    for slot, known in layer['slots'].items():
+    for known in layer['slots'].values():
         assert len(known['lens']) == 10 and known['selected'] > 0
         assert sum(share for _, share in known['words']) <= 1.001
         assert sum(known['kinds']) == pytest.approx(1, abs=1e-3)

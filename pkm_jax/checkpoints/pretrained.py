@@ -180,9 +180,14 @@ def _beside(folder: Path, name: str) -> Path | None:
     return next((place / name for place in _places(folder) if (place / name).exists()), None)
 
 
-def _places(folder: Path) -> list[Path]:
-    """A folder, and the run that it is a checkpoint of."""
+def run_of(folder: Path) -> Path:
+    """The run that a folder is a checkpoint or all checkpoints of, or the folder itself."""
     folder = folder.absolute()
     if folder.name in store.FOLDERS:
-        return [folder, folder.parent]
-    return [folder, folder.parents[1]] if folder.parent.name in store.FOLDERS else [folder]
+        return folder.parent
+    return folder.parents[1] if folder.parent.name in store.FOLDERS else folder
+
+
+def _places(folder: Path) -> list[Path]:
+    """A folder, and the run that it is a checkpoint of."""
+    return list(dict.fromkeys([folder.absolute(), run_of(folder)]))

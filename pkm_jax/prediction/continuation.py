@@ -64,7 +64,7 @@ class Continue:
             raise Refusal(f'--max_new={most} must lie within 1..{config.max_length - 1}: the model '
                           f'takes {config.max_length} tokens, the prompt among them.')
         self._trained, self._most, self._seed = trained, most, sampling.seed
-        self._cutter = Cutter(trained.vocabulary, config.max_length - most, ends=False)
+        self._cutter = Cutter(trained.vocabulary, config.max_length - most, prompt=True)
         self.tally, self.fields, self._count = self._cutter.tally, Fields(), 0
         vocabulary = trained.vocabulary
         allowed = np.zeros(config.vocab_size, bool)

@@ -22,21 +22,24 @@ class Tally:
 class Cutter:
     """Cuts texts to [CLS] … [SEP] as transformers does: names of special tokens are these tokens.
 
-    longest: most tokens of a text. ends: whether [SEP] follows the text.
+    longest: most tokens of a text, which loses its end. A `prompt` has no [SEP] at its end, and
+    loses its beginning.
     """
 
-    def __init__(self, vocabulary: Vocabulary, longest: int, *, ends: bool = True):
+    def __init__(self, vocabulary: Vocabulary, longest: int, *, prompt: bool = False):
         self._tokenizer = vocabulary.tokenizer()
         self._tokenizer.encode_special_tokens = False
         self._first = [vocabulary.cls_id]
-        self._last = [vocabulary.sep_id] if ends else []
-        self._room = longest - 1 - len(self._last)
+        self._last = [] if prompt else [vocabulary.sep_id]
+        self._room, self._prompt = longest - 1 - len(self._last), prompt
         self.tally = Tally(longest)
 
     def __call__(self, content: str) -> tuple[list[int], list[int]]:
         """The ids of a text, and those that were cut off."""
         ids = self._tokenizer.encode(content, add_special_tokens=False).ids
-        kept, beyond = ids[:self._room], ids[self._room:]
+        excess = max(len(ids) - self._room, 0)
+        kept, beyond = ((ids[excess:], ids[:excess]) if self._prompt
+                        else (ids[:self._room], ids[self._room:]))
         whole = [*self._first, *kept, *self._last]
         self.tally.truncated += bool(beyond)
         self.tally.tokens += len(whole)

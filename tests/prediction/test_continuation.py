@@ -52,10 +52,12 @@ def test_draws_depend_on_the_seed_and_the_prompt_and_on_nothing_beside_it(traine
     assert found != continued(trained, dataclasses.replace(sampling, seed=4))
 
 
-def test_a_prompt_that_leaves_no_room_loses_its_end(trained):
-    way = Continue(trained, Sampling(), most=8)
-    list(way([Text(('a ' * 60,), '')], 1))
-    assert way.tally.truncated == 1 and way.tally.tokens == 40
+def test_a_prompt_that_leaves_no_room_loses_its_beginning(trained):
+    way = Continue(trained, Sampling(temperature=0.), most=8)
+    end = 'c ' * 20 + 'd ' * 19
+    long, whole = way([Text(('a ' * 60 + end,), ''), Text((end,), '')], 1)
+    assert long['continuation'] == whole['continuation']
+    assert way.tally.truncated == 1 and way.tally.tokens == 80
 
 
 def test_top_p_draws_among_the_likeliest_of_that_probability_alone():

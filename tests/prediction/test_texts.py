@@ -10,7 +10,7 @@ import pytest
 from pkm_jax.prediction.texts import Fields, given
 from pkm_jax.refusal import Refusal
 
-PAIR = Fields(('question', 'context'), 2)
+SINGLE, PAIR = Fields(), Fields(('question', 'context'), 2)
 
 
 def write(path, content):
@@ -18,7 +18,7 @@ def write(path, content):
     return str(path)
 
 
-def parts(file, fields=Fields()):
+def parts(file, fields=SINGLE):
     return [text.parts for text in given([], file, fields)]
 
 
