@@ -84,11 +84,15 @@ def test_contexts_are_the_words_that_read_with_most_weight_of_all_heads():
 def test_a_full_table_keeps_the_heaviest_words_and_says_so(monkeypatch):
     texts = some_texts(40)
     _, whole = counted(texts, 5)
+    everything = whole.pairs()
     monkeypatch.setattr(module, 'MOST_PAIRS', 20)
     _, bounded = counted(texts, 5)
-    assert len(whole.pairs().slots) > 20 >= len(bounded.pairs().slots) and not bounded.exact
-    for kept, all_of in zip(bounded.counts, whole.counts):
-        np.testing.assert_array_equal(kept, all_of)
+    kept = bounded.pairs()
+    assert len(everything.slots) == SLOTS * 6 and len(kept.slots) <= 20
+    assert whole.exact and not bounded.exact
+    assert np.unique(kept.slots).tolist() == list(range(SLOTS))
+    for ours, theirs in zip(bounded.counts, whole.counts):
+        np.testing.assert_array_equal(ours, theirs)
 
 
 def test_words_beyond_the_most_are_counted_as_one(monkeypatch):
