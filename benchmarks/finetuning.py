@@ -5,11 +5,12 @@
         --train=amazon_reviews.json,reddit.json --validation=xquad.en.json
 
 FOLDER is a Hugging Face BERT folder. Sides: `ours`, with batches padded to buckets; `padded`, ours
-with all batches of full length; `torch`, transformers' model, compiled, with batches of full length,
-which is run_glue's default; `torch_dynamic`, with batches as long as their longest text. Both read
-what `pkm_jax.data` has tokenised and are scored by the same functions. Scores are the best of the
-evaluations after each epoch, as mean and deviation over the seeds; examples a second are those of
-training steps, without compilation and evaluations. PyTorch needs pip install torch transformers.
+with all batches of full length; `torch`, transformers' model, compiled, with batches of full
+length, which is run_glue's default; `torch_dynamic`, with batches as long as their longest text.
+Both read what `pkm_jax.data` has tokenised and are scored by the same functions. Scores are the
+best of the evaluations after each epoch, as mean and deviation over the seeds; examples a second
+are those of training steps, without compilation and evaluations. PyTorch needs pip install torch
+transformers.
 """
 
 import dataclasses
@@ -193,7 +194,8 @@ class Torch:
                     parts.append(self.kept(self.outputs(model, some), some))
             joined = {name: np.concatenate([part[name] for part in parts]) for name in parts[0]}
             joined['example'] = np.arange(len(records))
-            values[split] = self.task.evaluation({'loss': 0., 'terms': 1.}, joined, self.data, split)
+            no_loss = {'loss': 0., 'terms': 1.}
+            values[split] = self.task.evaluation(no_loss, joined, self.data, split)
         return self.task.score(values)
 
     def kept(self, found, records):
