@@ -11,6 +11,8 @@ from pkm_jax.checkpoints import store
 from pkm_jax.configuration.folder import read_description
 from pkm_jax.configuration.resolve import resolve
 from pkm_jax.refusal import Refusal
+from pkm_jax.report.report import write_report
+from pkm_jax.training import loop
 from tests.conftest import WORDS
 
 pytestmark = pytest.mark.usefixtures('compile_once')
@@ -47,11 +49,11 @@ def table(path, rows, header='text\tlabel'):
     return str(path)
 
 
-def test_classes(tuned, tmp_path):
+def test_classes(tuned, tmp_path, monkeypatch):
     names = 'bad', 'good'
     train = table(tmp_path / 'train.tsv', [(line, names[label]) for line, label in texts(203)])
     config = text.get_config()
-    config.finetune.update(epochs=6., evaluations=1)
+    config.finetune.update(epochs=6.)
     results, folder = tuned(config, train=train, validation_fraction=.2)
     assert results['mean'] > .9
     run = resolve(read_description(folder))
@@ -64,6 +66,32 @@ def test_classes(tuned, tmp_path):
     right = np.mean([row['prediction'] == row['label'] for row in rows])
     assert right == pytest.approx(found['eval_accuracy'])
     assert store.of_run(folder).parent.name == 'best' and (folder / 'tokenizer.json').exists()
+    check_resumption(config, folder, tmp_path / 'killed', monkeypatch)
+    assert '<img' in write_report(folder).read_text()
+
+
+def check_resumption(config, straight, folder, monkeypatch):
+    """The same run, killed between two checkpoints and gone on with, is the same to the bit."""
+    taken, real = iter(range(40)), loop.loader.BatchStream.__next__
+
+    def limited(stream):
+        if next(taken, None) is None:
+            raise InterruptedError
+        return real(stream)
+
+    config.workdir = str(folder)
+    with monkeypatch.context() as patch:
+        patch.setattr(loop.loader.BatchStream, '__next__', limited)
+        with pytest.raises(InterruptedError):
+            finetune.run(config)
+    assert store.newest(folder).name == '33'
+    finetune.run(config)
+    assert (folder / 'eval_results.json').read_text() == (straight / 'eval_results.json').read_text()
+    for kind in (store.newest, store.of_run):
+        assert kind(folder).name == kind(straight).name
+        ours, theirs = (store.read_weights(kind(run)) for run in (folder, straight))
+        for name in theirs:
+            np.testing.assert_array_equal(np.asarray(ours[name]), np.asarray(theirs[name]))
 
 
 def pairs(size, seed):
