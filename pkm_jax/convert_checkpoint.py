@@ -9,6 +9,7 @@ r"""Converts other people's BERTs to ours, and ours to Hugging Face folders. Off
 or one checkpoint of it. What became of every tensor is printed. `--to` appears whole or not at all.
 """
 
+import dataclasses
 import json
 import sys
 from pathlib import Path
@@ -16,16 +17,18 @@ from pathlib import Path
 from absl import app, flags, logging
 
 from pkm_jax.checkpoints import arrays, store
+from pkm_jax.checkpoints.pretrained import model_of_weights
 from pkm_jax.configuration.folder import read_description
 from pkm_jax.configuration.resolve import described_model, model_of
 from pkm_jax.console import survive_any_console
-from pkm_jax.convert import foreign, huggingface, memories
+from pkm_jax.convert import foreign, huggingface, labels, memories
 from pkm_jax.convert.folders import appearing
 from pkm_jax.convert.tensors import ConversionLog, Pretrained
 from pkm_jax.data import tokenizer
 from pkm_jax.data.files import expand
 from pkm_jax.data.vocabulary import Vocabulary
 from pkm_jax.models.bert import HEADS, BertConfig
+from pkm_jax.models.interface import flatten
 from pkm_jax.refusal import Refusal
 
 FROM = flags.DEFINE_string('from', None, 'Folder to convert.', required=True)
@@ -45,7 +48,7 @@ def main(argv: list[str]) -> None:
     survive_any_console()
     source, target = Path(expand(FROM.value)), Path(expand(TO.value))
     try:
-        if (source / 'checkpoints').is_dir() or source.parent.name == 'checkpoints':
+        if (source / 'checkpoints').is_dir() or source.parent.name in store.FOLDERS:
             _refuse('when a run is exported', ALLOW_UNUSED, MEMORIES, *OF_MEMORIES)
             report = export(source, target)
         else:
@@ -87,6 +90,7 @@ def write_run(folder: Path, pretrained: Pretrained, source: Path) -> None:
     with appearing(folder) as partial:
         described = described_model(pretrained.config)
         del described['model']['vocab_size']    # that of the embedding
+        described |= labels.of_run(source, pretrained.config)
         (partial / 'config.json').write_text(
             json.dumps(described, indent=1) + '\n')
         if vocabulary:
@@ -98,19 +102,14 @@ def write_run(folder: Path, pretrained: Pretrained, source: Path) -> None:
 def export(source: Path, target: Path) -> ConversionLog:
     """The newest checkpoint of a run, or one of its checkpoints, as a Hugging Face folder."""
     run = source if (source / 'checkpoints').is_dir() else source.parent.parent
-    model = arrays.open_model(store.newest_whole(source))
+    model = arrays.open_model(store.whole(store.of_run(source)))
     params = model['params']
-    heads = tuple(head for head in HEADS if head in params)
     described = read_description(run)
-    described['model'] |= {'vocab_size': params['embeddings']['word']['embedding'].shape[0],
-                           'output_heads': tuple(HEADS_KEPT.value or heads),
-                           'tied': 'decoder' not in params.get('mlm', {})}
-    if 'classifier' in heads:
-        described['model']['classes'] = params['classifier']['kernel'].shape[1]
-    config = model_of(described)
-    vocabulary = _vocabulary(run)
+    config = model_of_weights(model_of(described), flatten(model))
+    if HEADS_KEPT.value:
+        config = dataclasses.replace(config, output_heads=tuple(HEADS_KEPT.value))
     return huggingface.save(target, config, params, model.get('statistics') or {},
-                            vocabulary=vocabulary)
+                            vocabulary=_vocabulary(run), run=described)
 
 
 def _vocabulary(folder: Path) -> Vocabulary | None:

@@ -27,7 +27,6 @@ from pkm_jax.training.divergence import Diverged
 from pkm_jax.training.layout import bytes_of_device, lay_out
 from pkm_jax.training.loop import train
 
-DIVERGED = 3    # exit status; 1: refused, 128 + signal: stopped by it
 CONFIG = command_line.define_config()
 
 
@@ -63,7 +62,7 @@ def main(_: list[str]) -> None:
         sys.exit(f'Not trained: {refusal}')
     except Diverged as diverged:
         print(f'Stopped: {diverged}', file=sys.stderr)
-        sys.exit(DIVERGED)
+        sys.exit(diverged.status)
     except Stopped as stopped:
         print(stopped)
         sys.exit(stopped.status)

@@ -16,6 +16,9 @@ from flax import nnx
 from hypothesis import HealthCheck, settings
 
 from configs import bert_base_pkm
+from pkm_jax.convert import huggingface
+from pkm_jax.data import vocabulary
+from pkm_jax.models.bert import BertConfig
 
 jax.config.update('jax_numpy_rank_promotion', 'raise')
 jax.config.update('jax_numpy_dtype_promotion', 'strict')
@@ -67,6 +70,25 @@ def corpus(tmp_path_factory):
     path = tmp_path_factory.mktemp('corpus') / 'text.txt'
     path.write_text('\n'.join(f'{line} {number}' for number, line in enumerate(lines)))
     return path
+
+
+@pytest.fixture(scope='session')
+def tiny_bert(tmp_path_factory):
+    """A Hugging Face folder with random weights of one small layer, and words of one piece."""
+    config = BertConfig(vocab_size=5 + len(WORDS), layers=1, width=16, attention_heads=2,
+                        feed_forward_width=32, max_length=32, output_heads=('pooler',))
+    rng = np.random.default_rng(0)
+
+    def draw(path, leaf):
+        near_one = path[-1].key == 'scale'
+        return (near_one + .1 * rng.normal(size=leaf.shape)).astype(np.float32)
+
+    model = nnx.eval_shape(lambda: config.build(nnx.Rngs(0)))
+    params = jax.tree_util.tree_map_with_path(draw, nnx.to_pure_dict(nnx.state(model, nnx.Param)))
+    folder = tmp_path_factory.mktemp('weights') / 'tiny_bert'
+    huggingface.save(folder, config, params, {}, vocabulary=vocabulary.word_pieces(
+        ['[PAD]', '[UNK]', '[CLS]', '[SEP]', '[MASK]', *WORDS]))
+    return folder
 
 
 @pytest.fixture(scope='session')

@@ -169,7 +169,7 @@ def test_bert_base_converts_in_time_and_in_memory(tmp_path):
         leaf.shape[::-1] if names.is_kernel(path) else leaf.shape, np.float32)
         for path, leaf in params.items()}
     save_file(weights, tmp_path / 'base/model.safetensors')
-    (tmp_path / 'base/config.json').write_text(json.dumps(configuration.write(config, [])))
+    (tmp_path / 'base/config.json').write_text(json.dumps(configuration.write(config, [], {})))
     size = (tmp_path / 'base/model.safetensors').stat().st_size
     assert 4.3e8 < size < 4.5e8
     for source, target in (('base', 'run'), ('run', 'out')):

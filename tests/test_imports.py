@@ -9,8 +9,8 @@ import pkm_jax
 LEVELS = (
     ('refusal', 'console'), ('fields', 'mesh', 'dispatch'), ('ops', 'data'), ('memory',),
     ('models',), ('optimizers',), ('tasks',), ('configuration', 'convert', 'configs', 'report'),
-    ('processes',), ('checkpoints',), ('training',), ('planning',),
-    ('pretrain', 'compile_check', 'convert_checkpoint'))
+    ('processes',), ('checkpoints',), ('training', 'prediction'), ('planning', 'inspection'),
+    ('pretrain', 'finetune', 'compile_check', 'convert_checkpoint', 'predict', 'inspect'))
 LEVEL = {name: level for level, names in enumerate(LEVELS) for name in names}
 ROOT = Path(pkm_jax.__file__).parent
 

@@ -13,9 +13,10 @@ from pkm_jax.checkpoints.arrays import StoredArray
 from pkm_jax.checkpoints.store import State
 from pkm_jax.configuration.folder import read_description
 from pkm_jax.configuration.resolve import model_of
-from pkm_jax.convert import foreign
+from pkm_jax.convert import foreign, labels
 from pkm_jax.data import tokenizer
 from pkm_jax.data.files import expand
+from pkm_jax.models.bert import HEADS, BertConfig
 from pkm_jax.models.interface import ModelConfig, flatten
 from pkm_jax.refusal import Refusal
 
@@ -30,6 +31,8 @@ class Pretrained:
     weights: Mapping[str, np.ndarray | StoredArray]
     model: ModelConfig
     vocabulary: Path | None     # the folder of it, beside the weights
+    described: dict[str, Any]   # the sections of a run's config.json: also of a Hugging Face folder
+                                # whose head says what its task was
 
 
 def vocabulary_of(source: str) -> str:
@@ -66,9 +69,25 @@ def open_pretrained(source: str) -> Pretrained:
     if 'model' not in config:       # not one of ours
         found = foreign.load(folder)
         weights = flatten({'params': found.params, 'statistics': found.statistics})
-        return Pretrained(source, weights, found.config, vocabulary)
-    checkpoint = store.newest_whole(folder)
-    return Pretrained(str(checkpoint), store.read_weights(checkpoint), model_of(config), vocabulary)
+        return Pretrained(source, weights, found.config, vocabulary,
+                          labels.of_run(folder, found.config))
+    checkpoint = store.whole(store.of_run(folder))
+    weights = store.read_weights(checkpoint)
+    return Pretrained(str(checkpoint), weights, model_of(config), vocabulary, config)
+
+
+def model_of_weights(model: Any, weights: Mapping[str, Any]) -> Any:
+    """A model's description with what its weights alone tell: words, and of a BERT heads and
+    classes."""
+    words = weights['/'.join(['params', *map(str, model.word_embedding)])].shape[0]
+    told: dict[str, Any] = {'vocab_size': words}
+    if isinstance(model, BertConfig):
+        heads = {name.split('/')[1] for name in weights if name.startswith('params/')}
+        told |= {'output_heads': tuple(head for head in HEADS if head in heads),
+                 'tied': 'params/mlm/decoder' not in weights}
+        for head in {'classifier', 'token_classifier'} & heads:
+            told['classes'] = weights[f'params/{head}/kernel'].shape[1]
+    return dataclasses.replace(model, **told)
 
 
 def check_fits(
@@ -161,9 +180,14 @@ def _beside(folder: Path, name: str) -> Path | None:
     return next((place / name for place in _places(folder) if (place / name).exists()), None)
 
 
+def run_of(folder: Path) -> Path:
+    """The run that a folder is a checkpoint or all checkpoints of, or the folder itself."""
+    folder = folder.absolute()
+    if folder.name in store.FOLDERS:
+        return folder.parent
+    return folder.parents[1] if folder.parent.name in store.FOLDERS else folder
+
+
 def _places(folder: Path) -> list[Path]:
     """A folder, and the run that it is a checkpoint of."""
-    folder = folder.absolute()
-    if folder.name == 'checkpoints':
-        return [folder, folder.parent]
-    return [folder, folder.parents[1]] if folder.parent.name == 'checkpoints' else [folder]
+    return list(dict.fromkeys([folder.absolute(), run_of(folder)]))

@@ -18,6 +18,7 @@ from pkm_jax.models.interface import flatten
 from pkm_jax.processes import hosts
 from pkm_jax.refusal import Refusal
 
+FOLDERS = ('checkpoints', 'best')       # of a run: its newest ones, that of its best evaluation
 # What another run can start from, by what it is called in a checkpoint: the fields of a state.
 MODEL = {'params': 'params', 'statistics': 'batch_stats'}
 # Left where a process was killed: a checkpoint begun, an old one half deleted.
@@ -228,13 +229,22 @@ def newest(folder: Path) -> Path:
     raise Refusal(f'{folder} holds no finished checkpoint.')
 
 
-def newest_whole(folder: Path) -> Path:
-    """The same, its files verified; nothing is renamed.
+def of_run(folder: Path) -> Path:
+    """The checkpoint of a run's best evaluation where it keeps that, else `newest`.
 
     Raises:
-      Refusal: there is none, or it is damaged, as every damaged file is named.
+      Refusal: there is none.
     """
-    checkpoint = newest(folder)
+    best = Path(folder).absolute() / 'best'
+    return newest(best if any(map(checksums.finished, best.glob('*'))) else folder)
+
+
+def whole(checkpoint: Path) -> Path:
+    """A finished checkpoint, its files verified; nothing is renamed.
+
+    Raises:
+      Refusal: it is damaged, as every damaged file is named.
+    """
     if faults := checksums.damage(checkpoint):
         raise Refusal(f'The checkpoint {checkpoint} is damaged: {"; ".join(faults)}. Restore it '
                       f'from a copy, or name another one: {checkpoint.parent}/STEP.')

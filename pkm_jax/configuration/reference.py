@@ -4,6 +4,7 @@ import dataclasses
 from collections.abc import Iterator
 from typing import Any
 
+from pkm_jax.configuration.finetuning import Schedule
 from pkm_jax.configuration.resolve import DECIDED, MODELS, PLACEMENT, TASKS, TOP
 from pkm_jax.configuration.run import Distributed, Log, Parts, Run, Tables, Train
 from pkm_jax.fields import bounds
@@ -14,7 +15,8 @@ INTRODUCTION = '''# Configuration
 
 Written by `python -m pkm_jax.configuration.reference` from the dataclasses that check it. Fields
 are set in a file of `configs/`, or on the command line: `--config.train.steps=1000`. Defaults here
-are those of the program; a configuration can have others.
+are those of the program; a configuration can have others. `pkm_jax.finetune` takes the sizes of the
+model from its weights, and steps, warmup and evaluations from the section `finetune`.
 '''
 
 
@@ -34,7 +36,8 @@ def reference() -> str:
               *_rows(_fields(Parts, 'memory.shards'))]
     for name, task in TASKS.items():
         lines += [f"\n## `data`, with `task = '{name}'`\n", *_table(_fields(task, 'data'))]
-    for name, section in (('train', Train), ('log', Log), ('distributed', Distributed)):
+    for name, section in (('train', Train), ('finetune', Schedule), ('log', Log),
+                          ('distributed', Distributed)):
         lines += [f'\n## `{name}`\n', *_table(_fields(section, name))]
     return '\n'.join(lines) + '\n'
 

@@ -15,10 +15,16 @@ from pkm_jax.models.bert import BertConfig
 from pkm_jax.models.causal import CausalConfig
 from pkm_jax.refusal import Refusal
 from pkm_jax.tasks.causal_lm import CausalLM
+from pkm_jax.tasks.classification import Classification
+from pkm_jax.tasks.glue import Glue
 from pkm_jax.tasks.masked_lm import MaskedLM
+from pkm_jax.tasks.question_answering import QuestionAnswering
+from pkm_jax.tasks.token_classification import TokenClassification
 
 MODELS = {'bert': BertConfig, 'causal': CausalConfig}
-TASKS = {'masked_lm': MaskedLM, 'causal_lm': CausalLM}
+TASKS = {'masked_lm': MaskedLM, 'causal_lm': CausalLM, 'classification': Classification,
+         'glue': Glue, 'question_answering': QuestionAnswering,
+         'token_classification': TokenClassification}
 # Fields of a model that the section `memory` holds, by what they are called there.
 PLACEMENT = {'layers': 'memory_layers', 'placement': 'placement', 'zero_start': 'zero_start',
              'shared_values': 'shared_values'}
@@ -49,6 +55,9 @@ def runs_of(config: ml_collections.ConfigDict) -> list[Run]:
     Raises:
       Refusal: a field cannot work; the message names it, its value and the remedy.
     """
+    if 'finetune' in config:
+        raise Refusal('This configuration is one of fine-tuning: python -m pkm_jax.finetune takes '
+                      'it.')
     if not config.runs:
         return [resolve(config.to_dict())]
     runs = []
@@ -63,22 +72,33 @@ def runs_of(config: ml_collections.ConfigDict) -> list[Run]:
     return runs
 
 
-def resolve(config: dict[str, Any], name: str = '') -> Run:
+def resolve(config: dict[str, Any], name: str = '', model: Any = None, task: Any = None) -> Run:
     """The run of a configuration, or of a run's config.json; fields left out have their defaults.
+
+    `model` and `task`: where they are made already, and not described.
 
     Raises:
       Refusal: a field is unknown or cannot work; the message names it, its value and the remedy.
     """
-    task = _chosen(TASKS, 'task', config.get('task', 'masked_lm'))
     top: dict[str, Any] = {field: expand(config[field]) if field in PATHS else config[field]
                            for field in TOP if field in config}
     return Run(
-        model=model_of(config), name=name or Path(config.get('workdir', '')).name,
-        task=_section(task, config['data'], 'data'),
-        tables=_tables(config['memory']), train=_section(Train, config['train'], 'train'),
-        distributed=_section(Distributed, config.get('distributed', {}), 'distributed'),
-        log=_section(Log, config['log'], 'log'),
+        model=model or model_of(config), name=name or Path(config.get('workdir', '')).name,
+        task=task or task_of(config),
+        tables=_tables(config['memory']), train=section_of(Train, config['train'], 'train'),
+        distributed=section_of(Distributed, config.get('distributed', {}), 'distributed'),
+        log=section_of(Log, config['log'], 'log'),
         **top)
+
+
+def task_of(config: dict[str, Any]) -> Any:
+    """The task that a configuration names, with its section `data`.
+
+    Raises:
+      Refusal: see `resolve`.
+    """
+    kind = _chosen(TASKS, 'task', config.get('task', 'masked_lm'))
+    return section_of(kind, config['data'], 'data')
 
 
 def model_of(config: dict[str, Any]) -> Any:
@@ -89,10 +109,20 @@ def model_of(config: dict[str, Any]) -> Any:
     """
     model, memory = dict(config['model']), config['memory']
     family = _chosen(MODELS, 'model.family', model.pop('family', 'bert'))
-    sizes = {field.name: memory[field.name] for field in dataclasses.fields(MemoryConfig)
-             if field.name in memory}
-    placed = {field: memory[name] for name, field in PLACEMENT.items() if name in memory}
-    return _section(family, {**model, **placed, 'memory': MemoryConfig(**sizes)}, 'model')
+    return section_of(family, {**model, **memory_of(memory)}, 'model')
+
+
+def memory_of(section: dict[str, Any]) -> dict[str, Any]:
+    """The fields of a model that the section `memory` holds.
+
+    Raises:
+      Refusal: a size is impossible.
+    """
+    sizes = {field.name: section[field.name] for field in dataclasses.fields(MemoryConfig)
+             if field.name in section}
+    placed = {field: section[name] for name, field in PLACEMENT.items() if name in section}
+    return {name: tuple(value) if isinstance(value, list) else value
+            for name, value in placed.items()} | {'memory': MemoryConfig(**sizes)}
 
 
 def described(run: Run) -> dict[str, Any]:
@@ -127,11 +157,15 @@ def _chosen(named, field, value):
 
 def _tables(memory):
     found = {name: memory[name] for name in ('updates', 'dead_after') if name in memory}
-    return Tables(**found, shards=_section(Parts, memory.get('shards', {}), 'memory.shards'))
+    return Tables(**found, shards=section_of(Parts, memory.get('shards', {}), 'memory.shards'))
 
 
-def _section(kind, values, name):
-    """A dataclass of a section's values, lists as tuples."""
+def section_of(kind: type, values: dict[str, Any], name: str) -> Any:
+    """A dataclass of a section's values, lists as tuples.
+
+    Raises:
+      Refusal: it has no such field, or a value cannot work.
+    """
     known = {field.name for field in dataclasses.fields(kind)}
     if unknown := sorted(values.keys() - known):
         raise Refusal(f'{name}.{unknown[0]} is no field of {kind.__name__}: it has '

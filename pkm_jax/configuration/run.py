@@ -49,9 +49,16 @@ class Train(OptimizerConfig):
     max_skipped_steps: int = setting(
         10, 'the run stops after so many steps in a row that were skipped, as loss or gradient '
         'were not finite', least=1)
+    best: str = setting('', "metric of the evaluations by which the best weights are kept in "
+                            "FOLDER/best; '': none are")
+    patience: int = setting(0, 'evaluations without better ones after which training stops; 0: '
+                               'never', least=0)
 
     def __post_init__(self) -> None:
         check_settings(self, 'train')
+        if self.patience and not self.best:
+            raise Refusal(f"train.patience = {self.patience}, but train.best = '': name the metric "
+                          f"that has to get better, such as 'loss'.")
         if self.batch % self.gradient_accumulation_steps:
             raise Refusal(f'train.batch = {self.batch} does not divide into '
                           f'train.gradient_accumulation_steps = {self.gradient_accumulation_steps} '
@@ -86,6 +93,7 @@ class Log:
         100, 'steps between norms of update and parameters by group, which take 3 to 6 % of a step '
         'of BERT-base on an H100; 1 compiles one program of the step, else there are two', least=1)
     eval_every: int = setting(5_000, 'steps between evaluations', least=1)
+    eval_at_start: bool = setting(False, 'evaluate before the first step too')
     eval_batches: int = setting(50, 'of train.batch examples, always the same', least=1)
     checkpoint_every: int = setting(5_000, 'steps between checkpoints', least=1)
     keep: int = setting(3, 'newest checkpoints that are kept', least=1)
@@ -137,14 +145,18 @@ class Run:
 
     @property
     def tokens_per_step(self) -> int:
-        """Of a batch, padding included."""
+        """Of a batch of the longest examples, padding included."""
         return self.train.batch * self.task.length
 
     @property
     def flops_per_step(self) -> int:
-        """Matrix products of a step: forward, and twice as much backward."""
-        return 3 * self.train.batch * self.model.forward_flops(
-            self.task.length, self.task.predictions())
+        """`flops_of` a batch of the longest examples."""
+        return self.flops_of(self.task.length)
+
+    def flops_of(self, length: int) -> int:
+        """Matrix products of a step on examples padded to `length`: forward, and twice as much
+        backward."""
+        return 3 * self.train.batch * self.model.forward_flops(length, self.task.predictions())
 
     def with_vocabulary(self, words: int) -> 'Run':
         """The same with a model for that many words."""

@@ -25,10 +25,12 @@ ARCHITECTURES = {
     'BertForPreTraining': ('mlm', 'pooler', 'nsp'),
     'BertForSequenceClassification': ('pooler', 'classifier'),
     'BertForQuestionAnswering': ('span',),
+    'BertForTokenClassification': ('token_classifier',),
 }
 # A weight that is there if, and only if, the head is.
 HEAD_WEIGHTS = {'mlm': 'mlm/transform/kernel', 'pooler': 'pooler/kernel', 'nsp': 'nsp/kernel',
-                'classifier': 'classifier/kernel', 'span': 'span/kernel'}
+                'classifier': 'classifier/kernel', 'span': 'span/kernel',
+                'token_classifier': 'token_classifier/kernel'}
 # Settings that change what a BERT computes, and the only value of each that ours computes.
 FIXED = {'hidden_act': 'gelu', 'position_embedding_type': 'absolute', 'is_decoder': False,
          'add_cross_attention': False}
@@ -73,8 +75,8 @@ def _memory(found: dict[str, Any] | None) -> dict[str, Any]:
 
 
 def unknown_head(path: Path) -> str:
-    """The architecture in `path` if it has a head that is not known here, such as that of a token
-    classifier; else ''.
+    """The architecture in `path` if it has a head that is not known here, such as that of a choice
+    among several texts; else ''.
     """
     name = _architecture(path, read_json(path))
     return '' if name in ARCHITECTURES or name.endswith('Model') else name
@@ -109,19 +111,21 @@ def with_heads(config: BertConfig, stored: dict[str, StoredTensor],
                name_of: Callable[[str], str]) -> BertConfig:
     """`config` with those heads too whose weights are in `stored`, and their number of classes.
 
-    A classifier without pooler is one of tokens, and no head of ours.
+    A classifier without pooler is one of tokens.
     """
     found = {head: stored[name_of(weight)] for head, weight in HEAD_WEIGHTS.items()
              if name_of(weight) in stored}
-    if 'pooler' not in found:
-        found.pop('classifier', None)
+    of_tokens = 'token_classifier' in config.output_heads or 'pooler' not in found
+    found.pop('classifier' if of_tokens else 'token_classifier', None)
     heads = tuple(head for head in HEADS if head in found or head in config.output_heads)
-    classes = found['classifier'].shape[0] if 'classifier' in found else config.classes
+    classifiers = [found[head] for head in ('classifier', 'token_classifier') if head in found]
+    classes = classifiers[0].shape[0] if classifiers else config.classes
     return dataclasses.replace(config, output_heads=heads, classes=classes)
 
 
-def write(config: BertConfig, table_rows: list[int]) -> dict[str, Any]:
-    """The content of a `config.json` for transformers; `table_rows`: rows of each block of values.
+def write(config: BertConfig, table_rows: list[int], labels: dict[str, Any]) -> dict[str, Any]:
+    """The content of a `config.json` for transformers; `table_rows`: rows of each block of values;
+    `labels`: what outputs are called, see `labels.described`.
 
     Raises:
       Refusal: no architecture of transformers has just the heads of `config`.
@@ -130,9 +134,7 @@ def write(config: BertConfig, table_rows: list[int]) -> dict[str, Any]:
     content = {theirs: getattr(config, ours) for ours, theirs in FIELDS.items()} | FIXED
     content |= {'architectures': [architecture], 'model_type': 'bert', 'dtype': 'float32',
                 'pad_token_id': 0}
-    if 'classifier' in config.output_heads:
-        content['id2label'] = {str(i): f'LABEL_{i}' for i in range(config.classes)}
-        content['label2id'] = {f'LABEL_{i}': i for i in range(config.classes)}
+    content |= labels
     if config.memory_layers:
         file = 'modeling_pkm_bert.Pkm'
         content |= {

@@ -16,7 +16,7 @@ from typing import Any
 import numpy as np
 from absl import logging
 
-from pkm_jax.convert import configuration, names
+from pkm_jax.convert import configuration, labels, names
 from pkm_jax.convert.folders import appearing
 from pkm_jax.convert.model_card import model_card
 from pkm_jax.convert.tensors import (
@@ -79,17 +79,11 @@ def _unwrapped(found: dict[str, StoredTensor]) -> dict[str, StoredTensor]:
 
 def _leave_unknown_head(architecture: str, stored: dict[str, StoredTensor],
                         left: dict[str, str]) -> None:
-    """Sets aside the weights of a head that is not known here: of tokens, or any of its own."""
-    of_tokens = 'classifier.weight' in stored and 'bert.pooler.dense.weight' not in stored
-    for name in list(stored):
-        if architecture and not name.startswith(('bert.', 'cls.')):
-            left[name] = f'of the head of {architecture}'
-        elif of_tokens and name.startswith('classifier.'):
-            left[name] = 'of a classifier of tokens'
-        else:
-            continue
-        del stored[name]
+    """Sets aside the weights of a head that is not known here."""
     if architecture:
+        for name in [name for name in stored if not name.startswith(('bert.', 'cls.'))]:
+            left[name] = f'of the head of {architecture}'
+            del stored[name]
         logging.warning('%s: its head is not known here, and left; the encoder is taken.',
                         architecture)
 
@@ -134,10 +128,12 @@ def _settle_decoder(stored: dict[str, StoredTensor], left: dict[str, str], tied:
 
 
 def save(folder: str | Path, config: BertConfig, params: dict, statistics: dict, *,
-         vocabulary: Vocabulary | None = None, shard_bytes: int = SHARD_BYTES) -> ConversionLog:
+         vocabulary: Vocabulary | None = None, run: dict[str, Any] | None = None,
+         shard_bytes: int = SHARD_BYTES) -> ConversionLog:
     """Writes a folder that transformers loads: with memory, its modelling file travels along.
 
-    The folder appears whole or not at all. Heads in `params` that `config` does not name are left.
+    `run` is the config.json of the run that trained it, for label names and the model card. The
+    folder appears whole or not at all. Heads in `params` that `config` does not name are left.
     Files have at most `shard_bytes`; a larger value table is split into blocks of rows. `params`
     may hold tables that are not in memory (`np.memmap`): they are read a block at a time.
     Raises:
@@ -155,7 +151,7 @@ def save(folder: str | Path, config: BertConfig, params: dict, statistics: dict,
             stored[names.huggingface(path)] = _outward(path, leaf)
     if not config.tied and 'mlm' in config.output_heads:
         stored[DECODER + 'bias'] = stored['cls.predictions.bias']
-    content = configuration.write(config, table_rows)
+    content = configuration.write(config, table_rows, labels.described(config, run or {}))
     if not config.output_heads:
         logging.warning('The model has no pooler: transformers will say that it makes a new one.')
     if configuration.architecture_of(config) == 'BertModel':
@@ -166,7 +162,7 @@ def save(folder: str | Path, config: BertConfig, params: dict, statistics: dict,
             shutil.copy(MODELING, partial)
         if vocabulary:
             vocabulary.save(partial, config.max_length)
-        (partial / 'README.md').write_text(model_card(content), encoding='utf-8')
+        (partial / 'README.md').write_text(model_card(content, run or {}), encoding='utf-8')
         write_weights(partial, stored, shard_bytes)
         report.taken += [Entry.of(path, names.huggingface(path), leaf)
                          for path, leaf in leaves.items()]

@@ -19,6 +19,7 @@ from transformers.models.bert.modeling_bert import (
     BertForPreTraining,
     BertForQuestionAnswering,
     BertForSequenceClassification,
+    BertForTokenClassification,
     BertLayer,
     BertModel,
 )
@@ -171,6 +172,15 @@ class PkmBertForSequenceClassification(BertForSequenceClassification):
 
 
 class PkmBertForQuestionAnswering(BertForQuestionAnswering):
+    config_class = PkmBertConfig
+
+    def __init__(self, config):
+        super().__init__(config)
+        add_memories(self.bert)
+        self.post_init()
+
+
+class PkmBertForTokenClassification(BertForTokenClassification):
     config_class = PkmBertConfig
 
     def __init__(self, config):

@@ -30,6 +30,7 @@ MODULES = {
     'mlm/norm': 'cls.predictions.transform.LayerNorm',
     'nsp': 'cls.seq_relationship',
     'classifier': 'classifier',
+    'token_classifier': 'classifier',
     'span': 'qa_outputs',
 }
 LEAVES = {'kernel': 'weight', 'scale': 'weight', 'embedding': 'weight', 'decoder': 'decoder.weight',

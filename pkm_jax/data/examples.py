@@ -16,10 +16,18 @@ Example = dict[str, Any]
 
 
 class ArraySpec(NamedTuple):
-    """An array of an example, which may be shorter along its first axis: it is filled up."""
+    """An array of an example, which may be shorter along its first axis: it is filled up.
+
+    `by_token`: that axis is the tokens', and as short as the batch may be.
+    """
     shape: tuple[int, ...]
     dtype: type
     fill: int = 0
+    by_token: bool = False
+
+    def cut(self, length: int) -> 'ArraySpec':
+        """The same in a batch of shorter sequences."""
+        return self._replace(shape=(length, *self.shape[1:])) if self.by_token else self
 
 
 @runtime_checkable
@@ -40,12 +48,13 @@ class Examples(Protocol):
 
 def token_arrays(length: int, pad: int = 0) -> dict[str, ArraySpec]:
     """Tokens of one text, and how many of them are real."""
-    return {'tokens': ArraySpec((length,), np.int32, pad), 'lengths': ArraySpec((), np.int32)}
+    return {'tokens': ArraySpec((length,), np.int32, pad, by_token=True),
+            'lengths': ArraySpec((), np.int32)}
 
 
 def masked_arrays(length: int, predictions: int, pad: int = 0) -> dict[str, ArraySpec]:
     """Tokens with masks among them, and what is to be predicted: mlm_weights are 1 there."""
-    return {**token_arrays(length, pad), 'segments': ArraySpec((length,), np.int32),
+    return {**token_arrays(length, pad), 'segments': ArraySpec((length,), np.int32, by_token=True),
             'mlm_positions': ArraySpec((predictions,), np.int32),
             'mlm_labels': ArraySpec((predictions,), np.int32),
             'mlm_weights': ArraySpec((predictions,), np.float32)}

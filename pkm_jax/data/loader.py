@@ -1,7 +1,8 @@
 """Prepared records to batches: shuffled each epoch, the same for any number of workers and hosts.
 
-A batch is a dict of NumPy arrays with the examples' arrays (examples.py) one below the other. Rows
-without an example, in the last batch of an evaluation, hold what fills arrays: length 0.
+Records whose lengths are known come in batches of like length (labelled.py). A batch is a dict of
+NumPy arrays with the examples' arrays (examples.py) one below the other. Rows without an example,
+in the last batch of an evaluation, hold what fills arrays: length 0.
 """
 
 import dataclasses
@@ -21,6 +22,7 @@ from absl import flags, logging
 from jaxtyping import Int
 
 from pkm_jax.data.examples import Examples
+from pkm_jax.data.labelled import ByLength, Places
 from pkm_jax.refusal import Refusal
 
 Batch = dict[str, np.ndarray]
@@ -28,7 +30,7 @@ FILLER = -1   # instead of a record's number, in the last batch of an evaluation
 
 
 class LoaderDied(RuntimeError):
-    """A process that makes batches (`data.workers`) has ended: its exit status, or minus a signal."""
+    """A process that makes batches (`data.workers`) has ended: its status, or minus a signal."""
 
     def __init__(self, status: int, batch: int):
         how = f'by {signal.Signals(-status).name}' if status < 0 else f'with status {status}'
@@ -49,6 +51,14 @@ class Records(Protocol):
         """Random access to those of a split, opened by the process that reads."""
 
 
+@runtime_checkable
+class MeasuredRecords(Records, Protocol):
+    """Records of which the lengths are known before they are read."""
+
+    def lengths(self, split: str) -> Int[np.ndarray, 'n']:
+        """Tokens of each record."""
+
+
 @dataclasses.dataclass(frozen=True)
 class Collate:
     """Reads the records of a batch and stacks their examples; opens files where it is called."""
@@ -63,11 +73,13 @@ class Collate:
     def __getstate__(self) -> dict:
         return {field.name: getattr(self, field.name) for field in dataclasses.fields(self)}
 
-    def __call__(self, places: tuple[Int[np.ndarray, 'B'], Int[np.ndarray, 'B']]) -> Batch:
-        """Makes the batch of the given (epochs, record numbers)."""
-        epochs, numbers = places
+    def __call__(self, places: Places) -> Batch:
+        """Makes the batch of the given epochs and record numbers."""
+        epochs, numbers, length = places
+        arrays = {name: array.cut(length) if length else array
+                  for name, array in self.examples.arrays.items()}
         batch = {name: np.full((len(numbers), *array.shape), array.fill, array.dtype)
-                 for name, array in self.examples.arrays.items()}
+                 for name, array in arrays.items()}
         real = np.flatnonzero(numbers != FILLER)
         for row, record in zip(real, self._opened.__getitems__(numbers[real].tolist())):
             example = self.examples(record, int(epochs[row]), int(numbers[row]))
@@ -84,20 +96,29 @@ class BatchStream:
 
     Host `process_index` of `process_count` gets its contiguous rows of every global batch of
     `batch_size`. Every epoch passes all records once, in an order drawn from `seed`; a batch may
-    reach into the next epoch. `workers` processes read and mask; 0 does so in threads of this
-    process. A script that asks for workers must guard its entry point with `if __name__ ==
-    '__main__'`. A worker that dies is named and replaced, once for each batch; then LoaderDied ends
-    the stream.
+    reach into the next epoch. Records of known lengths come in batches of like length, padded to
+    one of `buckets`, and the last batch of an epoch is filled with rows without one. `workers`
+    processes read and mask; 0 does so in threads of this process. A script that asks for workers
+    must guard its entry point with `if __name__ == '__main__'`. A worker that dies is named and
+    replaced, once for each batch; then LoaderDied ends the stream.
     Raises Refusal where the batch does not divide over the hosts.
     """
 
     def __init__(self, records: Records, split: str, examples: Examples, *, batch_size: int,
-                 seed: int, process_index: int = 0, process_count: int = 1, workers: int = 0):
+                 seed: int, buckets: Sequence[int] = (), process_index: int = 0,
+                 process_count: int = 1, workers: int = 0):
         rows = _rows_per_host(batch_size, process_count)
         size = records.num_records(split)
-        self._places = (grain.MapDataset.range(size).shuffle(seed=seed).repeat()
-                        .map_with_index(lambda position, record: (position // size, record))
-                        .batch(rows)[process_index::process_count])
+        if isinstance(records, MeasuredRecords):
+            order = ByLength(records.lengths(split), buckets, batch_size, FILLER, seed)
+            own = slice(process_index * rows, (process_index + 1) * rows)
+            self._places = (grain.MapDataset.range(1).repeat()
+                            .map_with_index(lambda number, _: _part(order(number), own)))
+        else:
+            self._places = (grain.MapDataset.range(size).shuffle(seed=seed).repeat()
+                            .map_with_index(lambda position, record: (position // size, record))
+                            .batch(rows)[process_index::process_count]
+                            .map(lambda pair: Places(pair[0], pair[1], length=0)))
         self._batches = self._places.map(Collate(records, split, examples))
         self._workers = workers
         self._identity = {'fingerprint': records.fingerprint, 'split': split, 'seed': seed,
@@ -164,21 +185,32 @@ class BatchStream:
 
 def evaluation_batches(
     records: Records, split: str, examples: Examples, *, batch_size: int, n_batches: int,
-    seed: int, process_index: int = 0, process_count: int = 1,
+    seed: int, buckets: Sequence[int] = (), process_index: int = 0, process_count: int = 1,
 ) -> Iterator[Batch]:
     """Yields this host's parts of at most `n_batches` batches: always the same examples.
 
     All hosts get the same number of batches. Where the split ends within a batch, rows without an
-    example fill it.
+    example fill it. Records of known lengths come in the order of these, all of them.
     """
     collate = Collate(records, split, examples)
     rows = _rows_per_host(batch_size, process_count)
     size = records.num_records(split)
+    if isinstance(records, MeasuredRecords):
+        order_by_length = ByLength(records.lengths(split), buckets, batch_size, FILLER)
+        own = slice(process_index * rows, (process_index + 1) * rows)
+        for number in range(len(order_by_length)):
+            yield collate(_part(order_by_length(number), own))
+        return
     order = grain.MapDataset.range(size).shuffle(seed=seed)
     for first in range(0, min(n_batches * batch_size, size), batch_size):
         places = range(first + process_index * rows, first + (process_index + 1) * rows)
         numbers = np.array([order[place] if place < size else FILLER for place in places])
-        yield collate((np.zeros_like(numbers), numbers))
+        yield collate(Places(np.zeros_like(numbers), numbers, length=0))
+
+
+def _part(places: Places, own: slice) -> Places:
+    """The rows of a global batch that are this host's."""
+    return Places(places.epochs[own], places.numbers[own], places.length)
 
 
 def _rows_per_host(batch_size: int, process_count: int) -> int:

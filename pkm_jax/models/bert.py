@@ -21,7 +21,7 @@ from pkm_jax.ops.dropout import dropout
 from pkm_jax.ops.elementwise import gelu, logits, split_qkv
 from pkm_jax.refusal import Refusal
 
-HEADS = ('mlm', 'pooler', 'nsp', 'classifier', 'span')
+HEADS = ('mlm', 'pooler', 'nsp', 'classifier', 'span', 'token_classifier')
 
 
 @dataclasses.dataclass(frozen=True)
@@ -33,7 +33,8 @@ class BertConfig(TransformerConfig):
     """
     segments: int = setting(2, 'kinds of sentence that a token can belong to', least=1)
     output_heads: tuple[str, ...] = setting(('mlm',), f'outputs, of {", ".join(HEADS)}')
-    classes: int = setting(2, 'outputs of the classifier; 1 for regression', least=1)
+    classes: int = setting(2, 'outputs of the classifier, of texts or of tokens; 1 for regression',
+                           least=1)
     tied: bool = setting(True, 'the MLM head predicts with the word embedding')
 
     def __post_init__(self) -> None:
@@ -43,6 +44,9 @@ class BertConfig(TransformerConfig):
         if {'nsp', 'classifier'} & set(self.output_heads) and 'pooler' not in self.output_heads:
             raise Refusal(f"output_heads = {self.output_heads}: 'nsp' and 'classifier' read the "
                           f"'pooler'.")
+        if {'classifier', 'token_classifier'} <= set(self.output_heads):
+            raise Refusal(f"output_heads = {self.output_heads}: 'classifier' is of texts, "
+                          f"'token_classifier' of tokens; a model has one of them.")
 
     def build(self, rngs: nnx.Rngs) -> 'Bert':
         """A BERT with fresh parameters."""
@@ -87,6 +91,8 @@ class Bert(nnx.Module):
             self.classifier = linear(config.width, config.classes)
         if 'span' in config.output_heads:
             self.span = linear(config.width, 2)
+        if 'token_classifier' in config.output_heads:
+            self.token_classifier = linear(config.width, config.classes)
 
     def __call__(
         self, tokens: Int[Array, 'B L'], segments: Int[Array, 'B L'], lengths: Int[Array, 'B'],
@@ -141,6 +147,13 @@ class Bert(nnx.Module):
     def span_logits(self, states: Float[Array, 'B L D']) -> Float[Array, 'B L 2']:
         """Float32 logits of being the first and the last token of an answer."""
         return self.span(states).astype(jnp.float32)
+
+    def token_logits(
+        self, states: Float[Array, 'B L D'], key: Key[Array, ''] | None = None,
+    ) -> Float[Array, 'B L classes']:
+        """Float32 class logits of each token."""
+        dropped = dropout(states, self.config.dropout, key)
+        return self.token_classifier(dropped).astype(jnp.float32)
 
 
 class Embeddings(nnx.Module):

@@ -11,7 +11,7 @@ Pre-norm blocks as in GPT-2 (Radford et al. 2019), tied head; a memory as in Lam
 import dataclasses
 import functools
 from collections.abc import Callable
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -23,7 +23,7 @@ from pkm_jax.fields import setting
 from pkm_jax.memory.layer import MemoryReads, ProductKeyMemory
 from pkm_jax.memory.sharded import embedding_lookup
 from pkm_jax.models.transformer import TransformerConfig
-from pkm_jax.ops.attention import attend
+from pkm_jax.ops.attention import attend, attend_to_cache
 from pkm_jax.ops.dropout import dropout
 from pkm_jax.ops.elementwise import gelu, logits, split_qkv
 from pkm_jax.refusal import Refusal
@@ -57,6 +57,12 @@ class CausalConfig(TransformerConfig):
         return super().unseen() | {'positions': self.positions, 'rotary_base': self.rotary_base}
 
 
+class Past(NamedTuple):
+    """Keys and values of the tokens that one layer has read, with room for M tokens a row."""
+    keys: Float[Array, 'B M H d']
+    values: Float[Array, 'B M H d']
+
+
 class Causal(nnx.Module):
     """The decoder. A call encodes tokens [B, L], of which the first `lengths` of each row are real.
 
@@ -86,7 +92,7 @@ class Causal(nnx.Module):
         if not deterministic and rngs is None and config.has_dropout:
             raise Refusal('A model with dropout needs a key, rngs, where it is not deterministic.')
         keys = _split(None if deterministic else rngs, config.layers + 1)
-        positions = jnp.arange(tokens.shape[1])
+        positions = jnp.arange(tokens.shape[1])[None]
         states = self.embeddings(tokens, positions, keys[0])
         reads, deltas = {}, deltas or {}
         for layer, block in enumerate(self.layers):
@@ -97,6 +103,29 @@ class Causal(nnx.Module):
                 reads[layer] = read
                 block.memory.update_batch_stats(read.batch_stats)
         return self.norm(states), reads
+
+    def empty_past(self, rows: int) -> list[Past]:
+        """A cache of `rows` rows of max_length tokens, by layer, before the first token."""
+        config = self.config
+        shape = rows, config.max_length, config.attention_heads, (
+            config.width // config.attention_heads)
+        return [Past(*(jnp.zeros(shape, config.dtype) for _ in Past._fields))
+                for _ in range(config.layers)]
+
+    def extend(
+        self, tokens: Int[Array, 'B L'], positions: Int[Array, 'B L'], past: list[Past],
+    ) -> tuple[Float[Array, 'B L D'], list[Past]]:
+        """What a call returns as states, of L tokens after those of the cache `past`, and the
+        cache with them.
+
+        `positions` are theirs, each row's one after the other. What the cache holds at a position
+        is written over. Deterministic.
+        """
+        states, extended = self.embeddings(tokens, positions, None), []
+        for block, own in zip(self.layers, past):
+            states, own = block.extend(states, positions, own)
+            extended.append(own)
+        return self.norm(states), extended
 
     def logits(self, states: Float[Array, 'B L D']) -> Float[Array, 'B L vocab']:
         """Float32 logits of the token after each, with the word embedding."""
@@ -115,12 +144,12 @@ class Embeddings(nnx.Module):
         self.rate, self.dtype = config.dropout, config.dtype
 
     def __call__(
-        self, tokens: Int[Array, 'B L'], positions: Int[Array, 'L'], key: Key[Array, ''] | None,
+        self, tokens: Int[Array, 'B L'], positions: Int[Array, '#B L'], key: Key[Array, ''] | None,
     ) -> Float[Array, 'B L D']:
         words = embedding_lookup(self.word.embedding[...], tokens.reshape(-1))
         states = words.reshape(*tokens.shape, -1)
         if self.position is not None:
-            states += self.position.embedding[...][positions][None]
+            states += self.position.embedding[...][positions]
         return dropout(states.astype(self.dtype), self.rate, key)
 
 
@@ -140,24 +169,34 @@ class Block(nnx.Module):
                              else None)
 
     def __call__(
-        self, states: Float[Array, 'B L D'], positions: Int[Array, 'L'], lengths: Int[Array, 'B'],
-        key: Key[Array, ''] | None, delta: Float[Array, 'rows V'] | None = None, *,
-        deterministic: bool = True,
+        self, states: Float[Array, 'B L D'], positions: Int[Array, '#B L'],
+        lengths: Int[Array, 'B'], key: Key[Array, ''] | None,
+        delta: Float[Array, 'rows V'] | None = None, *, deterministic: bool = True,
     ) -> tuple[Float[Array, 'B L D'], MemoryReads | None]:
         keys = _split(key, 4)
         attended = self.attention(self.attention_norm(states), positions, lengths, keys[0])
         states += dropout(attended, self.rate, keys[1])
+        real = jnp.arange(states.shape[1])[None] < lengths[:, None]
+        return self._after_attention(states, real, keys[2:], delta, deterministic)
+
+    def extend(
+        self, states: Float[Array, 'B L D'], positions: Int[Array, 'B L'], past: Past,
+    ) -> tuple[Float[Array, 'B L D'], Past]:
+        """See `Causal.extend`."""
+        attended, past = self.attention.extend(self.attention_norm(states), positions, past)
+        return self._after_attention(states + attended, None, (None, None), None, True)[0], past
+
+    def _after_attention(self, states, real, keys, delta, deterministic):
         normed, total, reads = self.norm(states), states.astype(jnp.float32), None
         if self.memory is not None:
             # Summed in float32, so that a memory scaled by zero changes no bit in any dtype.
-            read, reads = self._read_memory(normed, lengths, keys[3], delta, deterministic)
+            read, reads = self._read_memory(normed, real, keys[1], delta, deterministic)
             total += read
         if self.feed_forward is not None:
-            total += dropout(self.feed_forward(normed), self.rate, keys[2]).astype(jnp.float32)
+            total += dropout(self.feed_forward(normed), self.rate, keys[0]).astype(jnp.float32)
         return total.astype(states.dtype), reads
 
-    def _read_memory(self, states, lengths, key, delta, deterministic):
-        real = jnp.arange(states.shape[1])[None] < lengths[:, None]
+    def _read_memory(self, states, real, key, delta, deterministic):
         read, reads = self.memory.read(states, real, deterministic=deterministic, rngs=key,
                                        delta=delta)
         read = read.astype(jnp.float32)
@@ -173,18 +212,28 @@ class Attention(nnx.Module):
         self.output = _linear(config, rngs, config.width, config.width)
 
     def __call__(
-        self, states: Float[Array, 'B L D'], positions: Int[Array, 'L'], lengths: Int[Array, 'B'],
-        key: Key[Array, ''] | None,
+        self, states: Float[Array, 'B L D'], positions: Int[Array, '#B L'],
+        lengths: Int[Array, 'B'], key: Key[Array, ''] | None,
     ) -> Float[Array, 'B L D']:
         query, keys, values = self.heads(states, positions)
         attended = attend(query, keys, values, lengths, self.config.attention_dropout, key,
                           causal=True)
         return self.output(rearrange(attended, 'b l h d -> b l (h d)'))
 
+    def extend(
+        self, states: Float[Array, 'B L D'], positions: Int[Array, 'B L'], past: Past,
+    ) -> tuple[Float[Array, 'B L D'], Past]:
+        """The same for tokens after those of a cache, and the cache with them."""
+        query, *new = self.heads(states, positions)
+        rows = jnp.arange(len(positions))[:, None]
+        past = Past(*(held.at[rows, positions].set(part) for held, part in zip(past, new)))
+        attended = attend_to_cache(query, *past, positions)
+        return self.output(rearrange(attended, 'b l h d -> b l (h d)')), past
+
     def heads(
-        self, states: Float[Array, 'B L D'], positions: Int[Array, 'L'],
+        self, states: Float[Array, 'B L D'], positions: Int[Array, '#B L'],
     ) -> tuple[Float[Array, 'B L H d'], ...]:
-        """Queries, keys and values of tokens at these positions: a cache keeps the last two."""
+        """Queries, keys and values of tokens at these positions."""
         query, keys, values = (
             rearrange(part, 'b l (h d) -> b l h d', h=self.config.attention_heads)
             for part in split_qkv(self.qkv(states)))
@@ -195,7 +244,7 @@ class Attention(nnx.Module):
 
 
 def rotated(
-    x: Float[Array, 'B L H d'], positions: Int[Array, 'L'], base: float,
+    x: Float[Array, 'B L H d'], positions: Int[Array, '#B L'], base: float,
 ) -> Float[Array, 'B L H d']:
     """Pairs of features (i, i + d / 2) turned by position · base^(−2i / d), in float32.
 
@@ -203,8 +252,8 @@ def rotated(
     """
     half = x.shape[-1] // 2
     rates = base ** (-jnp.arange(half, dtype=jnp.float32) / half)
-    angles = positions.astype(jnp.float32)[:, None] * rates[None]
-    cos, sin = (function(angles)[None, :, None] for function in (jnp.cos, jnp.sin))
+    angles = positions.astype(jnp.float32)[..., None] * rates[None, None]
+    cos, sin = (function(angles)[:, :, None] for function in (jnp.cos, jnp.sin))
     first, second = jnp.split(x.astype(jnp.float32), 2, axis=-1)
     turned = jnp.concatenate([first * cos - second * sin, second * cos + first * sin], axis=-1)
     return turned.astype(x.dtype)

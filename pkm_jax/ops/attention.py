@@ -37,6 +37,17 @@ def attend(
                                         implementation='cudnn' if fused else 'xla')
 
 
+def attend_to_cache(
+    query: Float[Array, 'B L H d'],
+    keys: Float[Array, 'B M H d'],
+    values: Float[Array, 'B M H d'],
+    positions: Int[Array, 'B L'],
+) -> Float[Array, 'B L H d']:
+    """softmax(QKᵀ/√d)·V of queries at `positions` over what a cache holds up to there."""
+    seen = jnp.arange(keys.shape[1])[None, None] <= positions[..., None]
+    return jax.nn.dot_product_attention(query, keys, values, mask=seen[:, None])
+
+
 def _with_dropout(query, key, value, lengths, rate, dropout_key, causal):
     logging.getLogger(__name__).info('Attention with dropout %s: not fused.', rate)
     scores = jnp.einsum('bqhd,bkhd->bhqk', query, key, preferred_element_type=jnp.float32)

@@ -5,7 +5,10 @@ found from its `init` (`values_state_bytes`, layout.py).
 """
 
 import dataclasses
+import functools
 import math
+import re
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -13,6 +16,7 @@ import optax
 from optax.contrib import MuonDimensionNumbers, muon
 
 from pkm_jax.fields import check_settings, setting
+from pkm_jax.memory.sparse_rows import is_rows
 from pkm_jax.optimizers.groups import groups_of, path_of, schedule
 from pkm_jax.optimizers.skips import limit_loss
 from pkm_jax.optimizers.sparse import lazy_adam, on_rows, rowwise_adagrad, rowwise_adam, sparse_sgd
@@ -70,6 +74,11 @@ SPARSE_VALUES = {
 }
 
 
+# What `freeze` names, by patterns of paths.
+FROZEN = {'nothing': '', 'tables': r'memory/values$',
+          'backbone': r'^(embeddings|layers/\d+/(?!memory)|mlm|nsp)'}
+
+
 @dataclasses.dataclass(frozen=True)
 class OptimizerConfig:
     """How parameters change with their gradients.
@@ -96,6 +105,9 @@ class OptimizerConfig:
     skip_loss_spikes: float = setting(
         0., 'skip steps whose loss is above this multiple of its running mean (of some 100 steps), '
         'as those that are not finite are; 0: none', least=0.)
+    freeze: str = setting('nothing', "what stays as it is: 'nothing', the value 'tables', or the "
+                          "'backbone', which is all but memories and the heads of a fine-tuned "
+                          "model", choices=tuple(FROZEN))
 
     def __post_init__(self) -> None:
         check_settings(self, 'train')
@@ -106,7 +118,8 @@ def make_optimizer(
 ) -> optax.GradientTransformation:
     """Clipping by global norm, then each group of parameters by its optimizer; updates need params.
 
-    With `skip_loss_spikes` they need the `loss` too, see `skips.limit_loss`. `sparse`: gradients of value tables come as SparseRows, to be applied by `sparse.apply_updates`.
+    With `skip_loss_spikes` they need the `loss` too, see `skips.limit_loss`. `sparse`: gradients of
+    value tables come as SparseRows, to be applied by `sparse.apply_updates`.
 
     Raises:
       Refusal: config.values_optimizer is not one of `values_optimizers(sparse)`.
@@ -114,14 +127,40 @@ def make_optimizer(
     rate = schedule(config.learning_rate, config.warmup, steps)
     values_rate = schedule(config.values_learning_rate, config.warmup, steps)
     decayed, undecayed = BACKBONE[config.optimizer]
+    pattern = FROZEN[config.freeze]
     groups = optax.partition({
-        'values': _values_optimizer(config, values_rate, sparse),
+        # Sparse optimizers need a table.
+        'values': (_zeroed('') if config.freeze == 'tables' else
+                   _values_optimizer(config, values_rate, sparse)),
         'undecayed': undecayed(config, rate),
         'decayed': decayed(config, rate, config.weight_decay),
-    }, groups_of)
+        'frozen': _zeroed(''),
+    }, functools.partial(_labels, pattern))
+    # What is frozen counts for nothing in clipping either.
+    before = [_zeroed(pattern)] if pattern else []
     if config.clip:
-        groups = optax.chain(on_rows(optax.clip_by_global_norm(config.clip)), groups)
+        before.append(on_rows(optax.clip_by_global_norm(config.clip)))
+    groups = optax.chain(*before, groups) if before else groups
     return limit_loss(groups, config.skip_loss_spikes) if config.skip_loss_spikes else groups
+
+
+def _labels(frozen: str, params: Any) -> Any:
+    """The group of each parameter, or 'frozen' where its path has that pattern."""
+    return jax.tree_util.tree_map_with_path(
+        lambda path, group: 'frozen' if frozen and re.search(frozen, path_of(path)) else group,
+        groups_of(params))
+
+
+def _zeroed(pattern: str) -> optax.GradientTransformation:
+    """Zeros for the updates of the parameters whose path has the pattern."""
+    def zero(path, leaf):
+        if not re.search(pattern, path_of(path)):
+            return leaf
+        return (leaf._replace(rows=jnp.zeros_like(leaf.rows)) if is_rows(leaf) else
+                jnp.zeros_like(leaf))
+
+    return optax.stateless(lambda updates, _: jax.tree_util.tree_map_with_path(
+        zero, updates, is_leaf=is_rows))
 
 
 def values_optimizers(sparse: bool) -> tuple[str, ...]:

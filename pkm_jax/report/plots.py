@@ -30,7 +30,7 @@ def figures(runs: Sequence[Run], theme: Theme) -> dict[str, Figure]:
 
 
 def loss_figure(runs: Sequence[Run], theme: Theme) -> Figure:
-    """Masked-LM loss against training tokens; a continued run starts where its parent ended."""
+    """Loss against training tokens; a continued run starts where its parent ended."""
     figure = Figure(figsize=(9.6, 4.8), layout='constrained')
     ax = figure.add_subplot()
     labels = []
@@ -54,9 +54,10 @@ def loss_figure(runs: Sequence[Run], theme: Theme) -> Figure:
         ax.axvline(start, color=theme.muted, linewidth=1.2, linestyle=DASHED)
         ax.annotate('memory added', (start, 1), xycoords=('data', 'axes fraction'), xytext=(6, -4),
                     textcoords='offset points', va='top', color=theme.muted)
-    ax.set(xlabel='Training tokens', ylabel='Masked-LM loss (nats)')
+    name = 'Masked-LM loss' if all(run.is_masked_lm for run in runs) else 'Loss'
+    ax.set(xlabel='Training tokens', ylabel=f'{name} (nats)')
     count_axis(ax.xaxis)
-    ax.set_title('Masked-LM loss: training (line, smoothed) and evaluation (dots)')
+    ax.set_title(f'{name}: training (line, smoothed) and evaluation (dots)')
     ax.set_xlim(left=0)
     end_labels(ax, labels)
     return figure

@@ -14,7 +14,7 @@ from pkm_jax.report.verdict import Verdict, verdicts
 CSS = Path(__file__).with_name('report.css')
 
 CAPTIONS = {
-    'loss': 'Masked-LM loss against training tokens. A run that continues another starts where '
+    'loss': 'Loss against training tokens. A run that continues another starts where '
             'that one ended.',
     'usage': 'Share of the slots in use after T evaluation tokens of the last evaluation. Usage '
              'grows with T: compare runs at the same T, and with the dashed line for uniform '

@@ -17,7 +17,7 @@ from pkm_jax.refusal import Refusal
 
 # What every line of metrics.jsonl says, and what one of a kind says beside it.
 FIELDS = ('kind', 'step', 'tokens')
-FIELDS_OF = {'train': ('loss',), 'eval': ('loss', 'accuracy', 'perplexity', 'eval_tokens')}
+FIELDS_OF = {'train': ('loss',), 'eval': ('loss', 'eval_tokens')}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -47,6 +47,11 @@ class Run:
     @property
     def init_from(self) -> str | None:
         return self.config['init_from'] or None
+
+    @property
+    def is_masked_lm(self) -> bool:
+        """Also of runs before there were other tasks."""
+        return self.config.get('task', 'masked_lm') == 'masked_lm'
 
     @property
     def steps(self) -> int:

@@ -8,6 +8,12 @@ from typing import Any
 from pkm_jax.report.runs import Run, column, smoothed, thousands
 from pkm_jax.report.theme import style
 
+# Metrics of fine-tuned runs, by what they are called in the table.
+SCORES = {
+    'f1': 'F1', 'macro_f1': 'Macro F1', 'micro_f1': 'Micro F1',
+    'matthews_correlation': 'Matthews correlation', 'pearson': 'Pearson r',
+    'spearmanr': 'Spearman ρ', 'rmse': 'Root mean square error', 'exact_match': 'Exact match',
+}
 KEY_ROWS = ('Evaluation loss (nats)', 'Top-1 usage')
 
 
@@ -37,7 +43,8 @@ def _run_rows() -> list[tuple[str, Callable[[Run], str]]]:
     """Rows of the table that hold for a whole run."""
 
     def last(key: str, form: str) -> Callable[[Run], str]:
-        return lambda run: format(run.evals[-1][key], form) if run.evals else '–'
+        return lambda run: (format(run.evals[-1][key], form)
+                            if run.evals and key in run.evals[-1] else '–')
 
     def initialisation(run: Run) -> str:
         return f'from {run.parent or Path(run.init_from).name}' if run.init_from else 'scratch'
@@ -66,6 +73,7 @@ def _run_rows() -> list[tuple[str, Callable[[Run], str]]]:
         ('Evaluation loss (nats)', last('loss', '.3f')),
         ('Perplexity', last('perplexity', ',.1f')),
         ('Accuracy', last('accuracy', '.1%')),
+        *((label, last(metric, '.4f')) for metric, label in SCORES.items()),
     ]
 
 

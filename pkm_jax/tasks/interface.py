@@ -42,6 +42,7 @@ class Data(Protocol):
 class Task(Protocol):
     """What is learnt, and from what."""
     length: int         # tokens of an example
+    buckets: tuple[int, ...]    # that batches are padded to, ascending; `length` alone: no others
     vocab_size: int     # words of a vocabulary that is not there yet, as plans assume
     workers: int        # processes that make batches; 0: threads of this one
 
@@ -76,9 +77,10 @@ class Task(Protocol):
         `outcome`; for jax and NumPy arrays alike."""
 
     def evaluation(
-        self, sums: dict[str, Any], outputs: dict[str, Any],
+        self, sums: dict[str, Any], outputs: dict[str, Any], data: Data, split: str,
     ) -> dict[str, float]:
-        """Metrics of an evaluation, of which `outputs` are those of all real examples, in order."""
+        """Metrics of an evaluation over a split of the data, of which `outputs` are those of all
+        real examples, in the order of the batches."""
 
     def predictions(self) -> int:
         """Tokens of a sequence that are compared with the vocabulary (`ModelConfig`)."""

@@ -14,7 +14,7 @@ from pkm_jax.data.dataset import Prepared
 from pkm_jax.fields import check_settings, setting
 from pkm_jax.models.interface import ModelConfig
 from pkm_jax.refusal import Refusal
-from pkm_jax.tasks.interface import Batch
+from pkm_jax.tasks.interface import Batch, Data
 
 
 @dataclasses.dataclass(frozen=True)
@@ -69,16 +69,28 @@ class LanguageModelling:
             allow_unknown=self.allow_unknown, length=self.length,
             validation_fraction=self.validation_fraction, cache=self.cache, log=log)
 
+    @property
+    def buckets(self) -> tuple[int, ...]:
+        """Records are full: all batches have one length."""
+        return (self.length,)
+
     def real(self, batch: Batch) -> Bool[Array, 'T']:
         """Tokens within the lengths of their rows."""
-        positions = jnp.arange(batch['tokens'].shape[1])[None]
-        return rearrange(positions < batch['lengths'][:, None], 'b l -> (b l)')
+        return real_tokens(batch)
 
     def metrics(self, sums: dict[str, Any]) -> dict[str, Any]:
         """Mean loss in nats, and the share of the predicted tokens that were guessed right."""
         return {'loss': sums['loss'] / sums['terms'], 'accuracy': sums['correct'] / sums['terms']}
 
-    def evaluation(self, sums: dict[str, Any], outputs: dict[str, Any]) -> dict[str, float]:
+    def evaluation(
+        self, sums: dict[str, Any], outputs: dict[str, Any], data: Data, split: str,
+    ) -> dict[str, float]:
         """The same, and the perplexity, the exponential of the loss."""
         values = {name: float(value) for name, value in self.metrics(sums).items()}
         return values | {'perplexity': float(np.exp(np.float64(values['loss'])))}
+
+
+def real_tokens(batch: Batch) -> Bool[Array, 'T']:
+    """Which tokens of a batch lie within the lengths of their rows."""
+    positions = jnp.arange(batch['tokens'].shape[1])[None]
+    return rearrange(positions < batch['lengths'][:, None], 'b l -> (b l)')

@@ -2,7 +2,7 @@
 
 import functools
 from collections.abc import Callable, Iterable
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -17,16 +17,23 @@ from pkm_jax.memory.usage import (
     used_shares,
 )
 from pkm_jax.models.interface import MemorySite
-from pkm_jax.tasks.interface import Batch, Task
+from pkm_jax.tasks.interface import Batch, Data, Task
 from pkm_jax.training.state import TrainState
 from pkm_jax.training.step import Totals
 
 
+class Evaluation(NamedTuple):
+    """What an evaluation finds."""
+    values: dict[str, Any]              # of the line 'eval' in metrics.jsonl
+    counts: dict[Any, SlotCounts]       # of each memory's slots
+    outputs: dict[str, np.ndarray]      # the task's, of each example
+
+
 def evaluate(
     state: TrainState, batches: Iterable[Batch], count: Callable, task: Task,
-    sites: dict[Any, MemorySite], examples: int, dead_after: int = 0,
-) -> tuple[dict[str, Any], dict[Any, SlotCounts]]:
-    """The 'eval' values of metrics.jsonl, and the counts of each memory's slots.
+    sites: dict[Any, MemorySite], data: Data, split: str, examples: int, dead_after: int = 0,
+) -> Evaluation:
+    """Evaluates a state over batches of a split of the data.
 
     `count` is `step.eval_step` with everything but its arrays given; `examples` are real, and what
     comes after them in the batches fills the last one. Usage is also recorded after 1, 2, 4, …
@@ -44,7 +51,7 @@ def evaluate(
         seen.append(_seen(totals))
     totals, seen, outputs = jax.device_get((totals, seen, outputs))
     joined = jax.tree.map(lambda *parts: np.concatenate(parts)[:examples], *outputs)
-    values: dict[str, Any] = {**task.evaluation(totals.sums, joined),
+    values: dict[str, Any] = {**task.evaluation(totals.sums, joined, data, split),
                               'eval_tokens': int(totals.tokens)}
     if sites:
         values['memory'] = {str(name): _memory_values(name, counts, seen, sites[name].config)
@@ -52,7 +59,7 @@ def evaluate(
     for name, last in state.last_selected.items():
         values['memory'][str(name)]['dead'] = float(jax.device_get(
             _share_dead(last, state.step, dead_after)))
-    return values, totals.counts
+    return Evaluation(values, totals.counts, joined)
 
 
 def _no_totals(count, state, batch, sites):

@@ -1,6 +1,7 @@
 """One training run, from its configuration to its last checkpoint; read it from top to bottom."""
 
 import contextlib
+import dataclasses
 import functools
 import math
 import shutil
@@ -8,7 +9,7 @@ import tempfile
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import numpy as np
@@ -28,40 +29,43 @@ from pkm_jax.processes import hosts
 from pkm_jax.processes.lock import only_run_in
 from pkm_jax.processes.preemption import Stopped, StopRequests
 from pkm_jax.processes.watch import Watch
+from pkm_jax.refusal import Refusal
 from pkm_jax.tasks.interface import Batch, Data
 from pkm_jax.training import divergence, start
 from pkm_jax.training.evaluation import evaluate, save_counts
 from pkm_jax.training.layout import Layout
 from pkm_jax.training.program import Program, abstract_batch, make_program
+from pkm_jax.training.progress import Progress
 from pkm_jax.training.run_log import RunLog, utilisation
 from pkm_jax.training.state import TrainState, batch_sharding
 
+Shapes = frozenset[tuple[str, tuple[int, ...]]]     # of a batch, by the names of its arrays
 EVALUATION_SEED = 0     # of the examples evaluated over: the same for runs of any seed
 
 
-def train(run: Run, layout: Layout) -> Path:
+def train(run: Run, layout: Layout, data: Data | None = None) -> Path:
     """Trains the model of a run in its folder, or goes on where it stopped.
 
-    Returns the folder; of a finished run at once. `layout` is `layout.lay_out`'s.
+    Returns the folder; of a finished run at once. `layout` is `layout.lay_out`'s, `data` what the
+    task prepares, where that is done.
 
     Raises:
       Refusal: the settings, corpus, checkpoint or folder cannot be used; before anything is
       compiled. Stopped: a signal asked for it; see preemption.py.
       Diverged: losses or gradients were not finite, for train.max_skipped_steps in a row. The
-      checkpoints are of before; what is kept of it beside them, `divergence.stop_after_too_many` says.
+      checkpoints are of before; `divergence.stop_after_too_many` says what is kept beside them.
     """
     changed = run_folder.check_same_run(run)
     with run_folder.written_or_named(run.folder), contextlib.ExitStack() as alone:
         still_ours = (alone.enter_context(only_run_in(run.folder)) if jax.process_index() == 0
                       else lambda: None)
-        return _train(run, layout, changed, still_ours)
+        return _train(run, layout, changed, data, still_ours)
 
 
-def _train(run: Run, layout: Layout, changed: str, still_ours: Callable[[], None]) -> Path:
+def _train(run: Run, layout: Layout, changed: str, data: Data | None,
+           still_ours: Callable[[], None]) -> Path:
     # 1. Prepare the data.
-    with start.phase('preparing the data'), hosts.first_process_first('the prepared data'):
-        data = run.task.prepare(pretrained.vocabulary_of(run.init_from),
-                                functools.partial(print, flush=True))
+    data = data or _prepared(run)
     configured, run = run, run.with_vocabulary(data.vocab_size)
     mesh = make_mesh(layout.shards)
 
@@ -77,15 +81,18 @@ def _train(run: Run, layout: Layout, changed: str, still_ours: Callable[[], None
         with start.phase('looking for a checkpoint'):
             found = checkpoints.newest()
         room = checkpoints.room(program.abstract)
+        saved: dict[str, Any] = {}
         if found:
-            step, progress = found
-            stream.set_state(progress['data'])
+            step, saved = found
+            stream.set_state(saved['data'])
             with start.phase('reading the checkpoint'):
                 state = checkpoints.restore(step, program.abstract)
             if jax.process_index() == 0:
                 _mend_vocabulary(run.folder, data)
+            tokens = step * run.tokens_per_step     # in runs of before it was kept
+            progress = Progress(**saved.get('progress', {'tokens': tokens}))
         else:
-            progress = {}
+            progress = Progress()
             state = _first_state(run, program, data, lambda: run_folder.describe(configured))
         if changed and jax.process_index() == 0:
             run_folder.describe(configured)
@@ -93,8 +100,8 @@ def _train(run: Run, layout: Layout, changed: str, still_ours: Callable[[], None
         # 3. Say what is trained, and train it.
         log = closing.enter_context(contextlib.closing(
             RunLog(run.folder, run.name, int(state.step), run.train.steps, run.log.every,
-                   progress.get('log'))))
-        if int(state.step) >= run.train.steps:
+                   saved.get('log'))))
+        if int(state.step) >= run.train.steps or progress.stopped:
             return run.folder
         shapes = {path: leaf.shape for path, leaf in flatten(state.params).items()}
         log.say('\n'.join([pretrained.parameter_table(shapes), *start.summary(run, layout, mesh),
@@ -102,11 +109,19 @@ def _train(run: Run, layout: Layout, changed: str, still_ours: Callable[[], None
         log.begin(sum(map(math.prod, shapes.values())))
         requests = closing.enter_context(StopRequests(mesh))
         with start.phase('compiling the step'), log.pause():
-            take_step = _compiled_steps(run, program, state, mesh, log)
+            steps = _compiled_steps(run, program, state, mesh, log)
+        best = closing.enter_context(contextlib.closing(
+            Checkpoints(run.folder / 'best', 1, still_ours))) if run.train.best else None
         watch = closing.enter_context(Watch(run.folder, jax.process_index(), run.log.hang_exit))
-        _loop(run, state, take_step, _evaluation(run, program, mesh, data, log), stream, mesh,
-              checkpoints, log, requests, watch)
+        _loop(run, state, progress, steps, _evaluation(run, program, mesh, data, log), stream, mesh,
+              checkpoints, best, log, requests, watch)
     return run.folder
+
+
+def _prepared(run: Run) -> Data:
+    with start.phase('preparing the data'), hosts.first_process_first('the prepared data'):
+        return run.task.prepare(pretrained.vocabulary_of(run.init_from),
+                                functools.partial(print, flush=True))
 
 
 def _first_state(
@@ -128,48 +143,69 @@ def _first_state(
     return state
 
 
+class Steps(NamedTuple):
+    """The compiled steps of a run, and what batches they take."""
+    compiled: dict[tuple[bool, Shapes], Callable]   # by whether it takes all norms, and shapes
+    lengths: dict[Shapes, int]                      # tokens of a row
+
+
 def _compiled_steps(run: Run, program: Program, state: TrainState, mesh: Mesh,
-                    log: RunLog) -> dict[bool, Callable]:
-    """The step with all norms and the one without, those that the run will take."""
-    needed = {_takes_norms(run, step) for step in range(int(state.step) + 1, run.train.steps + 1)}
+                    log: RunLog) -> Steps:
+    """The step with all norms and the one without, those that the run will take, by bucket."""
+    norms = {_takes_norms(run, step) for step in range(int(state.step) + 1, run.train.steps + 1)}
+    batches = {length: abstract_batch(run, mesh, length) for length in run.task.buckets}
+    needed = [(all_norms, batch) for all_norms in norms for batch in batches.values()]
     with dispatch.recorded() as chosen:
-        lowered = [program.take_step.lower(state, abstract_batch(run, mesh), all_norms=all_norms)
-                   for all_norms in needed]
+        lowered = [program.take_step.lower(state, batch, all_norms=all_norms)
+                   for all_norms, batch in needed]
     log.say('\n'.join(f'{operation}: {how}' for operation, how in chosen.items()))
     with ThreadPoolExecutor() as pool:
-        return dict(zip(needed, pool.map(Lowered.compile, lowered)))
+        compiled = pool.map(Lowered.compile, lowered)
+        return Steps({(all_norms, _shapes(batch)): step
+                      for (all_norms, batch), step in zip(needed, compiled)},
+                     {_shapes(batch): length for length, batch in batches.items()})
+
+
+def _shapes(batch: dict[str, Any]) -> Shapes:
+    return frozenset((name, array.shape) for name, array in batch.items())
 
 
 def _takes_norms(run: Run, step: int) -> bool:
     return step % run.log.norms_every == 0
 
 
-def _loop(run: Run, state: TrainState, take_step: dict[bool, Callable], evaluate_now: Callable,
-          stream: loader.BatchStream, mesh: Mesh, checkpoints: Checkpoints, log: RunLog,
-          requests: StopRequests, watch: Watch) -> None:
+def _loop(run: Run, state: TrainState, progress: Progress, take_step: Steps,
+          evaluate_now: Callable, stream: loader.BatchStream, mesh: Mesh, checkpoints: Checkpoints,
+          best: Checkpoints | None, log: RunLog, requests: StopRequests, watch: Watch) -> None:
     """Steps from state.step to the last, never waiting for a step before the next is under way."""
     step, steps, every = int(state.step), run.train.steps, run.log
     profiling, asked, due = False, 0, False
     window: list[dict[str, Any]] = []   # metrics of the steps since the last line, on the devices
+    lengths: list[int] = []             # of their batches
     skips = divergence.Skips()
-    report = _reporter(run, log, skips)
-    while step < steps and not asked:
+    report = _reporter(run, log, progress, skips)
+    if every.eval_at_start and step == 0:
+        with log.pause(), watch.pause():
+            evaluate_now(state, step, progress)
+    while step < steps and not asked and not progress.stopped:
         with watch.waiting_for('the loader, which makes batches'):
             rows = next(stream)
-        batch = _to_devices(rows, mesh)
+        batch = to_devices(rows, mesh)
+        shapes = _shapes(batch)
         if step + 1 == every.profile[0]:
             jax.profiler.start_trace(str(run.folder / 'profile'))
             profiling = True
         with jax.transfer_guard('disallow'):
-            state, metrics = take_step[_takes_norms(run, step + 1)](state, batch)
+            state, metrics = take_step.compiled[_takes_norms(run, step + 1), shapes](state, batch)
         step += 1
         if (step - 1) % every.every == 0 and window:
-            report(step - 1, window)
-            window = []
+            report(step - 1, window, lengths)
+            window, lengths = [], []
             if skips.in_a_row >= run.train.max_skipped_steps:
                 skips.see(step, [jax.device_get(metrics)])      # they may have ended since
             divergence.stop_after_too_many(run, skips, state, stream)
         window.append(metrics)
+        lengths.append(take_step.lengths[shapes])
         if profiling and step == every.profile[1]:
             jax.block_until_ready(metrics)
             jax.profiler.stop_trace()
@@ -177,15 +213,17 @@ def _loop(run: Run, state: TrainState, take_step: dict[bool, Callable], evaluate
         evaluates = step % every.eval_every == 0 or step == steps
         due |= step % every.checkpoint_every == 0
         if evaluates or due or asked:
-            report(step, window)
-            window = []
+            report(step, window, lengths)
+            window, lengths = [], []
             divergence.stop_after_too_many(run, skips, state, stream)
             with log.pause(), watch.pause():
-                if evaluates:
-                    evaluate_now(state, step)
+                if evaluates and _is_best(run, step, evaluate_now(state, step, progress), progress,
+                                          log):
+                    best.save(state._replace(optimizer={}, last_selected={}), {})
                 # Among steps that are skipped a checkpoint waits: it might replace a better one.
-                if due and not skips.in_a_row or asked or step == steps:
-                    checkpoints.save(state, {'data': stream.get_state(), 'log': log.state})
+                if due and not skips.in_a_row or asked or step == steps or progress.stopped:
+                    checkpoints.save(state, {'data': stream.get_state(), 'log': log.state,
+                                             'progress': dataclasses.asdict(progress)})
                     due = False
         watch.step_done()
     with watch.pause():
@@ -197,24 +235,45 @@ def _loop(run: Run, state: TrainState, take_step: dict[bool, Callable], evaluate
         raise Stopped(asked, step)
 
 
-def _reporter(
-    run: Run, log: RunLog, skips: divergence.Skips,
-) -> Callable[[int, list[dict[str, Any]]], None]:
-    """A function that logs the mean of the metrics of the steps up to `step` that were taken, and
-    counts those that were skipped."""
+def _is_best(run: Run, step: int, values: dict[str, Any], progress: Progress, log: RunLog) -> bool:
+    """Whether an evaluation is the best so far; says where training stops for want of better ones.
+
+    Raises:
+      Refusal: it has no such metric.
+    """
+    metric = run.train.best
+    if not metric:
+        return False
+    if not isinstance(values.get(metric), float):
+        raise Refusal(f'train.best = {metric!r} is none of the metrics of an evaluation: '
+                      f'{", ".join(name for name in values if isinstance(values[name], float))}.')
+    is_best = progress.judge(step, metric, values, run.train.patience)
+    if progress.stopped:
+        log.say(f'training stops at step {step:,}: {progress.worse} evaluations without a better '
+                f'{metric} than {progress.best:.4f} of step {progress.best_step:,} '
+                f'(train.patience)')
+    return is_best
+
+
+def _reporter(run: Run, log: RunLog, progress: Progress, skips: divergence.Skips,
+              ) -> Callable[[int, list[dict[str, Any]], list[int]], None]:
+    """A function that logs the mean of the metrics of the steps up to `step` that were taken, on
+    batches of these lengths, and counts those that were skipped."""
     rate = schedule(run.train.learning_rate, run.train.warmup, run.train.steps)
 
-    def report(step, window):
+    def report(step, window, lengths):
         window = jax.device_get(window)
         seconds = log.lap()
-        tokens_per_second = run.tokens_per_step * len(window) / seconds
+        tokens = run.train.batch * sum(lengths)
+        tokens_per_second = tokens / seconds
+        progress.tokens += tokens
         taken = [dict(metrics) for metrics in window if not metrics['skipped']]
         skips.see(step - len(window) + 1, window)
         skipped = len(window) - len(taken)
         if skipped:
             log.say(f'{skipped:,} of {len(window):,} steps up to {step:,} skipped: {skips.why()}')
         if not taken:
-            log.write('skipped', step, step * run.tokens_per_step, skipped=skipped)
+            log.write('skipped', step, progress.tokens, skipped=skipped)
             return
         norms = {}      # each kind of the last step that took it
         for metrics in taken:
@@ -224,31 +283,34 @@ def _reporter(
                    'skipped': skipped,
                    'learning_rate': float(rate(step - 1)),
                    'steps_per_second': len(window) / seconds,
+                   'examples_per_second': run.train.batch * len(window) / seconds,
                    'tokens_per_second': tokens_per_second}
-        used = utilisation(run.flops_per_step * len(window) / seconds)
+        used = utilisation(sum(map(run.flops_of, lengths)) / seconds)
         if used is not None:
             values['mfu'] = used
-        log.write('train', step, step * run.tokens_per_step, **values)
+        log.write('train', step, progress.tokens, **values)
         log.show(step, values['loss'], tokens_per_second)
 
     return report
 
 
 def _evaluation(run: Run, program: Program, mesh: Mesh, data: Data,
-                log: RunLog) -> Callable[[TrainState, int], None]:
+                log: RunLog) -> Callable[[TrainState, int, Progress], dict[str, Any]]:
     """A function that evaluates a state on the same validation batches each time, and logs it."""
     number = run.log.eval_batches * run.train.gradient_accumulation_steps
     size, sites = run.train.micro_batch, run.model.memories
     examples = run.task.examples(data, EVALUATION_SEED)
 
-    def evaluate_now(state, step):
-        batches = loader.evaluation_batches(data, 'validation', examples, batch_size=size,
-                                            n_batches=number, seed=EVALUATION_SEED, **_hosts())
-        values, counts = evaluate(
-            state, (_to_devices(batch, mesh) for batch in batches), program.count, run.task, sites,
-            min(number * size, data.num_records('validation')), run.tables.dead_after)
+    def evaluate_now(state, step, progress):
+        batches = loader.evaluation_batches(
+            data, 'validation', examples, batch_size=size, n_batches=number, seed=EVALUATION_SEED,
+            buckets=run.task.buckets, **of_this_process())
+        values, counts, _ = evaluate(
+            state, (to_devices(batch, mesh) for batch in batches), program.count, run.task, sites,
+            data, 'validation', min(number * size, data.num_records('validation')),
+            run.tables.dead_after)
         divergence.check_evaluation(step, values['loss'], run)
-        log.write('eval', step, step * run.tokens_per_step, **values)
+        log.write('eval', step, progress.tokens, **values)
         shown = ', '.join(f'{name} {value:.4f}' for name, value in values.items()
                           if isinstance(value, float) and name != 'perplexity')
         log.say(f'evaluation at step {step:,}: {shown}' + ''.join(
@@ -259,6 +321,7 @@ def _evaluation(run: Run, program: Program, mesh: Mesh, data: Data,
         if jax.process_index() == 0:
             for name, slots in counts.items():
                 save_counts(run.folder / f'slot_counts_{name}.npz', slots)
+        return values
 
     return evaluate_now
 
@@ -266,7 +329,8 @@ def _evaluation(run: Run, program: Program, mesh: Mesh, data: Data,
 def _stream(run: Run, data: Data) -> loader.BatchStream:
     return loader.BatchStream(data, 'train', run.task.examples(data, run.seed),
                               batch_size=run.train.batch, seed=run.seed,
-                              workers=run.task.workers, **_hosts())
+                              buckets=run.task.buckets, workers=run.task.workers,
+                              **of_this_process())
 
 
 def _mend_vocabulary(folder: Path, data: Data) -> None:
@@ -286,11 +350,12 @@ def _mend_vocabulary(folder: Path, data: Data) -> None:
                 shutil.copyfile(path, copy)
 
 
-def _hosts() -> dict[str, int]:
+def of_this_process() -> dict[str, int]:
+    """Which part of the batches this process makes."""
     return dict(process_index=jax.process_index(), process_count=jax.process_count())
 
 
-def _to_devices(batch: dict[str, np.ndarray], mesh: Mesh) -> Batch:
+def to_devices(batch: dict[str, np.ndarray], mesh: Mesh) -> Batch:
     """This host's rows as its part of global arrays, split over all devices."""
     return {name: jax.make_array_from_process_local_data(batch_sharding(mesh), rows)
             for name, rows in batch.items()}

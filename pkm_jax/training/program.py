@@ -60,8 +60,10 @@ def make_program(run: Run, model: ModelConfig, sparse: bool, mesh: Mesh) -> Prog
                    jax.jit(count, out_shardings=NamedSharding(mesh, P())))  # for every host to read
 
 
-def abstract_batch(run: Run, mesh: Mesh) -> dict[str, jax.ShapeDtypeStruct]:
-    """Shapes, dtypes and shardings of a training batch."""
-    return {name: jax.ShapeDtypeStruct((run.train.batch, *array.shape), array.dtype,
-                                       sharding=batch_sharding(mesh))
+def abstract_batch(run: Run, mesh: Mesh, length: int = 0) -> dict[str, jax.ShapeDtypeStruct]:
+    """Shapes, dtypes and shardings of a training batch, of the longest examples or padded to
+    `length`."""
+    return {name: jax.ShapeDtypeStruct(
+                (run.train.batch, *array.cut(length or run.task.length).shape), array.dtype,
+                sharding=batch_sharding(mesh))
             for name, array in run.task.arrays.items()}

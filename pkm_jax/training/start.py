@@ -46,7 +46,8 @@ def summary(run: Run, layout: Layout, mesh: Mesh) -> list[str]:
         *run.model.fast_paths(device.platform),
         f'compiled programs: kept in {cache}' if cache else
         'compiled programs: not kept (compilation_cache is empty): each start compiles anew',
-        f'a step: {run.train.batch:,} examples of {run.task.length:,} tokens, '
+        f'a step: {run.train.batch:,} examples of '
+        f'{" or ".join(f"{length:,}" for length in run.task.buckets)} tokens, '
         f'{run.train.gradient_accumulation_steps} micro-batch(es), '
-        f'{run.flops_per_step / 1e12:,.3f} TFLOP']
+        f'{run.flops_of(run.task.buckets[-1]) / 1e12:,.3f} TFLOP']
 

@@ -214,9 +214,9 @@ def test_what_a_killed_process_left_is_cleared(tmp_path):
 
 def test_weights_to_start_from_are_verified(tmp_path):
     arrays.write(tmp_path / 'checkpoints', {'params': {'a': np.arange(2000.)}, 'statistics': {}})
-    whole = store.newest_whole(tmp_path)
+    whole = store.whole(store.of_run(tmp_path))
     path = max((path for path in whole.rglob('*') if path.is_file()), key=lambda path: path.stat().st_size)
     path.write_bytes(flipped(path.read_bytes(), np.random.default_rng(0)))
     with pytest.raises(Refusal, match=f'{path.relative_to(whole)} is not what was written'):
-        store.newest_whole(tmp_path)
+        store.whole(store.of_run(tmp_path))
     assert whole.exists()

@@ -21,6 +21,7 @@ VARIANTS = {
     'pretraining_untied': dict(output_heads=('mlm', 'pooler', 'nsp'), tied=False),
     'classifier': dict(output_heads=('pooler', 'classifier'), classes=3),
     'span': dict(output_heads=('span',)),
+    'tokens': dict(output_heads=('token_classifier',), classes=4),
     'added': dict(memory_layers=(0, 2), placement='add', zero_start=True),
     'replacing': dict(memory_layers=(1,), placement='replace', output_heads=('pooler',)),
     'shared': dict(memory_layers=(2, 1), placement='add', shared_values=True),
@@ -81,6 +82,8 @@ def outputs(pretrained, tokens, segments, lengths) -> dict[str, np.ndarray]:
         found['seq_relationship_logits'] = model.nsp_logits(final)
     if 'classifier' in heads:
         found['logits'] = model.class_logits(final)
+    if 'token_classifier' in heads:
+        found['logits'] = model.token_logits(final)
     if 'span' in heads:
         found['start_logits'], found['end_logits'] = np.moveaxis(model.span_logits(final), 2, 0)
     return found

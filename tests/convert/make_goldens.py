@@ -151,6 +151,8 @@ def main() -> None:
     tiny('masked_lm_untied', 'BertForMaskedLM', safetensors, tie_word_embeddings=False)
     tiny('pretraining', 'BertForPreTraining', old_pickle)
     tiny('classification', 'BertForSequenceClassification', safetensors, num_labels=3)
+    tiny('token_classification', 'BertForTokenClassification', safetensors, num_labels=4,
+         id2label={0: 'O', 1: 'B-PER', 2: 'I-PER', 3: 'B-LOC'})
     tiny('question_answering', 'BertForQuestionAnswering', sharded_safetensors)
     tiny('memory_added', 'PkmBertForMaskedLM', safetensors, memory=dict(zero_start=True))
     tiny('memory_replacing', 'PkmBertModel', safetensors,

@@ -131,8 +131,7 @@ def test_weights_that_are_not_finite_are_refused_by_name(folder, name, value):
         foreign.load(source)
 
 
-@pytest.mark.parametrize('architecture', ['BertForTokenClassification', 'BertForMultipleChoice',
-                                          'MyBertTagger'])
+@pytest.mark.parametrize('architecture', ['BertForMultipleChoice', 'MyBertTagger'])
 def test_of_another_head_the_encoder_is_taken(folder, architecture):
     source = folder('model')
     weights = {f'bert.{name}': array
@@ -148,11 +147,12 @@ def test_of_another_head_the_encoder_is_taken(folder, architecture):
 def test_a_classifier_of_tokens_is_known_by_its_missing_pooler(folder):
     source = folder('model_without_pooler')
     weights = load_file(source / 'model.safetensors')
-    weights['classifier.weight'] = np.zeros((9, 16), np.float32)
+    weights |= {'classifier.weight': np.ones((9, 16), np.float32),
+                'classifier.bias': np.zeros(9, np.float32)}
     save_file(weights, source / 'model.safetensors')
     found = foreign.load(source)
-    assert found.config.output_heads == ()
-    assert found.report.left == {'classifier.weight': 'of a classifier of tokens'}
+    assert found.config.output_heads == ('token_classifier',) and found.config.classes == 9
+    assert found.params['token_classifier']['kernel'].shape == (16, 9)
 
 
 @pytest.mark.parametrize('file', ['config.json', 'model.safetensors'])

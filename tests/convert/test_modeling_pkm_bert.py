@@ -9,6 +9,7 @@ import pytest
 
 from pkm_jax.convert import huggingface
 from pkm_jax.convert.configuration import ARCHITECTURES
+from pkm_jax.convert_checkpoint import write_run
 from pkm_jax.data.vocabulary import word_pieces
 
 MAKE_GOLDENS = Path(__file__).with_name('make_goldens.py')
@@ -71,6 +72,32 @@ def test_transformers_reads_our_vocabulary(tmp_path, transformers, random_model)
                      vocabulary=word_pieces(WORDS, lowercase=False))
     tokenizer = transformers.AutoTokenizer.from_pretrained(tmp_path / 'out')
     assert tokenizer('a bc A [MASK]')['input_ids'] == [2, 5, 6, 7, 1, 4, 3]
+
+
+def test_transformers_reads_the_vocabulary_of_a_run(tmp_path, transformers, random_model):
+    write_run(tmp_path / 'run', random_model(), tmp_path)
+    word_pieces(WORDS, lowercase=False).save(tmp_path / 'run')
+    tokenizer = transformers.AutoTokenizer.from_pretrained(tmp_path / 'run')
+    assert tokenizer('a bc')['input_ids'] == [2, 5, 6, 7, 3]
+
+
+@pytest.mark.parametrize('memory', [{}, dict(memory_layers=(1,), placement='add')])
+@pytest.mark.parametrize('kind, data', [
+    ('classifier', {'labels': ['bad', 'fair', 'good'], 'problem': 'multi_label'}),
+    ('token_classifier', {'labels': ['O', 'B-PER', 'I-PER']}),
+])
+def test_transformers_knows_the_names_of_classes(
+        kind, data, memory, tmp_path, transformers, random_model):
+    heads = ('pooler', kind) if kind == 'classifier' else (kind,)
+    ours = random_model(output_heads=heads, classes=3, **memory)
+    huggingface.save(tmp_path / 'out', ours.config, ours.params, ours.statistics,
+                     run={'data': data})
+    model, said = load(transformers, tmp_path / 'out')
+    assert not any(said.values()), said
+    assert list(model.config.id2label.values()) == data['labels']
+    assert model.config.label2id[data['labels'][1]] == 1
+    if kind == 'classifier':
+        assert model.config.problem_type == 'multi_label_classification'
 
 
 @pytest.mark.parametrize('architecture, memory', [

@@ -120,7 +120,7 @@ def test_rotary_products_depend_on_the_distance():
     rng = np.random.default_rng(0)
     query, key = (jnp.asarray(np.tile(rng.normal(size=(1, 1, 1, 8)), (1, 12, 1, 1)), jnp.float32)
                   for _ in range(2))
-    product = np.einsum('qd,kd->qk', *(rotated(x, jnp.arange(12), 100.)[0, :, 0]
+    product = np.einsum('qd,kd->qk', *(rotated(x, jnp.arange(12)[None], 100.)[0, :, 0]
                                        for x in (query, key)))
     for distance in range(-11, 12):
         np.testing.assert_allclose(np.diagonal(product, distance), product[

@@ -189,3 +189,32 @@ def test_row_wise_optimizers_need_sparse_updates():
 def test_fields_out_of_range_are_refused_by_name(field, value):
     with pytest.raises(Refusal, match=rf'train\.{field} = '):
         OptimizerConfig(**{field: value})
+
+
+@pytest.mark.parametrize('freeze, still', [
+    ('tables', {'layers/0/memory/values'}),
+    ('backbone', {'embeddings/word/embedding', 'layers/0/query/kernel', 'layers/0/query/bias'})])
+@pytest.mark.parametrize('sparse', [False, True])
+def test_what_is_frozen_stays_and_counts_for_nothing_in_clipping(freeze, still, sparse):
+    params = parameters()
+    gradient = jax.tree.map(lambda leaf: 100 * leaf, params)
+    if sparse:
+        rows = SparseRows(jnp.arange(4, dtype=jnp.int32), jnp.ones((4, 160)), jnp.array([4]))
+        gradient['layers'][0]['memory']['values'] = rows
+    optimizer = make_optimizer(config(freeze=freeze, clip=1., warmup=0), STEPS, sparse)
+    state = optimizer.init(params)
+    updates, _ = optimizer.update(gradient, state, params)
+    changed = apply_updates(params, updates, jax.random.key(0))
+    before, after = named(params), named(changed)
+    assert {name for name in before if np.array_equal(before[name], after[name])} == still
+    assert not [path for path in paths(state) if any(name in path for name in still)]   # no moments
+    # The others move as if the frozen had no gradient.
+    alone = {name: 0 if name in still else 1 for name in before}
+    rest = jax.tree_util.tree_map_with_path(
+        lambda path, leaf: leaf * alone[path_of(path)] if path_of(path) in alone else leaf,
+        gradient)
+    if freeze == 'backbone' and not sparse:
+        whole = make_optimizer(config(clip=1., warmup=0), STEPS, sparse)
+        expected, _ = whole.update(rest, whole.init(params), params)
+        for name in set(before) - still:
+            np.testing.assert_allclose(named(updates)[name], named(expected)[name], rtol=1e-6)

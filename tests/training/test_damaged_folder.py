@@ -111,4 +111,4 @@ def test_a_folder_that_is_gone_ends_the_run_in_one_line(config, monkeypatch, tmp
     with pytest.raises(Refusal, match=r'run/slot_counts_1.npz: No such file or directory. The run'):
         train(config)
     assert not folder.exists()
-    assert store.newest_whole(tmp_path / 'elsewhere').name == '3'
+    assert store.whole(store.of_run(tmp_path / 'elsewhere')).name == '3'

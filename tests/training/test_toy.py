@@ -104,6 +104,7 @@ class Examples:
 class Regression:
     """Of a sine, by least squares."""
     length: int = 1
+    buckets: tuple = (1,)
     workers: int = 0
     vocab_size: int = 0
 
@@ -135,7 +136,7 @@ class Regression:
     def metrics(self, sums):
         return {'loss': sums['loss'] / sums['terms'], 'mean_error': sums['absolute'] / sums['terms']}
 
-    def evaluation(self, sums, outputs):
+    def evaluation(self, sums, outputs, data, split):
         """Pearson's r too, which no sums over batches give."""
         assert len(outputs['guess']) == 24      # each example once, though batches are of 16
         values = {name: float(value) for name, value in self.metrics(sums).items()}

@@ -1,0 +1,1 @@
+"""What trained models say of texts: in batches of like length, in order."""

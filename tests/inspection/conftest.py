@@ -1,0 +1,1 @@
+from tests.prediction.conftest import folder_of  # noqa: F401
