@@ -152,7 +152,7 @@ class BatchStream:
 
     def at(self, number: int) -> tuple[Batch, Int[np.ndarray, 'B'], Int[np.ndarray, 'B']]:
         """The batch after `number` others, and the epochs and records that it is made of."""
-        return self._batches[number], *self._places[number]
+        return self._batches[number], *self._places[number][:2]
 
     def get_state(self) -> dict:
         """The place after the last batch returned, for JSON; any number of hosts can go on."""

@@ -185,6 +185,13 @@ def test_those_of_before_are_read_with_a_word(tmp_path, caplog):
     assert f'{tmp_path}/1 has no checksums' in caplog.text
 
 
+def test_one_without_checksums_and_with_damaged_metadata_is_not_one_of_before(tmp_path):
+    written(tmp_path, tiny(1))
+    as_an_earlier_version_wrote_it(tmp_path / '1')
+    (tmp_path / '1' / checksums.METADATA).write_text('{"item')
+    assert checksums.damage(tmp_path / '1') == ['checksums.json is missing: it was never finished']
+
+
 def test_one_that_was_not_finished_is_not_taken_for_one_of_before(tmp_path, caplog):
     """Its checksums were lost."""
     written(tmp_path, tiny(1), tiny(2))
