@@ -28,7 +28,7 @@ from pkm_jax.processes.preemption import Stopped, StopRequests
 from pkm_jax.processes.watch import Watch
 from pkm_jax.refusal import Refusal
 from pkm_jax.tasks.interface import Batch, Data
-from pkm_jax.training import divergence, start
+from pkm_jax.training import divergence, out_of_memory, start
 from pkm_jax.training.evaluation import evaluate, save_counts
 from pkm_jax.training.layout import Layout
 from pkm_jax.training.program import Program, abstract_batch, make_program
@@ -45,15 +45,16 @@ def train(run: Run, layout: Layout) -> Path:
     Returns the folder; of a finished run at once. `layout` is `layout.lay_out`'s.
 
     Raises:
-      Refusal: the settings, corpus, checkpoint or folder cannot be used; before anything is
-      compiled. Stopped: a signal asked for it; see preemption.py.
+      Refusal: the settings, corpus, checkpoint or folder cannot be used, before anything is
+      compiled; or a device has no room. Stopped: a signal asked for it; see preemption.py.
       Diverged: losses or gradients were not finite, for train.max_skipped_steps in a row. The
       checkpoints are of before; what is kept of it beside them, `divergence.stop_after_too_many` says.
     """
     changed = run_folder.check_same_run(run)
-    with contextlib.ExitStack() as alone:
+    with contextlib.ExitStack() as around:
         if jax.process_index() == 0:
-            alone.enter_context(only_run_in(run.folder))
+            around.enter_context(only_run_in(run.folder))
+        around.enter_context(out_of_memory.explained(run))
         return _train(run, layout, changed)
 
 
