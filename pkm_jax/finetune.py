@@ -26,6 +26,7 @@ from pkm_jax.configuration.resolve import task_of
 from pkm_jax.configuration.run import Distributed, Run
 from pkm_jax.console import survive_any_console
 from pkm_jax.data.labelled import Labelled
+from pkm_jax.planning.out_of_memory import explained
 from pkm_jax.processes import hosts
 from pkm_jax.processes.preemption import Stopped
 from pkm_jax.refusal import Refusal
@@ -81,7 +82,8 @@ def finetune(config: dict[str, Any]) -> Results:
                for one in runs]
     results = {}
     for one, layout in zip(runs, layouts):
-        train(one, layout, data)
+        with explained(one):
+            train(one, layout, data)
         with start.phase('scoring the best weights'):
             found = score(one, layout, data, [split for split in data.splits if split != 'train'])
         results[one.name] = _report(one, task, data, found, schedule_of(config).epochs)

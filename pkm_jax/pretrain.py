@@ -18,6 +18,7 @@ from absl import app, logging
 from pkm_jax.configuration import command_line
 from pkm_jax.configuration.resolve import runs_of
 from pkm_jax.console import survive_any_console
+from pkm_jax.planning.out_of_memory import explained
 from pkm_jax.processes import hosts
 from pkm_jax.processes.preemption import Stopped
 from pkm_jax.refusal import Refusal
@@ -36,7 +37,8 @@ def run(config: ml_collections.ConfigDict) -> Path | None:
     Of several processes the first one writes the page, and the others return None.
 
     Raises:
-      Refusal: see `loop.train`; bad settings of any run are found before the first starts.
+      Refusal: see `loop.train`, or a device has no room; bad settings of any run are found before
+      the first starts.
       Stopped: a signal asked for it; started again it goes on.
       Diverged: losses or gradients were not finite, see `loop.train`.
     """
@@ -46,7 +48,8 @@ def run(config: ml_collections.ConfigDict) -> Path | None:
     layouts = [lay_out(one, jax.device_count(), jax.process_count(), bytes_of_device())
                for one in runs]
     for one, layout in zip(runs, layouts):
-        train(one, layout)
+        with explained(one):
+            train(one, layout)
     if jax.process_index() > 0:
         return None
     return write_report(runs[0].folder.parent if config.runs else runs[0].folder,

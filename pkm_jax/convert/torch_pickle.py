@@ -2,8 +2,8 @@
 
 Such a file is a pickle that refers to raw storages: entries of a ZIP archive since PyTorch 1.6,
 the tail of the same stream before. A pickle may name any function to be called while it loads.
-Here it may name only the few that rebuild tensors; anything else is refused before it is run. It may
-also ask for any amount of memory: here for no more than its file has bytes.
+Here it may name only the few that rebuild tensors; anything else is refused before it is run. It
+may also ask for any amount of memory: here for no more than its file has bytes.
 """
 
 import collections
@@ -71,7 +71,7 @@ def _load_archive(path: Path) -> Any:
             entry = f'{root}data/{key}'
             if archive.getinfo(entry).file_size != count * dtype.itemsize:
                 raise ValueError(f'{entry} does not hold {count} values of type {dtype}')
-            return _Storage(dtype, count, lambda: _read_entry(path, entry))
+            return _Storage(path, dtype, count, lambda: _read_entry(path, entry))
 
         _bound_memo(io.BytesIO(archive.read(pickled)), size)
         return _TensorUnpickler(io.BytesIO(archive.read(pickled)), storage).load()
@@ -97,7 +97,8 @@ def _load_stream(path: Path, file: io.BufferedIOBase) -> Any:
         return unpickler.load()
 
     def storage(dtype: np.dtype, key: str, count: int) -> '_Storage':
-        return _Storage(dtype, count, lambda: _read_at(path, offsets[key], count * dtype.itemsize))
+        return _Storage(path, dtype, count,
+                        lambda: _read_at(path, offsets[key], count * dtype.itemsize))
 
     if load(_TensorUnpickler(file, storage)) != LEGACY_MAGIC:
         raise ValueError('it does not start as one')
@@ -118,11 +119,9 @@ def _load_stream(path: Path, file: io.BufferedIOBase) -> Any:
     return loaded
 
 
-def _bound_memo(file: io.BufferedIOBase, size: int) -> None:
-    """Refuses a pickle that remembers under a number beyond its `size`: Python makes as many places.
-
-    And one that announces more bytes than there are, before they are asked for.
-    """
+def _bound_memo(file: Any, size: int) -> None:
+    """Refuses a pickle that remembers an object under a number beyond its `size`, as Python makes
+    as many places; and one that announces more bytes than there are, before they are asked for."""
     for opcode, argument, _ in pickletools.genops(file):
         if 'PUT' in opcode.name and argument > size:
             raise ValueError(f'it remembers an object as number {argument:,}')
@@ -137,11 +136,15 @@ def _read_at(path: Path, offset: int, size: int) -> bytes:
 class _Storage:
     """A flat run of numbers in the file."""
 
-    def __init__(self, dtype: np.dtype, count: int, read: Callable[[], bytes]):
-        self.dtype, self.count, self.read = dtype, count, read
+    def __init__(self, path: Path, dtype: np.dtype, count: int, read: Callable[[], bytes]):
+        self.path, self.dtype, self.count, self.read = path, dtype, count, read
 
     def view(self, offset: int, shape: tuple[int, ...], strides: tuple[int, ...]) -> np.ndarray:
-        flat = np.frombuffer(self.read(), self.dtype, self.count)
+        content = self.read()
+        if len(content) != self.count * self.dtype.itemsize:
+            raise Refusal(f'{self.path} is damaged, a storage has {len(content):,} bytes of '
+                          f'{self.count * self.dtype.itemsize:,}: copy it again.')
+        flat = np.frombuffer(content, self.dtype)
         return np.lib.stride_tricks.as_strided(
             flat[offset:], shape, [stride * self.dtype.itemsize for stride in strides])
 

@@ -11,6 +11,8 @@ from jax.experimental import multihost_utils
 
 from pkm_jax.configuration.run import Distributed
 
+SILENT = 30     # seconds without a sign of life after which a process is taken for dead
+
 
 def join(distributed: Distributed) -> None:
     """Connects this process with the others, if configured; before anything else asks for devices.
@@ -25,7 +27,8 @@ def join(distributed: Distributed) -> None:
         jax.distributed.initialize(
             distributed.coordinator or None,
             distributed.processes or None,
-            distributed.process if distributed.process >= 0 else None)
+            distributed.process if distributed.process >= 0 else None,
+            heartbeat_timeout_seconds=SILENT)
 
 
 @contextmanager

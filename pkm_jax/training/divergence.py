@@ -88,8 +88,8 @@ def stop_after_too_many(run: Run, skips: Skips, state: TrainState, stream: Batch
         f'{skips.in_a_row} steps in a row were skipped (train.max_skipped_steps = '
         f'{run.train.max_skipped_steps}): {skips.why()}. {folder} has the state before it, which '
         f'no step since has changed, its batch (batch-0.npz) and the numbers of its '
-        f'records (diagnosis.json has its metrics). The checkpoints in {run.folder} are of before. Lower train.learning_rate or '
-        f'train.values_learning_rate, lengthen train.warmup, or set train.clip, in another '
+        f'records (diagnosis.json has its metrics). The checkpoints in {run.folder} are of before. '
+        f'Lower train.learning_rate or train.values_learning_rate, lengthen train.warmup, or set train.clip, in another '
         f'--config.workdir.')
 
 

@@ -1,0 +1,96 @@
+"""Where a run does not fit its devices: of what there is too much, and which settings help."""
+
+import contextlib
+import dataclasses
+from collections.abc import Iterator
+
+import jax
+
+from pkm_jax.configuration.run import Run
+from pkm_jax.mesh import make_mesh
+from pkm_jax.planning import device_memory
+from pkm_jax.planning.device_memory import DeviceMemory
+from pkm_jax.refusal import Refusal
+from pkm_jax.training.layout import bytes_of_device, lay_out
+from pkm_jax.training.program import abstract_batch, make_program
+
+
+@contextlib.contextmanager
+def explained(run: Run) -> Iterator[None]:
+    """Turns what XLA says for want of memory into a message that says of what, and two remedies.
+
+    Other errors pass.
+    Raises:
+      Refusal: the device has no room for what is done within.
+    """
+    try:
+        yield
+    except jax.errors.JaxRuntimeError as error:
+        if 'RESOURCE_EXHAUSTED' not in str(error):
+            raise
+        raise Refusal(_message(run, str(error).strip().splitlines()[0])) from error
+
+
+def _message(run, said):
+    available, memory = bytes_of_device(), _plan(run)
+    by_size = sorted(memory.bytes.items(), key=lambda kind: -kind[1])
+    parts = ', '.join(f'{kind} {_gigabytes(size)}' for kind, size in by_size if size)
+    device = f'a device has {_gigabytes(available)}' if available else 'a device does not say'
+    return (f'The memory of a device is exhausted ({said[:300]}). By the plan a step needs '
+            f'{_gigabytes(memory.total)} of it ({parts}); {device}. Set '
+            f'{" or ".join(_remedies(run, memory)) or "fewer slots, layers or a smaller width"}.')
+
+
+def _remedies(run: Run, memory: DeviceMemory) -> list[str]:
+    """Of the settings that need less, the first two that fit, else the two that save most."""
+    found = []
+    for setting, changed in _changes(run):
+        with contextlib.suppress(Refusal):      # what cannot be helps nobody
+            plan = _plan(changed)
+            if plan.total < memory.total:
+                found.append((not plan.fits, plan.total if not plan.fits else 0,
+                              f'{setting} ({_gigabytes(plan.total)})'))
+    return [words for *_, words in sorted(found, key=lambda one: one[:2])[:2]]
+
+
+def _changes(run: Run) -> Iterator[tuple[str, Run]]:
+    """Settings that need less memory, those first that change no result, with the run that each
+    makes of `run`."""
+    train, tables, model = run.train, run.tables, run.model
+
+    def trained(**fields):
+        return dataclasses.replace(run, train=dataclasses.replace(train, **fields))
+
+    if getattr(model, 'remat', True) is False:
+        yield 'model.remat=True', dataclasses.replace(
+            run, model=dataclasses.replace(model, remat=True))  # type: ignore[type-var]
+    for steps in range(train.gradient_accumulation_steps + 1, train.batch + 1):
+        if train.batch % steps == 0 and train.batch // steps % jax.device_count() == 0:
+            more = trained(gradient_accumulation_steps=steps)
+            if _plan(more).fits or train.batch // steps == jax.device_count():
+                yield f'train.gradient_accumulation_steps={steps}', more
+                break
+    if not train.fsdp:
+        yield 'train.fsdp=True', trained(fsdp=True)
+    if model.memories and tables.updates != 'sparse':
+        yield "memory.updates='sparse'", dataclasses.replace(
+            run, tables=dataclasses.replace(tables, updates='sparse'))
+    if model.memories and train.values_optimizer == 'adam':
+        yield ("train.values_optimizer='rowwise_adagrad' with memory.updates='sparse'",
+               dataclasses.replace(trained(values_optimizer='rowwise_adagrad'),
+                                   tables=dataclasses.replace(tables, updates='sparse')))
+
+
+def _plan(run: Run) -> DeviceMemory:
+    """What a step of the run keeps on a device, as far as arithmetic tells."""
+    available = bytes_of_device()
+    layout = lay_out(run, jax.device_count(), jax.process_count(), available)
+    mesh = make_mesh(layout.shards)
+    with jax.set_mesh(mesh):
+        program = make_program(run, run.model, layout.sparse, mesh)
+        given = device_memory.arguments(program.abstract, abstract_batch(run, mesh))
+    return DeviceMemory(device_memory.estimated(given, run, layout), available or 0)
+
+
+def _gigabytes(size: int) -> str:
+    return f'{size / 1e9:,.3g} GB' if size >= 1e7 else f'{size / 1e6:,.3g} MB'

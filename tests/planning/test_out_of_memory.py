@@ -1,0 +1,54 @@
+"""What a person reads where a device has no room: of what there is too much, and two settings."""
+
+import jax
+import pytest
+
+from pkm_jax.configuration.resolve import runs_of
+from pkm_jax.planning import out_of_memory
+from pkm_jax.refusal import Refusal
+from pkm_jax.training import loop
+from tests.training import runs
+
+
+def train(config):
+    run, = runs_of(config)
+    with out_of_memory.explained(run):
+        runs.train(config)
+
+
+def fail(monkeypatch, place, words):
+    def full(*_, **__):
+        raise jax.errors.JaxRuntimeError(words)
+
+    monkeypatch.setattr(loop, place, full)
+
+
+@pytest.mark.parametrize('place', ['_compiled_steps', '_first_state', '_loop'])
+def test_it_is_said_what_there_is_too_much_of(config, monkeypatch, place):
+    config.memory.update(sub_keys=256, updates='dense')
+    fail(monkeypatch, place, 'RESOURCE_EXHAUSTED: Out of memory while trying to allocate 9 bytes.\nmore')
+    monkeypatch.setattr(out_of_memory, 'bytes_of_device', lambda: 16 * 10 ** 6)
+    with pytest.raises(Refusal) as refused:
+        train(config)
+    said = str(refused.value)
+    assert 'Out of memory while trying to allocate 9 bytes.)' in said
+    sizes = said.split('needs ')[1]
+    # 2¹⁶ rows of 16 values of 4 bytes, and two moments each.
+    assert sizes.index('optimizer state of value tables 8.39 MB') < sizes.index('value tables 4.19 MB')
+    assert 'a device has 16 MB' in said or 'a device has 0.016 GB' in said
+    assert "memory.updates='sparse'" in said and ' or ' in said.split('Set ')[1]
+
+
+def test_activations_are_helped_by_smaller_parts(config, monkeypatch):
+    config.train.batch = 4096
+    fail(monkeypatch, '_loop', 'RESOURCE_EXHAUSTED: Out of memory')
+    monkeypatch.setattr(out_of_memory, 'bytes_of_device', lambda: 2 * 10 ** 6)
+    with pytest.raises(Refusal, match=r'\(temporaries: activations, gradients [^)]*\).* Set .*'
+                                      r'train.gradient_accumulation_steps=\d+ \(1\.\d+ MB\)'):
+        train(config)
+
+
+def test_other_errors_of_the_runtime_keep_their_traceback(config, monkeypatch):
+    fail(monkeypatch, '_loop', 'INTERNAL: something else')
+    with pytest.raises(jax.errors.JaxRuntimeError, match='something else'):
+        train(config)
