@@ -29,6 +29,7 @@ from pkm_jax.data.labelled import Labelled
 from pkm_jax.processes import hosts
 from pkm_jax.processes.preemption import Stopped
 from pkm_jax.refusal import Refusal
+from pkm_jax.report.report import write_report
 from pkm_jax.tasks.finetuning import FinetuningTask
 from pkm_jax.training import start
 from pkm_jax.training.evaluation import Evaluation
@@ -83,6 +84,10 @@ def finetune(config: dict[str, Any]) -> Results:
         with start.phase('scoring the best weights'):
             found = score(one, layout, data, [split for split in data.splits if split != 'train'])
         results[one.name] = _report(one, task, data, found, schedule_of(config).epochs)
+    if jax.process_index() == 0:
+        page = write_report(Path(config['workdir']), [one.name for one in runs] if len(runs) > 1
+                            else None)
+        print(f'report: {page}')
     return _summary(Path(config['workdir']), task.metric, runs, results)
 
 

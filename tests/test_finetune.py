@@ -11,9 +11,9 @@ from pkm_jax.checkpoints import store
 from pkm_jax.configuration.folder import read_description
 from pkm_jax.configuration.resolve import resolve
 from pkm_jax.refusal import Refusal
-from pkm_jax.report.report import write_report
 from pkm_jax.training import loop
 from tests.conftest import WORDS
+from tests.training.runs import train
 
 pytestmark = pytest.mark.usefixtures('compile_once')
 
@@ -21,10 +21,10 @@ pytestmark = pytest.mark.usefixtures('compile_once')
 @pytest.fixture
 def tuned(tiny_bert, tmp_path):
     """Fine-tunes the tiny model by a configuration; returns the results and the folder."""
-    def run(config, **data):
-        config.update(workdir=str(tmp_path / 'run'), init_from=str(tiny_bert))
+    def run(config, source=tiny_bert, **data):
+        config.update(workdir=str(tmp_path / 'run'), init_from=str(source))
         config.model.update(dropout=0., attention_dropout=0.)
-        config.data.update(length=32, buckets=(16, 32), **data)
+        config.data.update({'length': 32, 'buckets': (16, 32), **data})
         config.train.update(batch=16, learning_rate=3e-2, values_learning_rate=3e-2)
         with config.unlocked():
             config.compilation_cache = ''
@@ -67,7 +67,8 @@ def test_classes(tuned, tmp_path, monkeypatch):
     assert right == pytest.approx(found['eval_accuracy'])
     assert store.of_run(folder).parent.name == 'best' and (folder / 'tokenizer.json').exists()
     check_resumption(config, folder, tmp_path / 'killed', monkeypatch)
-    assert '<img' in write_report(folder).read_text()
+    page = (folder / 'report/report.html').read_text()
+    assert 'commonest class of the training' in page and 'Worst errors' in page
 
 
 def check_resumption(config, straight, folder, monkeypatch):
@@ -232,6 +233,31 @@ def test_a_label_that_was_never_seen_in_training(tuned, tmp_path):
     validation = table(tmp_path / 'valid.tsv', [('a', 'x'), ('b', 'z')])
     with pytest.raises(Refusal, match=r"valid.tsv, line 3: the label 'z' .* never seen there"):
         tuned(text.get_config(), train=train, validation=validation)
+
+
+def test_several_tasks_have_an_average(monkeypatch, tmp_path):
+    found = {'cola': .5, 'stsb': .7}
+    monkeypatch.setattr(finetune, 'finetune', lambda config: {
+        'metric': 'score', 'mean': found.get(config['data']['name'], .9), 'deviation': 0.,
+        'scores': [1.]})
+    config = glue.get_config('task=all')
+    config.workdir = str(tmp_path)
+    assert finetune.run(config)['average'] == pytest.approx((.5 + .7 + 7 * .9) / 9)
+    written = json.loads((tmp_path / 'summary.json').read_text())
+    assert len(written['tasks']) == 9 and written['tasks']['stsb']['mean'] == .7
+
+
+def test_a_pretrained_run_and_its_memory_are_fine_tuned(config, tuned, tmp_path):
+    config.workdir = str(tmp_path / 'pretrained')
+    source = train(config)
+    task = text.get_config()
+    task.finetune.epochs = 1.
+    path = table(tmp_path / 'train.tsv', [(line, label) for line, label in texts(40)])
+    results, folder = tuned(task, train=path, length=16, buckets=(16,), source=source)
+    run = resolve(read_description(folder))
+    assert run.model.memory_layers == (1,) and run.model.memory.sub_keys == 6
+    assert run.model.vocab_size == 120 and run.task.labels == ('0', '1')
+    assert results['runs']['run']['memory'].keys() == {'1'}
 
 
 def test_nothing_to_start_from():

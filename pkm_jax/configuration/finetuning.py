@@ -57,7 +57,7 @@ def finetuning_defaults(task: str) -> ml_collections.ConfigDict:
         {field.name: field.default for field in dataclasses.fields(Schedule)})
     config.train.update(batch=32, learning_rate=2e-5, values_learning_rate=2e-4, weight_decay=0.,
                         epsilon=1e-8)
-    config.log.update(every=50, keep=1)
+    config.log.update(every=50, keep=1, norms_every=0)      # there is a program for each bucket
     return config
 
 

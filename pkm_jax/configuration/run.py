@@ -88,7 +88,8 @@ class Log:
     every: int = setting(100, 'steps between lines of metrics', least=1)
     norms_every: int = setting(
         100, 'steps between norms of update and parameters by group, which take 3 to 6 % of a step '
-        'of BERT-base on an H100; 1 compiles one program of the step, else there are two', least=1)
+        'of BERT-base on an H100; 0 (never) and 1 compile one program of the step, others two',
+        least=0)
     eval_every: int = setting(5_000, 'steps between evaluations', least=1)
     eval_at_start: bool = setting(False, 'evaluate before the first step too')
     eval_batches: int = setting(50, 'of train.batch examples, always the same', least=1)

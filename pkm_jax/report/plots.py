@@ -8,6 +8,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 from pkm_jax.memory.usage import uniform_ceiling
+from pkm_jax.report.finetuned import finetuned, predictions_figure, score_figure
 from pkm_jax.report.runs import Run, column, counted, smoothed, thousands, with_memory
 from pkm_jax.report.slot_plots import access_figure, slots_figure
 from pkm_jax.report.theme import DASHED, Theme, count_axis, end_labels, panels, share_axis, style
@@ -17,6 +18,12 @@ def figures(runs: Sequence[Run], theme: Theme) -> dict[str, Figure]:
     """All figures that the runs have the numbers for, by file name without suffix."""
     with matplotlib.rc_context(theme.look):
         drawn = {'loss': loss_figure(runs, theme)}
+        tuned = finetuned(runs)
+        if tuned:
+            drawn['score'] = score_figure(runs, theme)
+        for index, run in tuned:
+            if figure := predictions_figure(run, theme):
+                drawn[f'predictions_{index}'] = figure
         layers = sorted({layer for run in runs for layer in run.layers}, key=int)
         if layers:
             drawn['usage'] = usage_figure(runs, layers, theme)

@@ -5,6 +5,7 @@ import html
 from collections.abc import Sequence
 from pathlib import Path
 
+from pkm_jax.report.finetuned import finetuned, worst_errors
 from pkm_jax.report.plots import figures
 from pkm_jax.report.runs import Run, read_runs, thousands
 from pkm_jax.report.table import table
@@ -16,6 +17,10 @@ CSS = Path(__file__).with_name('report.css')
 CAPTIONS = {
     'loss': 'Loss against training tokens. A run that continues another starts where '
             'that one ended.',
+    'score': 'The metric by which the best weights were kept, at every evaluation. Dashed: what '
+             'one reaches who always says the commonest class of the training data.',
+    'predictions': 'What the best weights say of the validation data. Of classes, darker is a '
+                   'larger share of the row; of numbers, estimates are right on the dashed line.',
     'usage': 'Share of the slots in use after T evaluation tokens of the last evaluation. Usage '
              'grows with T: compare runs at the same T, and with the dashed line for uniform '
              'picks.',
@@ -93,7 +98,7 @@ def _figure(target: Path, name: str, inches: float) -> str:
     def data(file: Path) -> str:
         return 'data:image/png;base64,' + base64.b64encode(file.read_bytes()).decode('ascii')
 
-    caption = CAPTIONS['slots' if name.startswith('slots') else name]
+    caption = CAPTIONS[name if name in CAPTIONS else name.partition('_')[0]]
     return ('<figure><picture><source media="(prefers-color-scheme: dark)" '
             f'srcset="{data(target / f"{name}_dark.png")}">'
             f'<img width="{inches * 100:.0f}" alt="{caption}" '
@@ -109,6 +114,7 @@ def _page(folder: Path, runs: Sequence[Run], widths: dict[str, float]) -> str:
         for metric, meaning, source in DEFINITIONS)
     title = html.escape(folder.resolve().name)
     images = ''.join(_figure(folder / 'report', *item) for item in widths.items())
+    errors = ''.join(worst_errors(run) for _, run in finetuned(runs))
     if not any(run.layers for run in runs):
         images += '<p>None of the runs has evaluated a memory, so there is no usage to show.</p>'
     return f"""<!doctype html>
@@ -119,6 +125,7 @@ def _page(folder: Path, runs: Sequence[Run], widths: dict[str, float]) -> str:
 {''.join(_verdict(said, runs) for said in verdicts(runs))}
 {f'<ul class="notes">{notes}</ul>' if notes else ''}
 {images}
+{errors and f'<h2>Worst errors</h2>{errors}'}
 <h2>Runs</h2>{table(runs)}
 <h2>What the numbers mean</h2><dl>{definitions}</dl>
 </main></body></html>

@@ -202,10 +202,18 @@ class TextClassification(Labelling):
         texts, _ = data.source[split]
         logits = in_order(outputs)['logits']
         for number, row in enumerate(logits.astype(np.float64)):
-            label = None if texts.labels is None else texts.labels[number]
+            label = self._named(data.records(split)[number].get('labels'))
             seconds = {} if texts.seconds is None else {'text_pair': texts.seconds[number]}
             yield {'place': texts.places[number], 'text': texts.texts[number], **seconds,
                    'label': label, **self.said(row)}
+
+    def _named(self, label):
+        """A target as it is read: a name, names or a number; None where it is not known."""
+        if label is None or self.problem == 'regression':
+            return label if label is None else float(label)
+        if self.problem == 'multi_label':
+            return [name for name, holds in zip(self.labels, label) if holds]
+        return self.labels[label]
 
     def said(self, logits: Float[np.ndarray, 'classes']) -> dict[str, Any]:
         """What the outputs for a text say: a class, classes or a number, and probabilities."""

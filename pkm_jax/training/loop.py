@@ -167,7 +167,7 @@ def _shapes(batch: dict[str, Any]) -> Shapes:
 
 
 def _takes_norms(run: Run, step: int) -> bool:
-    return step % run.log.norms_every == 0
+    return bool(run.log.norms_every) and step % run.log.norms_every == 0
 
 
 def _loop(run: Run, state: TrainState, progress: Progress, take_step: Steps,

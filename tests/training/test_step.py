@@ -8,6 +8,7 @@ import numpy as np
 import optax
 import pytest
 
+from pkm_jax.data.labelled import Labelled
 from pkm_jax.memory.layer import MemoryConfig
 from pkm_jax.memory.usage import NEVER
 from pkm_jax.models.bert import BertConfig
@@ -17,6 +18,7 @@ from pkm_jax.training.state import initial_state, model_graph
 
 LENGTH, PREDICTIONS = 8, 3
 TASK = MaskedLM(length=LENGTH, max_predictions=PREDICTIONS)
+NO_DATA = Labelled('', 0, {})       # the task's metrics are of its sums alone
 pytestmark = pytest.mark.usefixtures('compile_once')
 
 
@@ -40,7 +42,9 @@ def setup(query_norm='layer', rate=0., track_dead=False):
 def evaluate(state, batches, config, **options):
     count = jax.jit(functools.partial(step.eval_step, task=TASK, graph=model_graph(config)))
     examples = sum(len(batch['tokens']) for batch in batches)
-    return evaluation.evaluate(state, batches, count, TASK, config.memories, examples, **options)
+    values, counts, _ = evaluation.evaluate(state, batches, count, TASK, config.memories, NO_DATA,
+                                            'validation', examples, **options)
+    return values, counts
 
 
 def batch(rows=8, seed=0):
