@@ -5,8 +5,10 @@ import shutil
 from pathlib import Path
 
 import pytest
+from absl import flags
+from absl.testing import flagsaver
 
-from pkm_jax import predict
+from pkm_jax import convert_checkpoint, predict
 from tests.prediction.conftest import WORDS, folder_of  # noqa: F401
 
 GOLDENS = Path(__file__).parent / 'convert/goldens'
@@ -48,6 +50,25 @@ def test_hugging_face_folders_are_used_as_they_are(name, texts, fields, tmp_path
     (folder / 'vocab.txt').write_text('\n'.join(WORDS))
     out, _ = run(capsys, str(folder), *texts)
     assert set(json.loads(out)) == fields
+
+
+@pytest.mark.parametrize('kind, texts', [
+    ('bert', ['a [MASK] b']), ('classes', ['a b']), ('answers', ['a', 'b c d']),
+    ('labels', ['a bx . c'])])
+def test_an_exported_run_says_what_the_run_says(folder_of, tmp_path, capsys, kind, texts):  # noqa: F811
+    if not flags.FLAGS.is_parsed():
+        flags.FLAGS(['test', '--from=', '--to='])
+    with flagsaver.as_parsed():
+        convert_checkpoint.export(Path(folder_of(kind)), tmp_path / 'out')
+    ours, theirs = (json.loads(run(capsys, str(folder), *texts)[0])
+                    for folder in (folder_of(kind), tmp_path / 'out'))
+    for name in ('masks', 'prediction', 'answer', 'labels'):
+        assert _rounded(ours.get(name)) == _rounded(theirs.get(name))
+
+
+def _rounded(value):
+    """Scores that a result holds, to four digits."""
+    return json.loads(json.dumps(value), parse_float=lambda number: round(float(number), 4))
 
 
 @pytest.mark.parametrize('arguments, words', [

@@ -2,7 +2,6 @@
 
 import json
 
-import jax
 import numpy as np
 import pytest
 from flax import nnx
@@ -13,6 +12,7 @@ from pkm_jax.data.vocabulary import word_pieces
 from pkm_jax.memory.layer import MemoryConfig
 from pkm_jax.models.bert import BertConfig
 from pkm_jax.models.causal import CausalConfig
+from pkm_jax.models.interface import flatten, unflatten
 
 LETTERS = 'abcdefghijklmnopqrstuvwxy'
 WORDS = ['[PAD]', '[UNK]', '[CLS]', '[SEP]', '[MASK]', *LETTERS, '##x', '##y', '.', '7', 'A']
@@ -23,7 +23,7 @@ CONFIGS = {
     'bert': BertConfig(**SIZES, **MEMORY),
     'plain': BertConfig(**SIZES),
     'encoder': BertConfig(**SIZES, output_heads=('pooler',)),
-    'causal': CausalConfig(**SIZES, **MEMORY),
+    'causal': CausalConfig(**SIZES, **MEMORY, positions='learned'),
     'classes': BertConfig(**SIZES, output_heads=('pooler', 'classifier'), classes=3),
     'number': BertConfig(**SIZES, output_heads=('pooler', 'classifier'), classes=1),
     'answers': BertConfig(**SIZES, output_heads=('span',)),
@@ -57,10 +57,16 @@ def write(folder, config, task):
     config = config.with_vocabulary(len(WORDS))
     model = config.build(nnx.Rngs(0))
     rng = np.random.default_rng(0)
-    params, statistics = (jax.tree.map(
-        lambda leaf: np.asarray(leaf) + np.float32(.1) * rng.random(leaf.shape, np.float32),
-        nnx.to_pure_dict(nnx.state(model, kind))) for kind in (nnx.Param, nnx.BatchStat))
-    params['embeddings']['word']['embedding'] *= 20
+
+    def drawn(kind, noise):
+        return unflatten({path: np.asarray(leaf) + noise(leaf.shape).astype(np.float32)
+                          for path, leaf in flatten(nnx.to_pure_dict(
+                              nnx.state(model, kind))).items()})
+
+    # Layers change much of what comes in: a tied head would repeat its words else.
+    params = drawn(nnx.Param, lambda shape: rng.normal(scale=.5 if len(shape) > 1 else .1,
+                                                       size=shape))
+    statistics = drawn(nnx.BatchStat, lambda shape: .1 * rng.random(shape))
     (folder / 'config.json').write_text(json.dumps({**described_model(config), **task}))
     word_pieces(WORDS, lowercase=False).save(folder)
     arrays.write(folder / 'checkpoints', {'params': params, 'statistics': statistics})

@@ -5,6 +5,7 @@ import numpy as np
 import pytest
 from flax import nnx
 
+from pkm_jax.data.labelled import Labelled
 from pkm_jax.memory.layer import MemoryConfig
 from pkm_jax.models.bert import BertConfig
 from pkm_jax.models.causal import CausalConfig
@@ -48,7 +49,7 @@ def test_a_row_without_tokens_counts_nowhere():
 
 def test_perplexity_is_of_the_mean():
     values = TASK.evaluation({'loss': np.float32(20.), 'terms': np.float32(8.),
-                              'correct': np.float32(2.)}, {})
+                              'correct': np.float32(2.)}, {}, Labelled('', 0, {}), 'validation')
     assert values == pytest.approx({'loss': 2.5, 'accuracy': .25, 'perplexity': np.exp(2.5)})
 
 
