@@ -118,7 +118,7 @@ class Checkpoints:
         """
         self.wait()
         step = int(state.step)
-        self._agree(self._hindrance(step, _bytes(state)))
+        self._agree(self._hindrance(step, max(_bytes(state), self._files_of_newest())))
         model, rest = _items(state)
         with self._storage_named(step):
             self._writer.save(self.folder / f'{step}{UNFINISHED}', args=ocp.args.Composite(
@@ -177,6 +177,11 @@ class Checkpoints:
         steps = [step for step in self.steps() if checksums.finished(self.folder / str(step))]
         return (f' The checkpoints of steps {steps} are whole: the same command goes on from the '
                 f'last.' if steps else '')
+
+    def _files_of_newest(self):
+        """Bytes of the newest checkpoint's files: of small arrays more than these hold."""
+        return sum(path.stat().st_size for step in self.steps()[-1:]
+                   for path in (self.folder / str(step)).rglob('*'))
 
     def _free(self):
         return shutil.disk_usage(self.folder).free

@@ -11,6 +11,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
+from pkm_jax.data.files import make_folder
 from pkm_jax.refusal import Refusal
 
 BEAT = 20.          # seconds between signs of life
@@ -29,9 +30,10 @@ def only_run_in(folder: Path, say: Callable[[str], None] = print) -> Iterator[Ca
     this process had been suspended for long.
 
     Raises:
-      Refusal: another run is under way in the folder; host, process and start are named.
+      Refusal: another run is under way in the folder; host, process and start are named. The
+        folder cannot be made.
     """
-    folder.mkdir(parents=True, exist_ok=True)
+    make_folder(folder, 'workdir')
     path = folder / 'running.json'
     mine = _take(path, say)
     ended = threading.Event()

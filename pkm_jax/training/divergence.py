@@ -89,8 +89,8 @@ def stop_after_too_many(run: Run, skips: Skips, state: TrainState, stream: Batch
         f'{run.train.max_skipped_steps}): {skips.why()}. {folder} has the state before it, which '
         f'no step since has changed, its batch (batch-0.npz) and the numbers of its '
         f'records (diagnosis.json has its metrics). The checkpoints in {run.folder} are of before. '
-        f'Lower train.learning_rate or train.values_learning_rate, lengthen train.warmup, or set train.clip, in another '
-        f'--config.workdir.')
+        f'Lower train.learning_rate or train.values_learning_rate, lengthen train.warmup, or set '
+        f'train.clip, in another --config.workdir.')
 
 
 def check_evaluation(step: int, loss: float, run: Run) -> None:

@@ -226,14 +226,28 @@ def test_a_text_that_changed_is_said_to_be_that(config, corpus, tmp_path):
     assert [path.name for path in (folder / 'checkpoints').iterdir()] == ['3']
 
 
-def test_a_full_disk_is_named_before_a_checkpoint_is_begun(config, monkeypatch):
+@pytest.mark.parametrize('room', [1000, 200_000])  # the second holds all numbers, not all files
+def test_a_full_disk_is_named_before_a_checkpoint_is_begun(config, monkeypatch, room):
     real = shutil.disk_usage
-    rooms = iter([10 ** 9, 10 ** 9, 1000])      # at the start, for steps 3 and 6
+    rooms = iter([10 ** 9, 10 ** 9, room])      # at the start, for steps 3 and 6
     monkeypatch.setattr(store.shutil, 'disk_usage',
                         lambda path: real(path)._replace(free=next(rooms)))
     with pytest.raises(Refusal, match=r'No room for the checkpoint of step 6.* of steps \[3\] are whole'):
         train(config)
     assert store.newest(Path(config.workdir)).name == '3'
+
+
+def test_a_disk_that_becomes_full_while_a_checkpoint_is_written_is_named(config, monkeypatch):
+    whole = store.ocp.CheckpointManager.wait_until_finished
+
+    def fill(manager):
+        whole(manager)
+        if manager.all_steps():
+            raise ValueError('RESOURCE_EXHAUSTED: Error writing local file "6/model"')
+
+    monkeypatch.setattr(store.ocp.CheckpointManager, 'wait_until_finished', fill)
+    with pytest.raises(Refusal, match=r'became full while a checkpoint .* of steps \[3\] are kept'):
+        train(config)
 
 
 @pytest.mark.parametrize('seed', [2 ** 31, 2 ** 32 - 1])
