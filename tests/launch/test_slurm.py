@@ -38,13 +38,13 @@ def test_a_dry_run_prints_what_a_job_runs(batch, read):
     dry = batch('--dry-run', *ARGUMENTS, SLURM_JOB_ID='')
     assert (dry.status, dry.called) == (0, [])
     first, second = dry.printed.splitlines()
-    assert read(first) == [SRUN] and second == 'scontrol requeue JOB    # after status 143'
+    assert read(first) == [SRUN] and second == 'scontrol requeue JOB    # after status 143 or 138'
     wet = batch(*ARGUMENTS)
     assert (wet.status, wet.called) == (0, [SRUN])
 
 
 @pytest.mark.parametrize('status, state, called', [
-    (143, 'RUNNING', [SHOW, REQUEUE]), (143, 'CANCELLED', [SHOW]), (1, 'RUNNING', []),
+    (143, 'RUNNING', [SHOW, REQUEUE]), (138, 'RUNNING', [SHOW, REQUEUE]), (143, 'CANCELLED', [SHOW]), (1, 'RUNNING', []),
     (130, 'RUNNING', [])])
 def test_only_a_run_that_was_stopped_is_requeued(batch, status, state, called):
     job = batch(*ARGUMENTS, answers={
