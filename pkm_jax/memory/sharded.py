@@ -12,6 +12,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+from jax.sharding import AxisType
 from jax.sharding import PartitionSpec as P
 from jax.typing import DTypeLike
 from jaxtyping import Array, Float, Int32
@@ -21,7 +22,7 @@ from pkm_jax.memory import embedding_bag as bag
 from pkm_jax.memory import product_keys, sparse_rows
 from pkm_jax.memory.replica_exchange import replica_exchange
 from pkm_jax.memory.sparse_rows import SparseRows, Touched
-from pkm_jax.mesh import OWN, Axes, on_shards, over_tokens, shards_in_use
+from pkm_jax.mesh import OWN, Axes, axes_of, mesh_in_use, on_shards, over_tokens, shards_in_use
 
 
 def top_k_product_keys(
@@ -160,24 +161,47 @@ def merge(parts: SparseRows, n_slots: int, *, axes: Axes = OWN) -> SparseRows:
     return on_shards(add, (stacked,), rows, axes)(parts)
 
 
-def take_rows(table: Array, ids: Int32[Array, 'rows'], *, axes: Axes = OWN) -> Array:
-    """Rows of `table` ([S, V] or [S], split as values are) with these ids; zeros for ids of S."""
+def take_rows(table: Array, ids: Int32[Array, 'rows'], *, axes: Axes | None = None) -> Array:
+    """Rows of `table` ([S, V] or [S], split as values are) with these ids; zeros for ids of S.
+
+    For `axes` see `pkm_jax.mesh.axes_of`.
+    """
+    axes, _ = axes_of(axes)
+
     def take(table, ids):
         return sparse_rows.take_rows(table, _in_shard(ids, len(table), axes)[0])
 
     spec = P(*axes.table[:table.ndim])
-    return on_shards(take, (spec, _rows(axes).ids), spec, axes)(table, ids)
+    return _typed(on_shards(take, (spec, _rows(axes).ids), spec, axes), spec)(table, ids)
 
 
 def put_rows(
-    table: Array, ids: Int32[Array, 'rows'], rows: Array, *, axes: Axes = OWN,
+    table: Array, ids: Int32[Array, 'rows'], rows: Array, *, axes: Axes | None = None,
 ) -> Array:
     """`table` ([S, V] or [S], split as values are) with these rows set, in place where possible."""
+    axes, _ = axes_of(axes)
+
     def put(table, ids, rows):
         return sparse_rows.put_rows(table, _in_shard(ids, len(table), axes)[0], rows)
 
     spec = P(*axes.table[:table.ndim])
-    return on_shards(put, (spec, _rows(axes).ids, spec), spec, axes)(table, ids, rows)
+    return _typed(on_shards(put, (spec, _rows(axes).ids, spec), spec, axes), spec)(table, ids, rows)
+
+
+def _typed(function, spec):
+    """`function` whose result is split by `spec`, in a mesh with Explicit axes too."""
+    mesh = mesh_in_use()
+    if mesh is None or AxisType.Explicit not in mesh.axis_types:
+        return function
+    typed = {name for name, kind in zip(mesh.axis_names, mesh.axis_types)
+             if kind == AxisType.Explicit}
+
+    def explicit(entry):
+        names = tuple(name for name in (entry if isinstance(entry, tuple) else (entry,))
+                      if name in typed)
+        return names or None
+
+    return jax.sharding.auto_axes(function, out_sharding=P(*map(explicit, spec)))
 
 
 def _rows(axes) -> Any:

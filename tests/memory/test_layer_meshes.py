@@ -1,5 +1,6 @@
 """The layer in meshes: none, ours, and somebody else's, with Auto and with Explicit axes."""
 
+import contextlib
 import functools
 
 import jax
@@ -12,7 +13,9 @@ from jax.sharding import PartitionSpec as P
 
 from pkm_jax import mesh as meshes
 from pkm_jax.memory.layer import MemoryConfig, ProductKeyMemory
+from pkm_jax.memory.sparse_rows import SparseRows
 from pkm_jax.mesh import Axes, Shards, make_mesh
+from pkm_jax.optimizers.sparse import apply_updates, lazy_adam
 from pkm_jax.refusal import Refusal
 
 WIDTH, SHAPE = 16, (8, 6)
@@ -101,6 +104,44 @@ def test_named_axes_of_somebody_elses_mesh_split_the_table(kind, sparse, named, 
     with jax.set_mesh(mesh):
         assert_expected(run(sparse, NamedSharding(mesh, P('dp')), axes=NAMED[named])[0])
     assert not said.records
+
+
+@functools.cache
+def stepped(kind=None, named=None, devices=8):
+    """A table and its moments after two sparse updates by Adam, in a mesh of somebody else's."""
+    axes = NAMED.get(named)
+    mesh = kind and jax.make_mesh((devices // 2 or 1, 2 if devices > 1 else 1), ('dp', 'tp'),
+                                  axis_types=(kind,) * 2, devices=jax.devices()[:devices])
+    with jax.set_mesh(mesh) if mesh else contextlib.nullcontext():
+        memory, adam = build(axes=axes), lazy_adam(.1, axes=axes)
+        graph, params, rest = nnx.split(memory, nnx.Param, ...)
+        params = nnx.to_pure_dict(params)
+        x = jnp.asarray(np.random.default_rng(0).normal(size=(*SHAPE, WIDTH)), jnp.float32)
+        delta, state = memory.no_delta(48), adam.init(params['values'])
+        if mesh:
+            x = jax.device_put(x, NamedSharding(mesh, P('dp')))
+
+        @jax.jit
+        def step(params, state, key):
+            def loss(delta):
+                y, reads = nnx.merge(graph, params, rest).read(x, delta=delta)
+                return jnp.sum(jnp.sin(y)), reads.touched
+
+            rows, touched = jax.grad(loss, has_aux=True)(delta)
+            updates, state = adam.update(SparseRows(touched.ids, rows, touched.count), state)
+            values = apply_updates(params['values'], updates, key, axes=axes)
+            return params | {'values': values}, state
+
+        for number in range(2):
+            params, state = step(params, state, jax.random.key(number))
+        return jax.tree.map(np.asarray, (params['values'], state.moments))
+
+
+@kinds
+@pytest.mark.parametrize('named, devices', [(None, 1), (None, 8), *((name, 8) for name in NAMED)])
+def test_a_table_learns_sparsely_in_a_mesh_of_somebody_elses(kind, named, devices):
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-5),
+                 stepped(kind, named, devices), stepped())
 
 
 def test_named_axes_split_the_table_and_not_named_ones_do_not():
