@@ -70,7 +70,7 @@ def train(axes: Axes | None, steps: int = 60) -> tuple[list[float], str]:
         if axes is not None:        # a part of every table for each device along `tp`
             for block in model.blocks:
                 table = block.memory.values
-                table[...] = jax.device_put(table[...], NamedSharding(mesh, axes.table))
+                table.set_value(jax.device_put(table[...], NamedSharding(mesh, axes.table)))
         optimizer = nnx.Optimizer(model, optax.adam(1e-2), wrt=nnx.Param)
         losses = []
         for step in range(steps):

@@ -145,3 +145,18 @@ def over_tokens(function: Callable, split: int, axes: Axes = OWN) -> Callable:
 def device_index(axes: Axes = OWN) -> Int32[Array, ''] | int:
     """Within a shard, the number of this device in the order of its tokens."""
     return 0 if shards_in_use(axes) == Shards() else jax.lax.axis_index(axes.names)
+
+
+def typed(function: Callable, spec: P) -> Callable:
+    """`function` whose results are split by `spec`, in a mesh with Explicit axes too."""
+    mesh = mesh_in_use()
+    if mesh is None or AxisType.Explicit not in mesh.axis_types:
+        return function
+    explicit = {name for name, kind in zip(mesh.axis_names, mesh.axis_types)
+                if kind == AxisType.Explicit}
+
+    def kept(entry):
+        names = entry if isinstance(entry, tuple) else (entry,)
+        return tuple(name for name in names if name in explicit) or None
+
+    return jax.sharding.auto_axes(function, out_sharding=P(*map(kept, spec)))

@@ -142,9 +142,13 @@ class ProductKeyMemory(nnx.Module):
         each of `reads.touched`.
 
         Raises:
-          Refusal: dropout without `rngs`, or a mesh that lacks an axis or does not divide.
+          Refusal: states of another width, dropout without `rngs`, or a mesh that lacks an axis or
+            does not divide.
         """
-        config = self.config
+        config, width = self.config, self.query.kernel.shape[0]
+        if x.shape[-1] != width:
+            raise Refusal(f'States of {x.shape[-1]} numbers for a memory of width {width}: build '
+                          f'it with the width of the model.')
         deterministic = self.deterministic if deterministic is None else deterministic
         if mask is not None and mask.shape != x.shape[:-1]:
             raise Refusal(f'mask {mask.shape} of tokens {x.shape[:-1]}: it must have one element '

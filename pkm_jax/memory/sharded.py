@@ -12,7 +12,6 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-from jax.sharding import AxisType
 from jax.sharding import PartitionSpec as P
 from jax.typing import DTypeLike
 from jaxtyping import Array, Float, Int32
@@ -22,7 +21,7 @@ from pkm_jax.memory import embedding_bag as bag
 from pkm_jax.memory import product_keys, sparse_rows
 from pkm_jax.memory.replica_exchange import replica_exchange
 from pkm_jax.memory.sparse_rows import SparseRows, Touched
-from pkm_jax.mesh import OWN, Axes, axes_of, mesh_in_use, on_shards, over_tokens, shards_in_use
+from pkm_jax.mesh import OWN, Axes, axes_of, on_shards, over_tokens, shards_in_use, typed
 
 
 def top_k_product_keys(
@@ -172,7 +171,7 @@ def take_rows(table: Array, ids: Int32[Array, 'rows'], *, axes: Axes | None = No
         return sparse_rows.take_rows(table, _in_shard(ids, len(table), axes)[0])
 
     spec = P(*axes.table[:table.ndim])
-    return _typed(on_shards(take, (spec, _rows(axes).ids), spec, axes), spec)(table, ids)
+    return typed(on_shards(take, (spec, _rows(axes).ids), spec, axes), spec)(table, ids)
 
 
 def put_rows(
@@ -185,23 +184,7 @@ def put_rows(
         return sparse_rows.put_rows(table, _in_shard(ids, len(table), axes)[0], rows)
 
     spec = P(*axes.table[:table.ndim])
-    return _typed(on_shards(put, (spec, _rows(axes).ids, spec), spec, axes), spec)(table, ids, rows)
-
-
-def _typed(function, spec):
-    """`function` whose result is split by `spec`, in a mesh with Explicit axes too."""
-    mesh = mesh_in_use()
-    if mesh is None or AxisType.Explicit not in mesh.axis_types:
-        return function
-    typed = {name for name, kind in zip(mesh.axis_names, mesh.axis_types)
-             if kind == AxisType.Explicit}
-
-    def explicit(entry):
-        names = tuple(name for name in (entry if isinstance(entry, tuple) else (entry,))
-                      if name in typed)
-        return names or None
-
-    return jax.sharding.auto_axes(function, out_sharding=P(*map(explicit, spec)))
+    return typed(on_shards(put, (spec, _rows(axes).ids, spec), spec, axes), spec)(table, ids, rows)
 
 
 def _rows(axes) -> Any:

@@ -11,9 +11,11 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.sharding import PartitionSpec as P
 from jaxtyping import Array, Bool, Int32, UInt32
 
 from pkm_jax.memory.layer import MemoryReads
+from pkm_jax.mesh import typed
 from pkm_jax.refusal import Refusal
 
 NEVER = jnp.iinfo(jnp.int32).min     # the step at which a slot not read so far was last read
@@ -36,12 +38,25 @@ def no_counts(slots: int) -> SlotCounts:
     return SlotCounts(*(jnp.zeros((2, slots), jnp.uint32) for _ in SlotCounts._fields))
 
 
-def count_slots(counts: SlotCounts, reads: MemoryReads, real: Bool[Array, 'T']) -> SlotCounts:
-    """`counts` with the reads of the real tokens added; padding counts nowhere."""
-    slots, is_real = reads.slots, real[:, None, None]
+def count_slots(counts: SlotCounts, reads: MemoryReads, real: Bool[Array, '...']) -> SlotCounts:
+    """`counts` with the reads of the real tokens added; padding counts nowhere.
+
+    `real` has the T tokens of `reads`, in any shape.
+
+    Raises:
+      Refusal: it has other tokens.
+    """
+    if real.size != len(reads.slots):
+        raise Refusal(f'A mask of {real.size} tokens for the reads of {len(reads.slots)}: it must '
+                      f'have one element for each.')
+    return typed(_counted, P())(counts, reads.slots, reads.weights, real.reshape(-1))
+
+
+def _counted(counts, slots, weights, real):
+    is_real = real[:, None, None]
     once = jnp.broadcast_to(is_real, slots.shape).astype(jnp.uint32)
     mass = counts.mass
-    for shift, digits in _digits(jnp.where(is_real, reads.weights, 0)):
+    for shift, digits in _digits(jnp.where(is_real, weights, 0)):
         mass = _add(mass, slots, digits, shift)
     return SlotCounts(_add(counts.selected, slots, once),
                       _add(counts.best, slots[:, :, 0], once[:, :, 0]), mass)

@@ -14,6 +14,7 @@ from jax.sharding import PartitionSpec as P
 from pkm_jax import mesh as meshes
 from pkm_jax.memory.layer import MemoryConfig, ProductKeyMemory
 from pkm_jax.memory.sparse_rows import SparseRows
+from pkm_jax.memory.usage import count_slots, no_counts
 from pkm_jax.mesh import Axes, Shards, make_mesh
 from pkm_jax.optimizers.sparse import apply_updates, lazy_adam
 from pkm_jax.refusal import Refusal
@@ -54,7 +55,8 @@ def run(sparse=False, sharding=None, **settings):
         table = np.zeros((65, 8), np.float32)
         table[np.asarray(reads.touched.ids)] = by_delta
         by_params['values'] = table[:64]
-    result = y, reads.slots, reads.weights, reads.batch_stats, by_params, by_x
+    counts = count_slots(no_counts(64), reads, mask)
+    result = y, reads.slots, reads.weights, reads.batch_stats, by_params, by_x, counts
     return jax.tree.map(np.asarray, result), y
 
 
