@@ -3,7 +3,7 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 
-.PHONY: quickstart lint test test-all test-newest clean
+.PHONY: quickstart lint test test-all test-faults test-newest clean
 
 $(VENV)/installed: pyproject.toml
 	$(PYTHON) -m venv $(VENV)
@@ -33,6 +33,12 @@ test: $(VENV)/tpu/installed
 
 test-all: $(VENV)/tpu/installed
 	$(PYTEST)
+
+# Real runs killed many times, and compared to the bit with one that nobody killed: an hour.
+test-faults: $(VENV)/installed
+	$(BIN)/python -m tests.faults
+	$(BIN)/python -m pytest -n 2 tests/checkpoints tests/processes tests/training/test_damaged_folder.py \
+	tests/training/test_divergence.py tests/training/test_skips.py
 
 # The newest jax that is supported: the parts that a new jax can break, in an environment of its own.
 NEWEST ?= $(shell for python in python3.13 $$(pyenv root 2>/dev/null)/versions/3.13.*/bin/python; do \
