@@ -63,7 +63,7 @@ class Checkpoints:
                       if path.name.isdigit() and _finished(path))
 
     def _sizes(self):
-        """Bytes that the newest checkpoint takes, in files: small arrays take more than they hold."""
+        """Bytes of the newest checkpoint's files, which are more than its small arrays hold."""
         return [sum(path.stat().st_size for path in (self.folder / str(step)).rglob('*'))
                 for step in self.steps()[-1:]]
 

@@ -26,7 +26,8 @@ _COMMON = {
     'cp1251': _CYRILLIC, 'koi8_r': _CYRILLIC, 'cp866': _CYRILLIC,
     'cp1252': _WESTERN, 'mac_roman': _WESTERN, 'cp850': _WESTERN,
     'cp1250': _CENTRAL, 'iso8859_2': _CENTRAL,
-    'cp1254': 'ışğüçöİŞĞ', 'cp1253': 'αοιετσνηυρπκλμάέήίόύώ', 'cp1255': 'אבגדהוזחטיךכלםמןנסעףפץצקרשת',
+    'cp1254': 'ışğüçöİŞĞ', 'cp1253': 'αοιετσνηυρπκλμάέήίόύώ',
+    'cp1255': 'אבגדהוזחטיךכלםמןנסעףפץצקרשת',
     'cp1256': 'اليمنوتربدكسعفة', 'cp874': 'านรอกเงมยลวดทสตะปบคหแจพชขใไ่้ี',
 }
 _SURE = 0.6         # share of characters, or of bytes, that fit a guess

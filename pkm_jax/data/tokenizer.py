@@ -134,9 +134,9 @@ def _special_tokens(config: dict[str, Any], ids: dict[str, int],
         found[role] = next((name for name in named or _USUAL[role] if name in ids), None)
         optional = role == 'unk' and model.get('type') == 'BPE'
         if named and found[role] is None and not optional:
-            raise Refusal(f'the vocabulary of {len(ids):,} tokens lacks {named[0]}, which the files '
-                          f'beside it name as its {_NAMES[role][0]}: mend special_tokens_map.json '
-                          'or tokenizer_config.json')
+            raise Refusal(f'the vocabulary of {len(ids):,} tokens lacks {named[0]}, which the '
+                          f'files beside it name as its {_NAMES[role][0]}: mend '
+                          'special_tokens_map.json or tokenizer_config.json')
     missing = [role for role, name in found.items()
                if name is None and not (role == 'unk' and model.get('type') == 'BPE')]
     if missing:

@@ -238,7 +238,7 @@ def test_prepared_text_that_was_damaged_is_named_and_prepared_again(prepare, tmp
     whole = prepare(lines)
     folder = dataset.Path(whole.path)
     number = 0
-    for path, content, damaged in damages(folder):
+    for path, _, damaged in damages(folder):
         path.unlink() if damaged is None else path.write_bytes(damaged)
         with pytest.raises(Refusal, match=f'{path.name}|dataset_info.json|is a folder'):
             dataset.prepare(whole.path, length=16, cache=tmp_path / 'cache')

@@ -258,6 +258,13 @@ def test_addresses_that_are_not_read_are_refused(read, tmp_path, monkeypatch, ad
         read(address)
 
 
+def test_spaces_around_a_name_are_its_own_where_a_file_has_them(read, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    for name in (' a.txt', 'b.txt'):
+        (tmp_path / name).write_text(f'in {name}')
+    assert read(' a.txt, b.txt')[0] == ['in  a.txt'.replace('  ', ' '), 'in b.txt']
+
+
 def test_a_pipe_is_called_that(read, tmp_path):
     os.mkfifo(tmp_path / 'a.txt')
     with pytest.raises(Refusal, match='a.txt is a pipe or a device'):
