@@ -121,7 +121,7 @@ def _load_stream(path: Path, file: io.BufferedIOBase) -> Any:
 
 def _bound_memo(file: Any, size: int) -> None:
     """Refuses a pickle that remembers an object under a number beyond its `size`, as Python makes
-    as many places; and one that announces more bytes than there are, before they are asked for."""
+    as many places."""
     for opcode, argument, _ in pickletools.genops(file):
         if 'PUT' in opcode.name and argument > size:
             raise ValueError(f'it remembers an object as number {argument:,}')

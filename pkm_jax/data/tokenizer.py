@@ -273,12 +273,20 @@ def _added_tokens(config: dict[str, Any], folder: epath.Path | None) -> dict[int
             if not isinstance(number, int):
                 raise Refusal(f'{folder / "added_tokens.json"} gives {token!r} the id {number!r}: '
                               'fetch it again')
-            added[number] = AddedToken(token, normalized=False)
+            added[number] = _added_token(token, normalized=False)
     decoder = config.get('added_tokens_decoder')
     for key, entry in (decoder if isinstance(decoder, dict) else {}).items():
         if (key.isdecimal() and isinstance(entry, dict)
                 and isinstance(entry.get('content'), str)):
             flags = {name: entry[name] for name in ('single_word', 'lstrip', 'rstrip', 'normalized',
                                                     'special') if isinstance(entry.get(name), bool)}
-            added[int(key)] = AddedToken(entry['content'], **flags)
+            added[int(key)] = _added_token(entry['content'], **flags)
     return added
+
+
+def _added_token(content: str, **flags: bool) -> AddedToken:
+    try:
+        return AddedToken(content, **flags)
+    except UnicodeError as error:       # JSON can hold half of a character
+        raise Refusal(f'its folder adds the token {content!r}, which is no text: fetch it '
+                      f'again') from error

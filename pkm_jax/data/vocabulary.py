@@ -69,9 +69,14 @@ class Vocabulary:
         if None in self.tokens:
             raise Refusal(f'the ids of its {len(self.tokens):,} tokens are not 0 to '
                           f'{len(self.tokens) - 1:,}: {self.tokens.index(None)} is none')
+        if changed := [name for name in names.values() if name and name not in self.ids]:
+            raise Refusal(f'its normaliser changes the special tokens {", ".join(changed)}, which '
+                          f'it must leave as they are: set their "normalized" to false')
         try:
             self.tokenizer().encode(_PROBE)
-        except Exception as error:      # the library's errors have no type of their own
+        except (KeyboardInterrupt, SystemExit):
+            raise
+        except BaseException as error:  # of no type of its own; where it panics, no Exception
             raise Refusal(f'the tokenizer fails on the text {_PROBE!r}: {error}') from error
 
     @functools.cached_property

@@ -125,7 +125,7 @@ def test_storages_that_do_not_fit_are_refused(tmp_path, change, words):
 
 
 def test_a_tensor_cannot_reach_outside_its_storage():
-    storage = torch_pickle._Storage(np.dtype(np.float32), 6, lambda: bytes(24))
+    storage = torch_pickle._Storage(ZIPPED, np.dtype(np.float32), 6, lambda: bytes(24))
     assert torch_pickle._rebuild_tensor(storage, 0, (2, 3), (3, 1)).read().shape == (2, 3)
     for offset, shape, strides in [(1, (2, 3), (3, 1)), (0, (2, 3), (4, 1)), (0, (7,), (1,)),
                                    (-1, (2,), (1,)), (5, (2,), (-1,))]:
@@ -137,3 +137,47 @@ def test_a_state_dict_must_hold_tensors_only(tmp_path):
     path = zipped(tmp_path / 'weights.bin', pickle.dumps({'epoch': 3}))
     with pytest.raises(Refusal, match='not a state dict'):
         open_state_dict(path)
+
+
+def tensor_pickle(count, shape, strides, memo=b''):
+    """A pickle of one float32 tensor of the storage '0', which it says holds `count` numbers."""
+    def numbers(values):
+        return b'(' + b''.join(pickle.dumps(value, 2)[2:-1] for value in values) + b't'
+
+    storage = (b'(' + pickle.dumps('storage', 2)[2:-1] + b'ctorch\nFloatStorage\n'
+               + pickle.dumps('0', 2)[2:-1] + pickle.dumps('cpu', 2)[2:-1]
+               + pickle.dumps(count, 2)[2:-1] + b'tQ')
+    return (b'\x80\x02}' + pickle.dumps('weight', 2)[2:-1] + memo + b'ctorch._utils\n_rebuild_tensor_v2\n('
+            + storage + b'K\x00' + numbers(shape) + numbers(strides) + b'\x89}tRs.')
+
+
+def old_file(path, tensor, count):
+    """A file of before PyTorch 1.6 with that tensor and a storage that holds `count` numbers."""
+    parts = [pickle.dumps(value, 2) for value in (torch_pickle.LEGACY_MAGIC, 1001, {})]
+    path.write_bytes(b''.join([*parts, tensor, pickle.dumps(['0'], 2)])
+                     + count.to_bytes(8, 'little') + bytes(4 * count))
+    return path
+
+
+def test_a_tensor_of_one_storage_is_read(tmp_path):
+    path = old_file(tmp_path / 'a.bin', tensor_pickle(6, (2, 3), (3, 1)), 6)
+    assert torch_pickle.load(path)['weight'].read().shape == (2, 3)
+
+
+@pytest.mark.parametrize('tensor, count, message', [
+    (tensor_pickle(10 ** 6, (10 ** 6,), (1,)), 6, 'storage of 6 numbers is named as one of 1000000'),
+    (tensor_pickle(6, (10 ** 6, 10 ** 6), (0, 0)), 6, 'has 6 numbers'),
+    (tensor_pickle(6, (6,), (1,), b'r\xff\xff\xff\x7f'), 6, 'object as number 2,147,483,647')])
+def test_nothing_is_read_beyond_a_file_nor_made_larger_than_it(tmp_path, tensor, count, message):
+    """Numbers outside the file, a table of the same few numbers, and 34 GB for what it remembers."""
+    with pytest.raises(Refusal, match=message):
+        torch_pickle.load(old_file(tmp_path / 'a.bin', tensor, count))
+
+
+def test_an_archive_that_would_grow_is_refused(tmp_path):
+    path = tmp_path / 'a.bin'
+    with zipfile.ZipFile(path, 'w', zipfile.ZIP_DEFLATED) as archive:
+        archive.writestr('archive/data.pkl', tensor_pickle(10 ** 6, (10 ** 6,), (1,)))
+        archive.writestr('archive/data/0', bytes(4 * 10 ** 6))
+    with pytest.raises(Refusal, match='entries are larger than the file'):
+        torch_pickle.load(path)

@@ -137,6 +137,27 @@ def test_the_class_in_config_json_counts_too(tmp_path):
         tokenizer.load(folder)
 
 
+@pytest.mark.parametrize('content, message', [
+    ('\ud800', 'which is no text'), ('\0', 'the tokenizer fails on the text')])
+def test_added_tokens_that_are_no_text_are_refused(tmp_path, content, message):
+    """Half a character; and one that the normaliser drops, at which the library panics."""
+    folder = write_words(tmp_path / 'en', do_lower_case=True, strip_accents=False,
+                         added_tokens_decoder={str(len(WORDS)): {'content': content}})
+    with pytest.raises(Refusal, match=message):
+        tokenizer.load(folder)
+
+
+def test_special_tokens_that_the_normaliser_changes_are_refused(tmp_path):
+    path = write_pieces(tmp_path / 'en', lowercase=True) / 'tokenizer.json'
+    described = json.loads(path.read_text())
+    described['added_tokens'] = [dict(
+        id=4, content='[MASK]', single_word=False, lstrip=False, rstrip=False, normalized=True,
+        special=True)]
+    path.write_text(json.dumps(described))
+    with pytest.raises(Refusal, match=r'changes the special tokens \[MASK\]'):
+        tokenizer.load(path)
+
+
 def test_added_tokens_are_words(tmp_path):
     folder = write_words(tmp_path / 'en', do_lower_case=True, added_tokens_decoder={
         str(len(WORDS) + 1): {'content': '<user>', 'special': True}, '0': {'content': '[PAD]'}})
