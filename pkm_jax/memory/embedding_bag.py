@@ -205,9 +205,9 @@ def _over_blocks(function, carry, slots, weights, *rest, n_slots, elsewhere, by_
         blocks = jnp.pad(order, (0, number * size - tokens), constant_values=tokens)
         carry, results = jax.lax.scan(on_own, carry, blocks.reshape(number, size))
         return carry, results.reshape(number * size, -1)[jnp.argsort(order)]
-    blocks = tuple(jnp.pad(array, ((0, number * size - tokens), (0, 0))).reshape(number, size, -1)
-                   for array in arrays)
-    carry, results = jax.lax.scan(on_block, carry, blocks)
+    blocked = tuple(jnp.pad(array, ((0, number * size - tokens), (0, 0))).reshape(number, size, -1)
+                    for array in arrays)
+    carry, results = jax.lax.scan(on_block, carry, blocked)
     return carry, results.reshape(number * size, -1)[:tokens]
 
 

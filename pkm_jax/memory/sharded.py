@@ -198,8 +198,9 @@ def _read_slots(slots, weights, n_slots):
 
 def _exchanged(reads, values, weights, axes):
     """The axes along which a sparse backward pass exchanges slots, weights and output gradients."""
-    what = replica_exchange(shards_in_use(axes), *reads, *values.shape, values.dtype.itemsize,
-                            weights.dtype.itemsize).what
+    tokens, of_each = reads
+    what = replica_exchange(shards_in_use(axes), tokens, of_each, len(values), values.shape[1],
+                            values.dtype.itemsize, weights.dtype.itemsize).what
     return axes.memory if what == 'rows' else axes.names
 
 

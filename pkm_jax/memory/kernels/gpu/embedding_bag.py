@@ -41,8 +41,8 @@ def backward(
     gradient: Float[Array, 'T V'], *, elsewhere: bool = False, interpret: bool,
 ) -> tuple[Float[Array, 'S V'], Float[Array, 'T R']]:
     """Dense gradients of values, in their dtype, and of weights; deterministic."""
-    read = _everywhere(values, slots, weights, elsewhere)
-    table, by_read = dense_gradients(values, *read, gradient, interpret=interpret)
+    own, weights = _everywhere(values, slots, weights, elsewhere)
+    table, by_read = dense_gradients(values, own, weights, gradient, interpret=interpret)
     return table, jnp.where(slots < len(values), by_read, 0) if elsewhere else by_read
 
 
