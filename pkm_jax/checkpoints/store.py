@@ -18,6 +18,9 @@ FINISHED = ('_CHECKPOINT_METADATA', 'commit_success.txt')
 # What another run can start from, by what it is called in a checkpoint: the fields of a state.
 MODEL = {'params': 'params', 'statistics': 'batch_stats'}
 
+FULL = ('RESOURCE_EXHAUSTED', 'No space left', 'Disk quota exceeded')      # said of a full disk
+SPARE = 1.25    # room that must be free for a checkpoint, of what the one before took
+
 State = Any     # a NamedTuple with these fields, `step` and others: training.state.TrainState
 
 
@@ -46,14 +49,23 @@ class Checkpoints:
             progress=ocp.args.JsonSave(progress)))
 
     def _check_room(self, state):
-        needed = sum(leaf.nbytes for leaf in jax.tree.leaves(state))
+        self.wait()         # what is still being written takes room that seems free
+        needed = max([sum(leaf.nbytes for leaf in jax.tree.leaves(state)), *self._sizes()])
         free = shutil.disk_usage(self.folder).free
-        if free < needed:
-            self.wait()
+        if free < SPARE * needed:
             raise Refusal(f'No room for the checkpoint of step {int(state.step):,}: it needs '
                           f'{needed / 1e6:,.1f} MB, and {self.folder} has {free / 1e6:,.1f} MB '
                           f'left. Those of steps {self.steps()} are kept: with more room, the same '
                           f'command goes on from the last.')
+
+    def _whole(self):
+        return sorted(int(path.name) for path in self.folder.iterdir()
+                      if path.name.isdigit() and _finished(path))
+
+    def _sizes(self):
+        """Bytes of the newest checkpoint's files, which are more than its small arrays hold."""
+        return [sum(path.stat().st_size for path in (self.folder / str(step)).rglob('*'))
+                for step in self.steps()[-1:]]
 
     def restore(self, like: State) -> tuple[State, dict] | None:
         """The newest checkpoint that can be read, laid out as the abstract state `like`; or None.
@@ -101,8 +113,19 @@ class Checkpoints:
         self._manager = ocp.CheckpointManager(self.folder, options=self._options)
 
     def wait(self) -> None:
-        """Waits until everything is written."""
-        self._manager.wait_until_finished()
+        """Waits until everything is written.
+
+        Raises:
+          Refusal: the disk became full meanwhile; the checkpoints before are whole.
+        """
+        try:
+            self._manager.wait_until_finished()
+        except Exception as error:      # Orbax passes on what its storage raised, of any type
+            if not any(sign in str(error) for sign in FULL):
+                raise
+            raise Refusal(f'No room in {self.folder}: it became full while a checkpoint was '
+                          f'written. Those of steps {self._whole()} are kept: with more room, the '
+                          f'same command goes on from the last.') from error
 
     def close(self) -> None:
         """Waits until everything is written, and ends the threads that do so."""

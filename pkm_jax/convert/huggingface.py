@@ -37,6 +37,9 @@ from pkm_jax.refusal import Refusal
 BUFFERS = re.compile(r'.*\.(position_ids|token_type_ids|num_batches_tracked)')
 # A word embedding, and what stands before its name.
 WORDS = re.compile(r'(.*?)(?:bert\.)?embeddings\.word_embeddings\.weight')
+# What torch.compile, FSDP and activation checkpointing put anywhere within names.
+WRAPPERS = re.compile(r'_orig_mod\.|_fsdp_wrapped_module\.|_checkpoint_wrapped_module\.')
+LAYER = re.compile(r'bert\.encoder\.layer\.(\d+)\.')
 DECODER = 'cls.predictions.decoder.'
 MODELING = Path(__file__).with_name('modeling_pkm_bert.py')
 
@@ -56,6 +59,7 @@ def load(folder: str | Path, allow_unused: bool = False) -> Pretrained:
     config = configuration.read(folder / 'config.json')
     stored, left = _canonical(_unwrapped(open_weights(folder)))
     _leave_unknown_head(configuration.unknown_head(folder / 'config.json'), stored, left)
+    _check_layers(config.layers, stored, folder)
     config = configuration.with_heads(config, stored, names.huggingface)
     if 'mlm' in config.output_heads:
         tied = _settle_decoder(stored, left, config.tied)
@@ -68,13 +72,21 @@ def _unwrapped(found: dict[str, StoredTensor]) -> dict[str, StoredTensor]:
 
     Raises Refusal where there are several word embeddings: which model is meant is not known.
     """
-    found = {name.replace('_orig_mod.', ''): tensor for name, tensor in found.items()}
+    found = {WRAPPERS.sub('', name): tensor for name, tensor in found.items()}
     prefixes = [match[1] for match in map(WORDS.fullmatch, found) if match]
     if len(prefixes) > 1:
         raise Refusal(f'the weights hold {len(prefixes)} models, {prefixes}: leave the tensors of '
                       f'one.')
     prefix = prefixes[0] if prefixes else ''
     return {name.removeprefix(prefix): tensor for name, tensor in found.items()}
+
+
+def _check_layers(layers: int, stored: dict[str, StoredTensor], folder: Path) -> None:
+    """Refuses another number of layers than there are, before a model of that many is planned."""
+    numbers = [int(match[1]) for match in map(LAYER.match, stored) if match]
+    if layers > (found := max(numbers, default=-1) + 1):
+        raise Refusal(f'{folder / "config.json"} has num_hidden_layers = {layers}, but the weights '
+                      f'are of {found}: one of them is of another model.')
 
 
 def _leave_unknown_head(architecture: str, stored: dict[str, StoredTensor],

@@ -16,7 +16,7 @@ from etils import epath
 from pkm_jax.data import installed_docs, tfds_text, tokenizer
 from pkm_jax.data import vocabulary as vocabularies
 from pkm_jax.data.corpus import Corpus, Counts, Splits
-from pkm_jax.data.files import ContentHashes, expand, read_json
+from pkm_jax.data.files import ContentHashes, expand, make_folder, read_json
 from pkm_jax.data.packing import write_records
 from pkm_jax.data.progress import progress_bar
 from pkm_jax.data.text_files import text_files
@@ -98,8 +98,10 @@ def prepare(corpus: str | list[str], *, vocab: str = '', vocab_size: int = 30_52
     vocabulary = tokenizer.load(vocab, lowercase, strip_accents, log) if vocab else None
     hashes = ContentHashes(cache)
     text = _open_text(corpus, encoding, cache, hashes, log)
+    make_folder(cache, 'data.cache')
     if text is None:
-        prepared = open_prepared(expand(str(corpus)))
+        prepared = open_prepared(expand(str(corpus)), hashes)
+        hashes.save()
         _check(prepared, vocabulary, length)
     else:
         log(f'text: {text.described}, content {_key(text.identity)}')
@@ -115,13 +117,14 @@ def prepare(corpus: str | list[str], *, vocab: str = '', vocab_size: int = 30_52
     return prepared
 
 
-def open_prepared(path: str | os.PathLike) -> Prepared:
+def open_prepared(path: str | os.PathLike, hashes: ContentHashes | None = None) -> Prepared:
     """Opens a directory that `prepare` wrote, local or gs://.
 
+    hashes: to compare the content of local files too.
     Raises:
-      Refusal: it is of another kind, or a file is missing or of another size than was written.
+      Refusal: it is of another kind, or a file is missing or not as it was written.
     """
-    damage = _damage(path)
+    damage = _damage(path, None if '://' in os.fspath(path) else hashes)
     if damage and (epath.Path(path) / _FILES).exists():
         raise Refusal(f'{damage}: copy the folder again, or name its text as corpus to prepare it')
     facts = tfds_text.open_builder(path).info.metadata or {}
@@ -146,6 +149,7 @@ def _open_text(corpus: str | list[str], encoding: str, cache: Path, hashes: Cont
             if '://' in corpus:
                 raise Refusal(f'{corpus} is no prepared directory: it has no dataset_info.json')
         if corpus == 'installed-docs':
+            make_folder(cache, 'data.cache')
             corpus = [str(installed_docs.extract(cache / 'installed-docs.txt', log))]
         elif corpus.startswith('tfds:'):
             return tfds_text.named(corpus.removeprefix('tfds:'), hashes)
@@ -159,7 +163,7 @@ def _find_or_write(text: Corpus, vocabulary: Vocabulary, length: int, validation
     folder = cache / f'{text.name}-{key}'
     if folder.exists() and (damage := _damage(folder, hashes)):
         log(f'data: {damage}; the text is prepared again')
-        shutil.rmtree(folder)
+        shutil.rmtree(folder) if folder.is_dir() else folder.unlink()
     if not folder.exists():
         _write_folder(folder, text, vocabulary, length, validation_fraction, log)
         _damage(folder, hashes)     # reads what was written once, to remember it

@@ -3,6 +3,7 @@
 import hashlib
 import json
 import os
+import re
 from pathlib import Path
 from typing import Any
 
@@ -16,8 +17,41 @@ _REMEMBERED = 'content-hashes.json'
 
 
 def expand(path: str | os.PathLike) -> str:
-    """A path with `~` and `~NAME` as the shell would write them out."""
+    """A path with `~` and `~NAME` as the shell would write them out.
+
+    Raises:
+      Refusal: it is an address of another kind than gs://.
+    """
+    address = re.match(r'(\w+)://', os.fspath(path))
+    if address and address[1] != 'gs':
+        raise Refusal(f'{path}: only files, folders and gs:// are read. Copy it here, or mount the '
+                      'bucket and give its path.')
     return os.path.expanduser(os.fspath(path))
+
+
+def refuse_broken_link(path: epath.PathLike) -> None:
+    """Refuses a link to what is not there.
+
+    Raises:
+      Refusal: naming both.
+    """
+    path = os.fspath(path)
+    if os.path.islink(path) and not os.path.exists(path):
+        raise Refusal(f'{path} is a link to {os.readlink(path)}, which is not there: mend the '
+                      'link, or leave it out')
+
+
+def make_folder(folder: Path, field: str) -> None:
+    """Makes the folder that a field of a configuration names, where it is not there yet.
+
+    Raises:
+      Refusal: a file is in its place, or it may not be made; names the field.
+    """
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise Refusal(f'{field} = {str(folder)!r} is no folder and cannot be made one '
+                      f'({error.strerror}): name another place') from error
 
 
 def refuse_pointer(path: epath.PathLike) -> None:
@@ -40,7 +74,8 @@ def read_text(path: epath.PathLike) -> str:
     """The text of a UTF-8 file, local or gs://, without its byte order mark; lines end in '\\n'.
 
     Raises:
-      Refusal: it cannot be read, is a git-lfs pointer, or is not UTF-8.
+      Refusal: it cannot be read, is a git-lfs pointer, is not UTF-8, or holds zeros, as a file
+        does that a crash cut short.
     """
     refuse_pointer(path)
     content = epath.Path(path).read_bytes()
@@ -48,8 +83,13 @@ def read_text(path: epath.PathLike) -> str:
         text = content.decode('utf-8-sig')
     except UnicodeDecodeError as error:
         line = content[:error.start].count(b'\n') + 1
+        if error.reason == 'unexpected end of data':
+            raise Refusal(f'{path} is cut short: it ends within a character. Fetch it '
+                          'again.') from error
         raise Refusal(f'{path} is not UTF-8 (line {line}{encodings.guess_in_words(content)}): '
                       'save it as UTF-8, or fetch it again.') from error
+    if '\0' in text:
+        raise Refusal(f'{path} is damaged: it holds zeros. Fetch it again.')
     return text.replace('\r\n', '\n')
 
 

@@ -15,7 +15,7 @@ from typing import Any
 
 from pkm_jax.data import encodings
 from pkm_jax.data.corpus import LONGEST_LINE, Corpus, Counts, bounded_lines, safe_name
-from pkm_jax.data.files import ContentHashes, expand, refuse_pointer
+from pkm_jax.data.files import ContentHashes, expand, refuse_broken_link, refuse_pointer
 from pkm_jax.data.long_json import text_of_long_object
 from pkm_jax.refusal import Refusal
 
@@ -68,12 +68,17 @@ def _split(corpus: str) -> list[str]:
     parts = corpus.split(',')
     patterns, start = [], 0
     while start < len(parts):
-        joined = {end: ','.join(parts[start:end]).strip()
+        joined = {end: _stripped(','.join(parts[start:end]))
                   for end in range(len(parts), start, -1)}
         start = next(end for end, name in joined.items() if end == start + 1 or _found(name))
         if joined[start]:
             patterns.append(joined[start])
     return patterns
+
+
+def _stripped(name: str) -> str:
+    """A name without the spaces around it, unless a file has them."""
+    return name if os.path.lexists(expand(name)) else name.strip()
 
 
 def _matches(pattern: str) -> list[str]:
@@ -83,10 +88,12 @@ def _matches(pattern: str) -> list[str]:
         raise Refusal(f'{pattern} is a folder: name the files in it, such as '
                       f'{os.path.join(pattern, "*.txt")!r}')
     found = _found(pattern)
-    for broken in (path for path in found if not os.path.exists(path)):
-        raise Refusal(f'{broken} is a link to {os.readlink(broken)}, which is not there: mend the '
-                      'link, or leave it out')
-    return [path for path in found if os.path.isfile(path)]
+    for file in found:
+        refuse_broken_link(file)
+    if os.path.exists(path) and not os.path.isfile(path):
+        raise Refusal(f'{pattern} is a pipe or a device, which cannot be read twice, as text is: '
+                      'write it to a file first')
+    return [file for file in found if os.path.isfile(file)]
 
 
 def _found(pattern: str) -> list[str]:
@@ -104,6 +111,7 @@ def _read(path: Path, encoding: str, counts: Counts) -> Iterator[str]:
     try:
         with path.open('rb') as raw, _opened(raw, path) as data:
             encoding = encodings.from_mark(data.peek(4)) or encoding
+            _refuse_utf8(path, encoding)
             text = _CheckedText(data, encoding, path, counts)
             pieces = (iter(lambda: text.read(LONGEST_LINE), '') if _kind(path) == '.txt'
                       else _json_texts(text.readline, path, counts))
@@ -118,6 +126,16 @@ def _read(path: Path, encoding: str, counts: Counts) -> Iterator[str]:
     except UnicodeError as error:
         raise Refusal(f'{path} is not {encoding} ({error}): set data.encoding to what it is '
                       'written in') from error
+
+
+def _refuse_utf8(path: Path, encoding: str) -> None:
+    """Refuses a file that is UTF-8 though `encoding` says another, which may read anything."""
+    if encodings.is_utf8(encoding):
+        return
+    with path.open('rb') as raw, _opened(raw, path) as data:
+        if encodings.holds_utf8(data.read(_ENOUGH)):
+            raise Refusal(f'{path} is UTF-8, not {encoding}: leave data.encoding at utf-8, and '
+                          'convert what is in another encoding to it')
 
 
 def _opened(
@@ -146,10 +164,10 @@ class _CheckedText:
 
     def _checked(self, piece: str) -> str:
         self._characters += len(piece)
-        bad = piece.count(encodings.UNDECODABLE) + piece.count('\0')
+        bad = sum(map(piece.count, encodings.SIGNS_OF_ANOTHER))
         if bad:
-            piece = piece.translate({ord(encodings.UNDECODABLE): '\N{REPLACEMENT CHARACTER}',
-                                     0: '\N{REPLACEMENT CHARACTER}'})
+            for sign in encodings.SIGNS_OF_ANOTHER:
+                piece = piece.replace(sign, '\N{REPLACEMENT CHARACTER}')
             self._undecodable += bad
             self._counts.replaced_characters += bad
             if self._characters > _ENOUGH:
@@ -162,7 +180,8 @@ class _CheckedText:
         if self._undecodable > allowed:
             likely = _guess(self._path, self._encoding)
             remedy = (f'likely it is {likely}: set data.encoding={likely!r}, or convert it to UTF-8'
-                      if likely else 'set data.encoding to what it is written in, if it is a text')
+                      if likely else 'set data.encoding to what it is written in, if it is a '
+                      'text in one encoding')
             raise Refusal(f'{self._path} is not {self._encoding}: {self._undecodable:,} of the '
                           f'{self._characters:,} characters read cannot be decoded; {remedy}')
 
@@ -172,7 +191,7 @@ def _guess(path: Path, encoding: str) -> str | None:
     with path.open('rb') as raw, _opened(raw, path) as data:
         for sample in iter(lambda: data.read(encodings.SAMPLE), b''):
             marked = sample.decode(encoding, errors=encodings.MARK_UNDECODABLE)
-            if marked.count(encodings.UNDECODABLE) + sample.count(0) > 1:     # one: a cut character
+            if sum(map(marked.count, encodings.SIGNS_OF_ANOTHER)) > 1:      # one: a cut character
                 return encodings.guess(sample)
     return None
 

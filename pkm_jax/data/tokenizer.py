@@ -9,7 +9,7 @@ from typing import Any
 from etils import epath
 from tokenizers import AddedToken, Tokenizer
 
-from pkm_jax.data.files import expand, read_json, read_text
+from pkm_jax.data.files import expand, read_json, read_text, refuse_broken_link
 from pkm_jax.data.vocabulary import ROLES, SpecialTokens, Vocabulary, word_pieces
 from pkm_jax.refusal import Refusal
 
@@ -30,9 +30,15 @@ _ACCENTED_WORDS = 0.0005    # of a vocabulary, that show that it keeps accents
 
 
 def find(path: epath.PathLike) -> epath.Path | None:
-    """The file that says how a folder cuts text, or `path` itself where it is a file; else None."""
+    """The file that says how a folder cuts text, or `path` itself where it is a file; else None.
+
+    Raises:
+      Refusal: it is a link to what is not there.
+    """
     path = epath.Path(expand(path))
     candidates = [path / name for name in FILES] if path.is_dir() else [path]
+    for candidate in candidates:
+        refuse_broken_link(candidate)
     return next((candidate for candidate in candidates if candidate.exists()), None)
 
 
@@ -116,7 +122,7 @@ def _special_tokens(config: dict[str, Any], ids: dict[str, int],
                     model: dict[str, Any]) -> SpecialTokens:
     """The five tokens, as the folder names them, else under their usual names.
 
-    Raises Refusal listing those that are not found.
+    Raises Refusal listing those that are not found, and where [MASK] is another one as well.
     """
     found = {}
     for role in ROLES:
@@ -124,8 +130,13 @@ def _special_tokens(config: dict[str, Any], ids: dict[str, int],
         named = [token.get('content') if isinstance(token, dict) else token for token in named]
         if role == 'unk' and isinstance(model.get('unk_token'), str):
             named.append(model['unk_token'])
-        found[role] = next((name for name in (*named, *_USUAL[role])
-                            if isinstance(name, str) and name in ids), None)
+        named = [name for name in named if isinstance(name, str)]
+        found[role] = next((name for name in named or _USUAL[role] if name in ids), None)
+        optional = role == 'unk' and model.get('type') == 'BPE'
+        if named and found[role] is None and not optional:
+            raise Refusal(f'the vocabulary of {len(ids):,} tokens lacks {named[0]}, which the '
+                          f'files beside it name as its {_NAMES[role][0]}: mend '
+                          'special_tokens_map.json or tokenizer_config.json')
     missing = [role for role, name in found.items()
                if name is None and not (role == 'unk' and model.get('type') == 'BPE')]
     if missing:
@@ -134,6 +145,9 @@ def _special_tokens(config: dict[str, Any], ids: dict[str, int],
                       + ': a masked language model needs them. Where they have other names, a '
                       'special_tokens_map.json beside it says so '
                       f'({{"{missing[0]}_token": …}})')
+    if found['mask'] in {found[role] for role in ROLES if role != 'mask'}:
+        raise Refusal(f'{found["mask"]} is its mask token and another special token too: a model '
+                      'could not tell what to predict. Name a token of its own as mask_token')
     return SpecialTokens(**found)
 
 
@@ -155,6 +169,8 @@ def _compare(file: epath.Path, known: Tokenizer, config: dict[str, Any],
 
 def _words(file: epath.Path) -> list[str]:
     text = read_text(file).rstrip('\n')
+    if not text:
+        raise Refusal(f'{file} is empty: fetch it again')
     if text.lstrip().startswith('{'):
         raise Refusal(f'{file} holds JSON: a vocab.txt has one token a line')
     return text.split('\n')
@@ -187,10 +203,10 @@ def _refuse_other_classes(config: dict[str, Any], folder: epath.Path | None) -> 
         raise Refusal(f'its words belong to a {name}, which cuts text in another way than BERT: '
                       'only a tokenizer.json tells how. Put one beside it, or take another model')
     if config.get('word_tokenizer_type', 'basic') != 'basic' or (
-            config.get('do_basic_tokenize') is False):
+            config.get('do_basic_tokenize') is False) or config.get('never_split'):
         raise Refusal('its tokenizer_config.json asks for a way of cutting text that is not '
-                      "BERT's (word_tokenizer_type, do_basic_tokenize): put a tokenizer.json "
-                      'beside it, or take another model')
+                      "BERT's (word_tokenizer_type, do_basic_tokenize, never_split): put a "
+                      'tokenizer.json beside it, or take another model')
 
 
 def _case_and_accents(file: epath.Path, words: list[str], names: SpecialTokens,

@@ -190,7 +190,8 @@ def word_pieces(tokens: Sequence[str], lowercase: bool = True, strip_accents: bo
     ids = {token: number for number, token in enumerate(tokens)}
     if len(ids) < len(tokens):
         twice = [token for token, number in Counter(tokens).items() if number > 1]
-        raise Refusal(f'{len(tokens) - len(ids)} of its tokens are there twice: {twice[:5]}')
+        raise Refusal(f'{len(tokens) - len(ids)} of its tokens are there twice: {twice[:5]}. '
+                      'Fetch it again')
     if special_tokens.unk not in ids:
         raise Refusal(f'the vocabulary of {len(ids):,} tokens lacks {special_tokens.unk} (unk)')
     model = models.WordPiece(ids, unk_token=special_tokens.unk, max_input_chars_per_word=100,

@@ -9,6 +9,7 @@ import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
+from pkm_jax.data.files import make_folder
 from pkm_jax.refusal import Refusal
 
 BEAT = 20.          # seconds between signs of life
@@ -23,9 +24,10 @@ def only_run_in(folder: Path, say: Callable[[str], None] = print) -> Iterator[No
     its number and start, on others the file's age tells.
 
     Raises:
-      Refusal: another run is under way in the folder; host, process and start are named.
+      Refusal: another run is under way in the folder; host, process and start are named. The
+        folder cannot be made.
     """
-    folder.mkdir(parents=True, exist_ok=True)
+    make_folder(folder, 'workdir')
     path = folder / 'running.json'
     _take(path, say)
     ended = threading.Event()

@@ -4,6 +4,7 @@ import argparse
 from collections.abc import Sequence
 from pathlib import Path
 
+from pkm_jax.data.files import expand
 from pkm_jax.refusal import Refusal
 from pkm_jax.report.report import write_report
 
@@ -15,14 +16,14 @@ def main(arguments: Sequence[str] | None = None) -> None:
         description='Draws loss, memory usage and slots of one or several runs, finished or not, '
                     'and writes FOLDER/report/report.html: one file that needs no network, with '
                     'its figures beside it as PNG files.')
-    parser.add_argument('folder', metavar='FOLDER', type=Path,
+    parser.add_argument('folder', metavar='FOLDER',
                         help='the folder of a run (with config.json and metrics.jsonl), or one '
                              'whose subfolders are runs')
     parser.add_argument('runs', metavar='RUN', nargs='*',
                         help='subfolders of FOLDER to report on; all of them by default')
     given = parser.parse_args(arguments)
     try:
-        print(write_report(given.folder, given.runs))
+        print(write_report(Path(expand(given.folder)), given.runs))
     except Refusal as refusal:
         raise SystemExit(f'Not reported: {refusal}') from refusal
 

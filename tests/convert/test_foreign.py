@@ -2,6 +2,7 @@
 
 import json
 import pickle
+import re
 import shutil
 import zipfile
 from pathlib import Path
@@ -83,6 +84,20 @@ def test_weights_that_cannot_be_read_are_named(folder):
 def test_what_wrappers_put_before_names_is_left_out(folder, name, prefix):
     source = rename(folder(name), lambda tensor: prefix + tensor)
     assert_same_parameters(foreign.load(source), huggingface.load(GOLDENS / name))
+
+
+@pytest.mark.parametrize('inside', ['_orig_mod', '_fsdp_wrapped_module',
+                                    '_checkpoint_wrapped_module'])
+def test_wrappers_within_names_are_left_out(folder, inside):
+    source = rename(folder('model'), lambda tensor: f'{inside}.' + re.sub(
+        r'(layer\.\d+\.)', rf'\1{inside}.', tensor))
+    assert_same_parameters(foreign.load(source), huggingface.load(GOLDENS / 'model'))
+
+
+def test_another_number_of_layers_is_refused_before_a_model_is_planned(folder):
+    source = rename(folder('model'), str, num_hidden_layers=10 ** 9)
+    with pytest.raises(Refusal, match='num_hidden_layers = 1000000000, but the weights are of 2'):
+        foreign.load(source)
 
 
 def test_two_models_in_one_file_are_refused(folder):

@@ -1,4 +1,5 @@
 import lzma
+import shutil
 
 import numpy as np
 import pytest
@@ -237,17 +238,26 @@ def test_prepared_text_that_was_damaged_is_named_and_prepared_again(prepare, tmp
     whole = prepare(lines)
     folder = dataset.Path(whole.path)
     number = 0
-    for path, content, damaged in damages(folder):
+    for path, _, damaged in damages(folder):
         path.unlink() if damaged is None else path.write_bytes(damaged)
-        if damaged is None or len(damaged) < len(content):
-            with pytest.raises(Refusal, match=f'{path.name}|dataset_info.json|is a folder'):
-                dataset.prepare(whole.path, length=16)
+        with pytest.raises(Refusal, match=f'{path.name}|dataset_info.json|is a folder'):
+            dataset.prepare(whole.path, length=16, cache=tmp_path / 'cache')
         said = []
         assert prepare(lines, log=said.append) == whole
         assert any(path.name in line and 'prepared again' in line for line in said), (path, said)
         number += 1
     assert number > 20
+    shutil.rmtree(folder)
+    folder.write_text('a file in its place')
+    assert prepare(lines) == whole
     assert len(list((tmp_path / 'cache').iterdir())) == 3   # text, vocabulary, hashes
+
+
+def test_a_cache_that_is_no_folder_is_refused(tmp_path, text_file):
+    (tmp_path / 'file').write_text('')
+    for cache in ('file', 'file/below'):
+        with pytest.raises(Refusal, match='data.cache = .*file.* is no folder'):
+            dataset.prepare(str(text_file), length=16, cache=tmp_path / cache)
 
 
 def test_a_trained_vocabulary_that_was_damaged_is_trained_again(prepare, tmp_path):

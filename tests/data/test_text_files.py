@@ -130,7 +130,11 @@ def test_a_byte_order_mark_tells_the_encoding(read, tmp_path, encoding, ending):
     ('cp1252', 'Das schöne Mädchen möchte größer sein'), ('shift_jis', 'メモリのキーと値です'),
     ('euc_jp', 'メモリのキーと値です'), ('gb18030', '我们在中国的大学学习'), ('big5', '我們在中國的大學學習'),
     ('euc_kr', '우리는 기억을 읽고 있다'), ('utf-16-le', 'память ключ'), ('utf-16-be', 'memory key'),
-    ('cp1253', 'μνήμη και κλειδί της αξίας')])
+    ('cp1253', 'μνήμη και κλειδί της αξίας'), ('cp1255', 'זיכרון ומפתח של הטבלה'),
+    ('cp850', 'Das schöne Mädchen'), ('mac_roman', 'Das schöne Mädchen'),
+    ('iso8859_2', 'gęślą jaźń'), ('cp1250', 'tükörfúrógép az árvízben, tűrő'),
+    ('cp866', 'память ключ значение'), ('iso2022_jp', 'メモリのキーと値です'),
+    ('utf-32-le', 'memory key'), ('utf-32-be', 'память ключ')])
 def test_another_encoding_is_refused_with_its_likely_name_and_read_when_named(
         read, tmp_path, encoding, text):
     lines = ['plain text comes first'] * (encoding[:3] != 'utf') + [
@@ -145,6 +149,22 @@ def test_a_file_that_is_no_text_is_refused(read, tmp_path):
     (tmp_path / 'a.txt').write_bytes(bytes(range(256)) * 40)
     with pytest.raises(Refusal, match='a.txt is not utf-8: .*if it is a text'):
         read(str(tmp_path / 'a.txt'))
+
+
+def test_a_text_in_two_encodings_gets_no_remedy_that_spoils_one(read, tmp_path):
+    lines = '\n'.join(f'Das schöne Mädchen möchte größer sein {n}' for n in range(200))
+    (tmp_path / 'a.txt').write_bytes(lines.encode() + lines.encode('latin-1'))
+    with pytest.raises(Refusal, match='if it is a text in one encoding'):
+        read(str(tmp_path / 'a.txt'))
+
+
+@pytest.mark.parametrize('encoding', ['latin-1', 'cp1252', 'koi8_r'])
+@pytest.mark.parametrize('ending', ['.txt', '.jsonl.gz'])
+def test_utf8_is_not_read_as_an_encoding_that_reads_anything(read, tmp_path, encoding, ending):
+    content = '\n'.join(json.dumps({'text': line}, ensure_ascii=False) for line in RUSSIAN).encode()
+    (tmp_path / f'a{ending}').write_bytes(gzip.compress(content) if 'gz' in ending else content)
+    with pytest.raises(Refusal, match=f'is UTF-8, not {encoding}: leave data.encoding at utf-8'):
+        read(str(tmp_path / f'a{ending}'), encoding)
 
 
 def test_a_small_share_of_damage_is_replaced(read, tmp_path):
@@ -228,6 +248,27 @@ def test_folders_links_and_pointers_are_named(read, tmp_path):
     (tmp_path / 'c.txt').write_text('version https://git-lfs.github.com/spec/v1\noid sha256:0\n')
     with pytest.raises(Refusal, match='c.txt is a git-lfs pointer'):
         read(str(tmp_path / 'c.txt'))
+
+
+@pytest.mark.parametrize('address', ['http://a.org/a.txt', 's3://b/a.txt', 'a.txt,hdfs://b.txt'])
+def test_addresses_that_are_not_read_are_refused(read, tmp_path, monkeypatch, address):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / 'a.txt').write_text('text')
+    with pytest.raises(Refusal, match='only files, folders and gs:// are read'):
+        read(address)
+
+
+def test_spaces_around_a_name_are_its_own_where_a_file_has_them(read, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    for name in (' a.txt', 'b.txt'):
+        (tmp_path / name).write_text(f'in {name}')
+    assert read(' a.txt, b.txt')[0] == ['in  a.txt'.replace('  ', ' '), 'in b.txt']
+
+
+def test_a_pipe_is_called_that(read, tmp_path):
+    os.mkfifo(tmp_path / 'a.txt')
+    with pytest.raises(Refusal, match='a.txt is a pipe or a device'):
+        read(str(tmp_path / 'a.txt'))
 
 
 def test_a_file_that_vanishes_is_named(open_files, tmp_path):

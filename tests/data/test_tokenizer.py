@@ -122,7 +122,8 @@ def test_a_neighbour_that_says_something_else_is_named(tmp_path):
 @pytest.mark.parametrize('config', [
     dict(tokenizer_class='BertJapaneseTokenizer', do_lower_case=False),
     dict(tokenizer_class='RobertaTokenizer'), dict(tokenizer_class='PreTrainedTokenizerFast'),
-    dict(word_tokenizer_type='mecab'), dict(do_basic_tokenize=False)])
+    dict(word_tokenizer_type='mecab'), dict(do_basic_tokenize=False),
+    dict(never_split=['a b'])])
 def test_words_that_another_tokenizer_cuts_are_refused(tmp_path, config):
     named = config.get('tokenizer_class', 'word_tokenizer_type')
     with pytest.raises(Refusal, match=f'vocab.txt: .*{named}.*tokenizer.json'):
@@ -200,6 +201,17 @@ def test_special_tokens_without_a_name_are_asked_for(tmp_path):
         tokenizer.load(tmp_path)
 
 
+@pytest.mark.parametrize('names, said', [
+    ({'mask_token': '[PAD]'}, 'is its mask token and another special token too'),
+    ({'mask_token': {'content': '<nope>'}}, 'lacks <nope>, which the files beside it name')])
+@pytest.mark.parametrize('write', [write_words, write_pieces])
+def test_special_tokens_that_cannot_be_are_refused(tmp_path, write, names, said):
+    folder = write(tmp_path / 'de')
+    (folder / 'special_tokens_map.json').write_text(json.dumps(names))
+    with pytest.raises(Refusal, match=said):
+        tokenizer.load(folder)
+
+
 def test_whole_words_are_refused_where_pieces_do_not_tell(tmp_path):
     built = Tokenizer(models.BPE({word: n for n, word in enumerate([*SPECIAL, 'a', 'b'])}, [],
                                  unk_token='[UNK]'))
@@ -221,7 +233,8 @@ def test_whole_words_are_refused_where_pieces_do_not_tell(tmp_path):
     ('vocab.txt', 'café\n'.encode('latin-1'), r'not UTF-8 \(line 1, likely cp1252\)'),
     ('vocab.txt', '\n'.join(WORDS).encode('utf-16'), 'not UTF-8 .*utf-16'),
     ('vocab.txt', b'version https://git-lfs.github.com/spec/v1\n', 'git-lfs pointer'),
-    ('vocab.txt', b'', r'lacks \[PAD\]'), ('vocab.txt', b'{"[PAD]": 0}', 'holds JSON'),
+    ('vocab.txt', b'', 'is empty'), ('vocab.txt', '\n'.join(WORDS).encode() + b'\0\0', 'zeros'),
+    ('vocab.txt', '\n'.join([*SPECIAL, 'mö']).encode()[:-1], 'is cut short'), ('vocab.txt', b'{"[PAD]": 0}', 'holds JSON'),
     ('vocab.txt', '\n'.join([*WORDS, 'a']).encode(), "there twice: \\['a'\\]"),
     ('tokenizer_config.json', b'{"do_lower', 'is damaged or cut short'),
 ])
@@ -234,6 +247,10 @@ def test_damaged_files_are_refused_by_name_in_one_line(tmp_path, name, content, 
 
 
 def test_what_is_no_vocabulary_is_refused_with_what_to_do(tmp_path):
+    (tmp_path / 'linked').mkdir()
+    (tmp_path / 'linked' / 'vocab.txt').symlink_to('nowhere')
+    with pytest.raises(Refusal, match='linked/vocab.txt is a link to nowhere, which is not there'):
+        tokenizer.load(tmp_path / 'linked')
     with pytest.raises(Refusal, match='no vocabulary at .*missing: name a vocab.txt'):
         tokenizer.load(tmp_path / 'missing')
     (tmp_path / 'vocab.json').write_text('{"[PAD]": 0, "[UNK]": 1}')

@@ -31,6 +31,14 @@ def test_the_second_run_is_refused_and_the_third_is_not(tmp_path):
     assert not (tmp_path / 'running.json').exists()
 
 
+def test_a_file_in_the_place_of_the_folder_is_named(tmp_path):
+    (tmp_path / 'file').write_text('')
+    for folder in ('file', 'file/below'):
+        with pytest.raises(Refusal, match='workdir = .*file.* is no folder'):
+            with only_run_in(tmp_path / folder):
+                pass
+
+
 def test_a_dead_process_is_taken_over_with_a_word(tmp_path):
     ended = subprocess.Popen([sys.executable, '-c', ''])
     ended.wait()

@@ -129,6 +129,13 @@ def test_a_configuration_that_is_not_of_training_is_refused(tmp_path, config, wo
     assert '\n' not in str(refused.value)
 
 
+def test_a_tilde_is_expanded(tmp_path, monkeypatch, capsys):
+    monkeypatch.setenv('HOME', str(tmp_path))
+    make_run(tmp_path / 'run')
+    main(['~/run'])
+    assert str(tmp_path / 'run' / 'report') in capsys.readouterr().out
+
+
 def test_run_that_never_evaluated(small):
     edit_evals(small / 'add', lambda record: None)
     page = write_report(small).read_text()

@@ -233,14 +233,28 @@ def test_a_run_that_diverges_stops_before_it_is_saved(config):
     assert all(np.isfinite(line['loss']) for line in lines(folder, 'train'))
 
 
-def test_a_full_disk_is_named_before_a_checkpoint_is_begun(config, monkeypatch):
+@pytest.mark.parametrize('room', [1000, 200_000])  # the second holds all numbers, not all files
+def test_a_full_disk_is_named_before_a_checkpoint_is_begun(config, monkeypatch, room):
     real = shutil.disk_usage
-    rooms = iter([10 ** 9, 1000])
+    rooms = iter([10 ** 9, room])
     monkeypatch.setattr(store.shutil, 'disk_usage',
                         lambda path: real(path)._replace(free=next(rooms)))
     with pytest.raises(Refusal, match=r'No room for the checkpoint of step 6.* of steps \[3\]'):
         train(config)
     assert store.newest(Path(config.workdir)).name == '3'
+
+
+def test_a_disk_that_becomes_full_while_a_checkpoint_is_written_is_named(config, monkeypatch):
+    whole = store.ocp.CheckpointManager.wait_until_finished
+
+    def fill(manager):
+        whole(manager)
+        if manager.all_steps():
+            raise ValueError('RESOURCE_EXHAUSTED: Error writing local file "6/model"')
+
+    monkeypatch.setattr(store.ocp.CheckpointManager, 'wait_until_finished', fill)
+    with pytest.raises(Refusal, match=r'became full while a checkpoint .* of steps \[3\] are kept'):
+        train(config)
 
 
 @pytest.mark.parametrize('seed', [2 ** 31, 2 ** 32 - 1])
