@@ -77,6 +77,7 @@ def _read_entry(path: Path, entry: str) -> bytes:
     try:
         with zipfile.ZipFile(path) as archive:
             return archive.read(entry)
+    # NotImplementedError: what zipfile says of a compression that it does not know.
     except (zipfile.BadZipFile, zlib.error, EOFError, NotImplementedError, OSError) as error:
         raise Refusal(f'{path} is damaged ({error}): copy it again.') from error
 

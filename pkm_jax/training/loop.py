@@ -128,7 +128,9 @@ def _first_state(
 def _compiled_steps(run: Run, program: Program, state: TrainState, mesh: Mesh,
                     log: RunLog) -> dict[bool, Callable]:
     """The step with all norms and the one without, those that the run will take."""
-    needed = {_takes_norms(run, step) for step in range(int(state.step) + 1, run.train.steps + 1)}
+    first, last = int(state.step) + 1, run.train.steps
+    needed = {_takes_norms(run, step)       # as in all periods, so in the next one
+              for step in range(first, min(last, first + run.log.norms_every) + 1)}
     with dispatch.recorded() as chosen:
         lowered = [program.take_step.lower(state, abstract_batch(run, mesh), all_norms=all_norms)
                    for all_norms in needed]
