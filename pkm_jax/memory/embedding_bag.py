@@ -182,8 +182,8 @@ def _over_blocks(function, carry, slots, weights, *rest, n_slots, elsewhere, by_
     and however these are spread none is left out. `by_read`: results are [tokens, R].
     """
     arrays, (tokens, reads) = (slots, weights, *rest), slots.shape
-    number = -(-tokens // BLOCK)
-    size = -(-tokens // number)
+    number = max(-(-tokens // BLOCK), 1)
+    size = max(-(-tokens // number), 1)
 
     def on_block(carry, block):
         slots, weights, *rest = block
