@@ -215,7 +215,8 @@ class ProductKeyMemory(nnx.Module):
             implementation=implementation)
         weights = jnp.where(mask[:, None, None], jax.nn.softmax(scores, axis=-1), 0)
         values, table_weights = self.values[...], weights.astype(config.weights_dtype)
-        reads = (array.reshape(-1, config.heads * config.top_k) for array in (slots, table_weights))
+        flat = -1, config.heads * config.top_k
+        reads = slots.reshape(flat), table_weights.reshape(flat)
         settings = dict(axes=axes, implementation=implementation)
         if delta is not None:
             y, touched = sharded.sparse_embedding_bag(values, delta, *reads, **settings)

@@ -180,7 +180,7 @@ _sparse_bag.defvjp(_sparse_forward, _sparse_backward)
 def no_delta(
     n_slots: int, width: int, reads: int, *, axes: Axes | None = None,
 ) -> Float[Array, 'rows {width}']:
-    """Zeros in place of every row that `reads` reads can touch: a `sparse_embedding_bag`'s delta."""
+    """Zeros for every row that `reads` reads can touch: the delta of a `sparse_embedding_bag`."""
     axes = axes_of(axes)[0]
     rows = shards_in_use(axes).rows * _capacity(n_slots, reads, axes)
     return jnp.zeros((rows, width), jnp.float32)
