@@ -17,7 +17,7 @@ from pkm_jax import MemoryConfig, ProductKeyMemory, SparseRows, apply_updates, l
 
 FACTS, WIDTH, BATCH, STEPS = 64, 16, 32, 100
 SIZES = MemoryConfig(sub_keys=64, heads=2, top_k=4, query_width=16, query_norm='layer')
-SPARSE, REST = lazy_adam(3e-2), nnx.All(nnx.Param, nnx.Not(nnx.PathContains('values')))      # sparse
+SPARSE, REST = lazy_adam(3e-2), nnx.All(nnx.Param, nnx.Not(nnx.PathContains('values')))    # sparse
 
 
 class Recall(nnx.Module):
@@ -35,24 +35,24 @@ def train_step(
     answers: jax.Array, key: jax.Array,
 ) -> tuple[optax.OptState, jax.Array, jax.Array]:
     """The table's new optimizer state, the loss, and the ids of the rows that were touched."""
-    def loss_of(model, delta):                                                               # sparse
-        read, reads = model.memory.read(model.embed(questions), delta=delta)                 # sparse
+    def loss_of(model, delta):                                                             # sparse
+        read, reads = model.memory.read(model.embed(questions), delta=delta)               # sparse
         losses = optax.softmax_cross_entropy_with_integer_labels(model.answer(read), answers)
-        return losses.mean(), reads.touched                                                  # sparse
+        return losses.mean(), reads.touched                                                # sparse
 
-    grad = nnx.value_and_grad(loss_of, argnums=(nnx.DiffState(0, REST), 1), has_aux=True)    # sparse
-    (loss, touched), (gradients, rows) = grad(model, model.memory.no_delta(questions.size))  # sparse
-    optimizer.update(model, gradients)
-    updates, state = SPARSE.update(SparseRows(touched.ids, rows, touched.count), state)      # sparse
-    model.memory.values[...] = apply_updates(model.memory.values[...], updates, key)         # sparse
+    grad = nnx.value_and_grad(loss_of, argnums=(nnx.DiffState(0, REST), 1), has_aux=True)  # sparse
+    (loss, touched), (dense, rows) = grad(model, model.memory.no_delta(questions.size))    # sparse
+    optimizer.update(model, dense)
+    updates, state = SPARSE.update(SparseRows(touched.ids, rows, touched.count), state)    # sparse
+    model.memory.values[...] = apply_updates(model.memory.values[...], updates, key)       # sparse
     return state, loss, touched.ids
 
 
 def main() -> None:
     rng, answer_of = np.random.default_rng(0), np.random.default_rng(1).permutation(FACTS)
     model = Recall(nnx.Rngs(0))
-    state = SPARSE.init(model.memory.values[...])                                            # sparse
-    optimizer = nnx.Optimizer(model, optax.adam(1e-2), wrt=REST)                             # sparse
+    state = SPARSE.init(model.memory.values[...])                                          # sparse
+    optimizer = nnx.Optimizer(model, optax.adam(1e-2), wrt=REST)                           # sparse
     before = np.array(model.memory.values[...])
     touched, losses = np.zeros(len(before), bool), []
     for step in range(STEPS):
