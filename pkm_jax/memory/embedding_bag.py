@@ -184,8 +184,8 @@ def _over_blocks(function, carry, slots, weights, *rest, n_slots, elsewhere, by_
     """
     arrays, (tokens, reads) = (slots, weights, *rest), slots.shape
     fills = n_slots, *(0 for _ in arrays[1:])       # of tokens that are not there
-    number = -(-tokens // BLOCK)
-    size = -(-tokens // number)
+    number = max(-(-tokens // BLOCK), 1)
+    size = max(-(-tokens // number), 1)
 
     def on_block(carry, block):
         slots, weights, *rest = block

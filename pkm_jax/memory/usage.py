@@ -14,6 +14,7 @@ import numpy as np
 from jaxtyping import Array, Bool, Int32, UInt32
 
 from pkm_jax.memory.layer import MemoryReads
+from pkm_jax.mesh import on_auto_axes, specs_of
 from pkm_jax.refusal import Refusal
 
 NEVER = jnp.iinfo(jnp.int32).min     # the step at which a slot not read so far was last read
@@ -36,12 +37,29 @@ def no_counts(slots: int) -> SlotCounts:
     return SlotCounts(*(jnp.zeros((2, slots), jnp.uint32) for _ in SlotCounts._fields))
 
 
-def count_slots(counts: SlotCounts, reads: MemoryReads, real: Bool[Array, 'T']) -> SlotCounts:
-    """`counts` with the reads of the real tokens added; padding counts nowhere."""
-    slots, is_real = reads.slots, real[:, None, None]
+def count_slots(counts: SlotCounts, reads: MemoryReads, real: Bool[Array, '...']) -> SlotCounts:
+    """`counts` with the reads of the real tokens added; padding counts nowhere.
+
+    `real` has one element for each token, in any shape: the mask of the read, say.
+
+    Raises:
+      Refusal: it has not, or the counts are of a table of another size.
+    """
+    tokens, slots = len(reads.slots), counts.selected.shape[1]
+    if real.size != tokens:
+        raise Refusal(f'real {real.shape} for the reads of {tokens} tokens: it must have one '
+                      f'element for each.')
+    if reads.table_slots not in (None, slots):
+        raise Refusal(f'Counts of {slots} slots for reads of a table of {reads.table_slots}: '
+                      f'start from no_counts({reads.table_slots}).')
+    return on_auto_axes(_count, specs_of(counts))(counts, reads.slots, reads.weights, real)
+
+
+def _count(counts, slots, weights, real):
+    is_real = real.reshape(-1, 1, 1)
     once = jnp.broadcast_to(is_real, slots.shape).astype(jnp.uint32)
     mass = counts.mass
-    for shift, digits in _digits(jnp.where(is_real, reads.weights, 0)):
+    for shift, digits in _digits(jnp.where(is_real, weights, 0)):
         mass = _add(mass, slots, digits, shift)
     return SlotCounts(_add(counts.selected, slots, once),
                       _add(counts.best, slots[:, :, 0], once[:, :, 0]), mass)

@@ -3,7 +3,8 @@
 Updates and gradients are trees with a `SparseRows` in place of each value table's array; those of
 other parameters belong in another group of `optax.partition`. States are as large as Optax's and
 laid out like the tables; rows that were not read keep every bit of theirs. Rates are numbers or
-Optax schedules, moments float32 whatever the table is.
+Optax schedules, moments float32 whatever the table is. `axes` are those of the mesh in use that
+split the tables, as in `ProductKeyMemory`; None: see `pkm_jax.mesh.axes_of`.
 """
 
 from collections.abc import Callable
@@ -16,6 +17,7 @@ from jaxtyping import Array, BFloat16, Float, Int32, Key, UInt32
 
 from pkm_jax.memory.sharded import put_rows, take_rows
 from pkm_jax.memory.sparse_rows import is_rows, rows_of
+from pkm_jax.mesh import Axes, axes_of, on_auto_axes, specs_of
 
 Rate = float | Callable[[Any], Any]     # or an Optax schedule
 
@@ -42,7 +44,8 @@ def sparse_sgd(rate: Rate) -> optax.GradientTransformation:
 
 
 def lazy_adam(
-    rate: Rate, beta1: float = 0.9, beta2: float = 0.999, epsilon: float = 1e-8,
+    rate: Rate, beta1: float = 0.9, beta2: float = 0.999, epsilon: float = 1e-8, *,
+    axes: Axes | None = None,
 ) -> optax.GradientTransformation:
     """Adam whose moments decay only when their row is read: that of torch.optim.SparseAdam.
 
@@ -53,11 +56,12 @@ def lazy_adam(
         second = second + (1 - beta2) * (gradient ** 2 - second)
         return _adam_step(first, second, step, beta1, beta2, epsilon), (first, second)
 
-    return _by_row(rate, change, (_per_number, _per_number))
+    return _by_row(rate, change, (_per_number, _per_number), axes)
 
 
 def rowwise_adam(
-    rate: Rate, beta1: float = 0.9, beta2: float = 0.999, epsilon: float = 1e-8,
+    rate: Rate, beta1: float = 0.9, beta2: float = 0.999, epsilon: float = 1e-8, *,
+    axes: Axes | None = None,
 ) -> optax.GradientTransformation:
     """`lazy_adam` with one second moment a row, of the mean square of its gradient."""
     def change(gradient, first, second, step):
@@ -66,31 +70,43 @@ def rowwise_adam(
         scaled = _adam_step(first, second[:, None], step, beta1, beta2, epsilon)
         return scaled, (first, second)
 
-    return _by_row(rate, change, (_per_number, _per_row))
+    return _by_row(rate, change, (_per_number, _per_row), axes)
 
 
-def rowwise_adagrad(rate: Rate, epsilon: float = 1e-8) -> optax.GradientTransformation:
+def rowwise_adagrad(
+    rate: Rate, epsilon: float = 1e-8, *, axes: Axes | None = None,
+) -> optax.GradientTransformation:
     """Adagrad (Duchi et al. 2011) with one sum a row, of the mean squares of its gradients."""
     def change(gradient, total, step):
         total = total + jnp.mean(gradient ** 2, axis=1)
         return gradient / (jnp.sqrt(total)[:, None] + epsilon), (total,)
 
-    return _by_row(rate, change, (_per_row,))
+    return _by_row(rate, change, (_per_row,), axes)
 
 
-def apply_updates(params: Any, updates: Any, key: Key[Array, '']) -> Any:
+def apply_updates(
+    params: Any, updates: Any, key: Key[Array, ''], *, axes: Axes | None = None,
+) -> Any:
     """`optax.apply_updates`, of SparseRows to the rows they name.
 
     Rows of a bfloat16 table are rounded stochastically, by bits that depend on the key, row and
-    column alone, so that no layout changes them.
+    column alone, so that no layout changes them. Tables stay split as they are.
+
+    Raises:
+      Refusal: the mesh in use lacks one of the axes.
     """
+    axes = axes_of(axes)[0]
+
+    def change(table, update, key):
+        rows = take_rows(table, update.ids, axes=axes).astype(jnp.float32) + update.rows
+        if table.dtype == jnp.bfloat16:
+            rows = round_stochastically(rows, update.ids, key)
+        return put_rows(table, update.ids, rows, axes=axes)
+
     def apply(update, param):
         if not is_rows(update):
             return optax.apply_updates(param, update)
-        rows = take_rows(param, update.ids).astype(jnp.float32) + update.rows
-        if param.dtype == jnp.bfloat16:
-            rows = round_stochastically(rows, update.ids, key)
-        return put_rows(param, update.ids, rows)
+        return on_auto_axes(change, specs_of(param))(param, update, key)
 
     return _map(apply, updates, params)
 
@@ -132,7 +148,7 @@ def _per_row(table):
 
 
 def _by_row(
-    rate: Rate, change: Callable[..., tuple], zeros: tuple[Callable, ...],
+    rate: Rate, change: Callable[..., tuple], zeros: tuple[Callable, ...], axes: Axes | None,
 ) -> optax.GradientTransformation:
     """Descent by -rate · step, of `change(gradient, *moments, step number)` → step, new moments.
 
@@ -145,12 +161,17 @@ def _by_row(
     def update(updates, state, params=None):
         count = optax.safe_increment(state.count)
         scale = rate(state.count) if callable(rate) else rate
+        split = axes_of(axes)[0]
 
-        def of_table(gradient, *moments):
-            old = [take_rows(moment, gradient.ids) for moment in moments]
+        def change_rows(count, scale, gradient, *moments):
+            old = [take_rows(moment, gradient.ids, axes=split) for moment in moments]
             step, new = change(gradient.rows, *old, count.astype(jnp.float32))
             return gradient._replace(rows=-scale * step), *(
-                put_rows(moment, gradient.ids, rows) for moment, rows in zip(moments, new))
+                put_rows(moment, gradient.ids, rows, axes=split)
+                for moment, rows in zip(moments, new))
+
+        def of_table(*arrays):
+            return on_auto_axes(change_rows, specs_of(arrays))(count, scale, *arrays)
 
         gradients, tree = jax.tree.flatten(updates, is_leaf=is_rows)
         by_table = map(of_table, gradients, *map(jax.tree.leaves, state.moments))
