@@ -4,8 +4,8 @@
 
 The model is somebody else's and so is the loop. Only the rows of the table that a step read get a
 gradient, new moments and an update, in place, at a cost that does not depend on the table's size:
-a `delta` of zeros stands for the rows that a call can touch, and its gradient is theirs. The lines
-marked # sparse are all it takes.
+a `delta` of zeros stands for the rows that a read can touch, and its gradient is theirs. The lines
+marked # sparse are all it takes; with a batch norm of queries `update_batch_stats` is one more.
 """
 
 import jax
@@ -13,18 +13,11 @@ import numpy as np
 import optax
 from flax import nnx
 
-from pkm_jax import (
-    MemoryConfig,
-    MemoryReads,
-    ProductKeyMemory,
-    SparseRows,
-    apply_updates,
-    lazy_adam,
-)
+from pkm_jax import MemoryConfig, ProductKeyMemory, SparseRows, apply_updates, lazy_adam
 
 FACTS, WIDTH, BATCH, STEPS = 64, 16, 32, 100
-OTHERS = nnx.All(nnx.Param, nnx.Not(nnx.PathContains('values')))                          # sparse
-SPARSE = lazy_adam(3e-2)                                                                  # sparse
+SIZES = MemoryConfig(sub_keys=64, heads=2, top_k=4, query_width=16, query_norm='layer')
+SPARSE, REST = lazy_adam(3e-2), nnx.All(nnx.Param, nnx.Not(nnx.PathContains('values')))    # sparse
 
 
 class Recall(nnx.Module):
@@ -32,14 +25,8 @@ class Recall(nnx.Module):
 
     def __init__(self, rngs: nnx.Rngs):
         self.embed = nnx.Embed(FACTS, WIDTH, rngs=rngs)
-        self.memory = ProductKeyMemory(MemoryConfig(sub_keys=64, heads=2, top_k=4, query_width=16),
-                                       WIDTH, rngs=rngs)
+        self.memory = ProductKeyMemory(SIZES, WIDTH, rngs=rngs)
         self.answer = nnx.Linear(WIDTH, FACTS, rngs=rngs)
-
-    def __call__(self, questions: jax.Array, delta: jax.Array) -> tuple[jax.Array, MemoryReads]:
-        read, reads = self.memory.read(self.embed(questions), delta=delta)                # sparse
-        self.memory.update_batch_stats(reads.batch_stats)                                 # sparse
-        return self.answer(read), reads
 
 
 @nnx.jit(donate_argnums=(0, 1, 2))     # the table is changed in place
@@ -48,27 +35,24 @@ def train_step(
     answers: jax.Array, key: jax.Array,
 ) -> tuple[optax.OptState, jax.Array, jax.Array]:
     """The table's new optimizer state, the loss, and the ids of the rows that were touched."""
-    def loss_of(model, delta):
-        logits, reads = model(questions, delta)
-        losses = optax.softmax_cross_entropy_with_integer_labels(logits, answers)
-        return losses.mean(), reads.touched
+    def loss_of(model, delta):                                                             # sparse
+        read, reads = model.memory.read(model.embed(questions), delta=delta)               # sparse
+        losses = optax.softmax_cross_entropy_with_integer_labels(model.answer(read), answers)
+        return losses.mean(), reads.touched                                                # sparse
 
-    delta = model.memory.no_delta(questions.size)                                         # sparse
-    by = nnx.DiffState(0, OTHERS), 1                                                      # sparse
-    (loss, touched), (gradients, rows) = nnx.value_and_grad(
-        loss_of, argnums=by, has_aux=True)(model, delta)
-    optimizer.update(model, gradients)
-    updates, state = SPARSE.update(SparseRows(touched.ids, rows, touched.count), state)   # sparse
-    table = model.memory.values                                                           # sparse
-    table[...] = apply_updates(table[...], updates, key)                                  # sparse
+    grad = nnx.value_and_grad(loss_of, argnums=(nnx.DiffState(0, REST), 1), has_aux=True)  # sparse
+    (loss, touched), (dense, rows) = grad(model, model.memory.no_delta(questions.size))    # sparse
+    optimizer.update(model, dense)
+    updates, state = SPARSE.update(SparseRows(touched.ids, rows, touched.count), state)    # sparse
+    model.memory.values[...] = apply_updates(model.memory.values[...], updates, key)       # sparse
     return state, loss, touched.ids
 
 
 def main() -> None:
     rng, answer_of = np.random.default_rng(0), np.random.default_rng(1).permutation(FACTS)
     model = Recall(nnx.Rngs(0))
-    optimizer = nnx.Optimizer(model, optax.adam(1e-2), wrt=OTHERS)
-    state = SPARSE.init(model.memory.values[...])                                         # sparse
+    state = SPARSE.init(model.memory.values[...])                                          # sparse
+    optimizer = nnx.Optimizer(model, optax.adam(1e-2), wrt=REST)                           # sparse
     before = np.array(model.memory.values[...])
     touched, losses = np.zeros(len(before), bool), []
     for step in range(STEPS):

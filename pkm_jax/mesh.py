@@ -8,7 +8,7 @@ memory group.
 import logging
 import math
 from collections.abc import Callable, Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 from jax.experimental import mesh_utils
@@ -123,6 +123,27 @@ def axes_of(axes: Axes | None) -> tuple[Axes, bool]:
 _said: set[tuple[str, ...]] = set()
 
 
+def explicit_axes(axes: Axes) -> Axes:
+    """Those of them that are Explicit in the mesh in use: that types of arrays can name."""
+    mesh = mesh_in_use()
+    kinds = {} if mesh is None else dict(zip(mesh.axis_names, mesh.axis_types))
+    return Axes(*(tuple(name for name in names if kinds.get(name) == AxisType.Explicit)
+                  for names in axes))
+
+
+def on_auto_axes(function: Callable, out_specs: Any) -> Callable:
+    """`function` in a mesh with Explicit axes, which within it are Auto; elsewhere as it is."""
+    mesh = mesh_in_use()
+    if mesh is None or AxisType.Explicit not in mesh.axis_types:
+        return function
+    return jax.sharding.auto_axes(function, out_sharding=out_specs)
+
+
+def specs_of(arrays: Any) -> Any:
+    """How a tree of arrays is split over Explicit axes, by their types."""
+    return jax.tree.map(lambda array: jax.typeof(array).sharding.spec, arrays)
+
+
 def on_shards(function: Callable, in_specs, out_specs, axes: Axes = OWN) -> Callable:
     """`function` of each device's parts; of the whole where one device has everything."""
     shards_in_use(axes)
@@ -145,18 +166,3 @@ def over_tokens(function: Callable, split: int, axes: Axes = OWN) -> Callable:
 def device_index(axes: Axes = OWN) -> Int32[Array, ''] | int:
     """Within a shard, the number of this device in the order of its tokens."""
     return 0 if shards_in_use(axes) == Shards() else jax.lax.axis_index(axes.names)
-
-
-def typed(function: Callable, spec: P) -> Callable:
-    """`function` whose results are split by `spec`, in a mesh with Explicit axes too."""
-    mesh = mesh_in_use()
-    if mesh is None or AxisType.Explicit not in mesh.axis_types:
-        return function
-    explicit = {name for name, kind in zip(mesh.axis_names, mesh.axis_types)
-                if kind == AxisType.Explicit}
-
-    def kept(entry):
-        names = entry if isinstance(entry, tuple) else (entry,)
-        return tuple(name for name in names if name in explicit) or None
-
-    return jax.sharding.auto_axes(function, out_sharding=P(*map(kept, spec)))

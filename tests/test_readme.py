@@ -10,9 +10,10 @@ README = Path(__file__).parents[1] / 'README.md'
 
 def test_the_blocks_of_your_own_model_run_one_after_the_other(capsys):
     section = README.read_text().split('## Put it into your own model')[1].split('\n## ')[0]
+    blocks = re.findall(r'```python\n(.*?)```', section, re.DOTALL)
+    assert all(sum(bool(line) for line in block.splitlines()) <= 10 for block in blocks)
     own_model, slots_that_fired, sparsely = (
-        compile(block, str(README), 'exec')
-        for block in re.findall(r'```python\n(.*?)```', section, re.DOTALL))
+        compile(block, str(README), 'exec') for block in blocks)
     names = {}
 
     exec(own_model, names)

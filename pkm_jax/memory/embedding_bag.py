@@ -9,7 +9,7 @@ import numpy as np
 from jaxtyping import Array, Float, Int32
 
 from pkm_jax.dispatch import Choice, Implementation, Kernel
-from pkm_jax.memory.sparse_rows import SparseRows, distinct, take_rows
+from pkm_jax.memory.sparse_rows import SparseRows, distinct, packed, take_rows
 
 # Tokens that plain jnp reads for at a time: their sums stay in the on-chip memory of a TPU, and a
 # CPU's caches, through all R reads.
@@ -52,8 +52,8 @@ def reference(
     """`embedding_bag` in plain jnp, for any device: one read of every token at a time."""
     def read_block(carry, passes, slots, weights):
         def add_read(r, total):
-            rows = take_rows(values, slots[r]) if elsewhere else values[slots[r]]
-            return total + weights[r][:, None].astype(jnp.float32) * rows.astype(jnp.float32)
+            rows = _rows(values, slots[r], elsewhere).astype(jnp.float32)
+            return total + weights[r][:, None].astype(jnp.float32) * rows
 
         start = jnp.zeros((slots.shape[1], values.shape[1]), jnp.float32)
         return carry, jax.lax.fori_loop(0, passes, add_read, start).astype(values.dtype)
@@ -71,7 +71,7 @@ def reference_backward(
 ) -> tuple[Float[Array, 'S V'], Float[Array, 'T R']]:
     """Gradients of values and weights; deterministic where a scatter-add is (CPU and TPU)."""
     def add(table, slot, changes):
-        return table.at[slot].add(changes, mode='drop'), take_rows(values, slot)
+        return table.at[slot].add(changes, mode='drop'), _rows(values, slot, elsewhere)
 
     table, by_read = _add_reads(add, jnp.zeros(values.shape, jnp.float32), slots, weights, gradient,
                                 n_slots=len(values), elsewhere=elsewhere)
@@ -137,10 +137,11 @@ def touched(
 
     marked, _ = _over_blocks(mark_block, jnp.zeros(n_slots, bool), slots,
                              jnp.zeros(slots.shape, bool), n_slots=n_slots, elsewhere=True)
-    position = jnp.where(marked, jnp.cumsum(marked) - 1, capacity)
-    ids = jnp.full(capacity, n_slots, jnp.int32).at[position].set(
-        jnp.arange(n_slots, dtype=jnp.int32), mode='drop')
-    return ids, jnp.sum(marked, dtype=jnp.int32)[None]
+    return packed(jnp.arange(n_slots, dtype=jnp.int32), marked, n_slots, capacity)
+
+
+def _rows(values, slots, elsewhere):
+    return take_rows(values, slots) if elsewhere else values[slots]
 
 
 def _ranks(ids, n_slots):
@@ -182,16 +183,17 @@ def _over_blocks(function, carry, slots, weights, *rest, n_slots, elsewhere, by_
     and however these are spread none is left out. `by_read`: results are [tokens, R].
     """
     arrays, (tokens, reads) = (slots, weights, *rest), slots.shape
-    number = -(-tokens // BLOCK)
-    size = -(-tokens // number)
+    fills = n_slots, *(0 for _ in arrays[1:])       # of tokens that are not there
+    number = max(-(-tokens // BLOCK), 1)
+    size = max(-(-tokens // number), 1)
 
     def on_block(carry, block):
         slots, weights, *rest = block
         return function(carry, reads, slots.T, weights.T, *rest)
 
     def on_own(carry, block):
-        slots, weights, *rest = (array.at[block].get(mode='fill', fill_value=n_slots * (n == 0))
-                                 for n, array in enumerate(arrays))
+        slots, weights, *rest = (array.at[block].get(mode='fill', fill_value=fill)
+                                 for array, fill in zip(arrays, fills))
         place = jnp.broadcast_to(jnp.arange(reads, dtype=jnp.int32), slots.shape)
         others, slots, weights, place = jax.lax.sort((slots == n_slots, slots, weights, place),
                                                      num_keys=1)

@@ -1,7 +1,6 @@
 """The product-key memory layer (docs/method.md, section 1): query, retrieval, weights, read."""
 
 import dataclasses
-import functools
 import math
 from typing import Any, NamedTuple, cast
 
@@ -19,7 +18,7 @@ from pkm_jax.fields import check_settings, setting
 from pkm_jax.memory import sharded
 from pkm_jax.memory.query_norm import QueryNorm
 from pkm_jax.memory.sparse_rows import Touched
-from pkm_jax.mesh import Axes, axes_of, mesh_in_use, shards_in_use
+from pkm_jax.mesh import Axes, explicit_axes, mesh_in_use, on_auto_axes, shards_in_use
 from pkm_jax.ops.dropout import HIGHEST_RATE, dropout
 from pkm_jax.refusal import Refusal
 
@@ -71,12 +70,18 @@ class MemoryConfig:
         return bool(self.input_dropout or self.query_dropout or self.value_dropout)
 
 
+@jax.tree_util.register_static
+class TableSlots(int):
+    """S, of a table: a number that is known while a program is traced, as shapes are."""
+
+
 class MemoryReads(NamedTuple):
     """What one call of a memory read, T being the product of the leading axes of its input."""
     slots: Int32[Array, 'T H K']    # in descending order of score
     weights: Float[Array, 'T H K']  # float32, of each token and head summing to 1; of padding 0
     batch_stats: dict               # new running statistics of the query norm, {} without any
     touched: Touched | None = None  # the rows that `delta` stands for, if given
+    table_slots: TableSlots | None = None
 
 
 class ProductKeyMemory(nnx.Module):
@@ -142,32 +147,30 @@ class ProductKeyMemory(nnx.Module):
         each of `reads.touched`.
 
         Raises:
-          Refusal: states of another width, dropout without `rngs`, or a mesh that lacks an axis or
-            does not divide.
+          Refusal: states of another width, a mask of another shape, dropout without `rngs`, or a
+            mesh that lacks an axis or does not divide.
         """
-        config, width = self.config, self.query.kernel.shape[0]
-        if x.shape[-1] != width:
-            raise Refusal(f'States of {x.shape[-1]} numbers for a memory of width {width}: build '
-                          f'it with the width of the model.')
+        config = self.config
         deterministic = self.deterministic if deterministic is None else deterministic
+        width = self.query.in_features
+        if x.shape[-1:] != (width,):
+            raise Refusal(f'A memory of width {width} cannot read for states {x.shape}, of width '
+                          f'{x.shape[-1]}: build it with that width.')
         if mask is not None and mask.shape != x.shape[:-1]:
             raise Refusal(f'mask {mask.shape} of tokens {x.shape[:-1]}: it must have one element '
                           f'for each.')
-        key = None if deterministic or not config.has_dropout else _key_of(rngs)
-        axes, implementation = self._resolved(math.prod(x.shape[:-1]))
         mask = jnp.ones(x.shape[:-1], bool) if mask is None else mask
+        key = None if deterministic or not config.has_dropout else _key_of(rngs)
+        axes, implementation = self._resolved(mask.size)
         mesh = mesh_in_use()
         typed = mesh is not None and AxisType.Explicit in mesh.axis_types
-        run = functools.partial(self._read_typed, mesh) if typed else self._read
+        run = self._read_typed if typed else self._read
         return run(x, mask, key, delta, deterministic=deterministic, axes=axes,
                    implementation=implementation)
 
     def _resolved(self, tokens):
         """Axes and implementation in the mesh in use."""
-        axes, partitioned = axes_of(self.axes)
-        if partitioned and self.implementation == 'gpu':
-            raise Refusal("implementation = 'gpu' in a mesh that XLA partitions: it cannot split a "
-                          "kernel. Name the axes of the mesh: axes=Axes(data, rows, columns).")
+        axes, implementation = sharded.resolve(self.axes, self.implementation)
         shards = shards_in_use(axes)
         slots, width = self.values.shape
         for what, size, parts in (('tokens', tokens, math.prod(shards)),
@@ -176,25 +179,24 @@ class ProductKeyMemory(nnx.Module):
             if size % parts:
                 raise Refusal(f'{size} {what} do not divide into {parts} parts, which '
                               f'{axes} asks for in the mesh in use.')
-        return axes, 'xla' if partitioned else self.implementation
+        return axes, implementation if tokens else 'xla'     # a kernel's grid cannot be empty
 
-    def _read_typed(self, mesh, x, mask, key, delta, *, axes, **settings):
+    def _read_typed(self, x, mask, key, delta, *, axes, **settings):
         """`_read` in a mesh with Explicit axes, which within it are Auto."""
         graph, state = nnx.split(self)
-        typed = [name for name, kind in zip(mesh.axis_names, mesh.axis_types)
-                 if kind == AxisType.Explicit]
-        given = Axes(*(tuple(name for name in names if name in typed) for names in axes))
+        given = explicit_axes(axes)
         *leading, _ = jax.typeof(x).sharding.spec
         tokens = given.tokens if axes.names else P(None if any(leading[1:]) else leading[0])
         rows: Any = P(given.table[0])   # specs in the places of arrays
         split, whole = cast(Any, tokens), cast(Any, P())
         specs = (jax.typeof(x).sharding.spec, MemoryReads(
-            split, split, whole, None if delta is None else Touched(rows, rows)))
+            split, split, whole, None if delta is None else Touched(rows, rows),
+            TableSlots(len(self.values))))
 
         def run(state, *arrays):
             return nnx.merge(graph, state)._read(*arrays, axes=axes, **settings)
 
-        return jax.sharding.auto_axes(run, out_sharding=specs)(state, x, mask, key, delta)
+        return on_auto_axes(run, specs)(state, x, mask, key, delta)
 
     def _read(self, x, mask, key, delta, *, deterministic, axes, implementation):
         config, shape = self.config, x.shape
@@ -204,8 +206,8 @@ class ProductKeyMemory(nnx.Module):
         x = dropout(x, config.input_dropout, keys[0])
         query = rearrange(self.query(x), 't (h two half) -> t h two half', h=config.heads, two=2)
         batch_stats = {}
-        if config.query_norm != 'none':
-            query, batch_stats = self.query_norm(query, mask, not deterministic)
+        if config.query_norm != 'none':     # without tokens there are no batch statistics
+            query, batch_stats = self.query_norm(query, mask, not deterministic and len(x) > 0)
         query = dropout(query, config.query_dropout, keys[1])
 
         scores, slots = sharded.top_k_product_keys(
@@ -213,7 +215,8 @@ class ProductKeyMemory(nnx.Module):
             implementation=implementation)
         weights = jnp.where(mask[:, None, None], jax.nn.softmax(scores, axis=-1), 0)
         values, table_weights = self.values[...], weights.astype(config.weights_dtype)
-        reads = slots.reshape(len(slots), -1), table_weights.reshape(len(weights), -1)
+        flat = -1, config.heads * config.top_k
+        reads = slots.reshape(flat), table_weights.reshape(flat)
         settings = dict(axes=axes, implementation=implementation)
         if delta is not None:
             y, touched = sharded.sparse_embedding_bag(values, delta, *reads, **settings)
@@ -224,7 +227,8 @@ class ProductKeyMemory(nnx.Module):
             y, touched = sharded.embedding_bag(values, *reads, dtype, **settings), None
         y = dropout(y, config.value_dropout, keys[2]).astype(self.dtype)
         y = self.output(y) if self.output else y
-        return y.reshape(shape), MemoryReads(slots, weights, batch_stats, touched)
+        return y.reshape(shape), MemoryReads(slots, weights, batch_stats, touched,
+                                             TableSlots(len(values)))
 
     def update_batch_stats(self, batch_stats: dict[str, Array]) -> None:
         """Writes what a `read` returned as `batch_stats`."""
@@ -235,7 +239,7 @@ class ProductKeyMemory(nnx.Module):
         """A delta for a call with that many tokens, in the mesh in use."""
         reads = tokens * self.config.heads * self.config.top_k
         slots, width = self.values.shape
-        return sharded.no_delta(slots, width, reads, axes=axes_of(self.axes)[0])
+        return sharded.no_delta(slots, width, reads, axes=self.axes)
 
 
 def _key_of(rngs):

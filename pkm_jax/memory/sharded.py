@@ -21,7 +21,17 @@ from pkm_jax.memory import embedding_bag as bag
 from pkm_jax.memory import product_keys, sparse_rows
 from pkm_jax.memory.replica_exchange import replica_exchange
 from pkm_jax.memory.sparse_rows import SparseRows, Touched
-from pkm_jax.mesh import OWN, Axes, axes_of, on_shards, over_tokens, shards_in_use, typed
+from pkm_jax.mesh import (
+    OWN,
+    Axes,
+    axes_of,
+    explicit_axes,
+    on_auto_axes,
+    on_shards,
+    over_tokens,
+    shards_in_use,
+)
+from pkm_jax.refusal import Refusal
 
 
 def top_k_product_keys(
@@ -67,15 +77,42 @@ def embedding_lookup(
 def sparse_embedding_bag(
     values: Float[Array, 'S V'], delta: Float[Array, 'rows V'], slots: Int32[Array, 'T R'],
     weights: Float[Array, 'T R'], *,
-    axes: Axes = OWN, implementation: Implementation | None = None,
+    axes: Axes | None = None, implementation: Implementation | None = None,
 ) -> tuple[Float[Array, 'T V'], Touched]:
     """`embedding_bag`, and the rows that it touched; the gradient of `delta` is that of these rows.
 
-    `values` are a constant of the derivative. `delta` is zeros of the shape of `no_delta`: the read
+    `values` are a constant of the derivative. `delta` is the `no_delta` of T · R reads: the read
     is Σ w · (values[slot] + delta[rank of slot]), of which no delta is ever added, and row i of its
-    gradient belongs to row `ids[i]` of the table. Reads of weight 0 touch nothing.
+    gradient belongs to row `ids[i]` of the table. Reads of weight 0 touch nothing. `axes` None: see
+    `pkm_jax.mesh.axes_of`.
+
+    Raises:
+      Refusal: the mesh in use lacks one of the axes, or XLA would have to split a kernel.
     """
-    return _sparse_bag(values, delta, slots, weights, axes, implementation)
+    axes, implementation = resolve(axes, implementation)
+    typed = explicit_axes(axes)
+    tokens = typed.tokens if axes.names else P(jax.typeof(slots).sharding.spec[0])
+    rows: Any = P(typed.table[0])   # specs in the places of arrays
+
+    def read(values, delta, slots, weights):
+        return _sparse_bag(values, delta, slots, weights, axes, implementation)
+
+    return on_auto_axes(read, (tokens, Touched(rows, rows)))(values, delta, slots, weights)
+
+
+def resolve(
+    axes: Axes | None, implementation: Implementation | None,
+) -> tuple[Axes, Implementation | None]:
+    """The axes that split arrays in the mesh in use, and what runs there.
+
+    Raises:
+      Refusal: the mesh lacks one of the axes, or XLA would have to split a kernel.
+    """
+    axes, partitioned = axes_of(axes)
+    if partitioned and implementation == 'gpu':
+        raise Refusal("implementation = 'gpu' in a mesh that XLA partitions: it cannot split a "
+                      "kernel. Name the axes of the mesh: axes=Axes(data, rows, columns).")
+    return axes, 'xla' if partitioned else implementation
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(4, 5))
@@ -141,9 +178,10 @@ _sparse_bag.defvjp(_sparse_forward, _sparse_backward)
 
 
 def no_delta(
-    n_slots: int, width: int, reads: int, *, axes: Axes = OWN,
+    n_slots: int, width: int, reads: int, *, axes: Axes | None = None,
 ) -> Float[Array, 'rows {width}']:
-    """Zeros in place of every row that `reads` reads can touch."""
+    """Zeros for every row that `reads` reads can touch: the delta of a `sparse_embedding_bag`."""
+    axes = axes_of(axes)[0]
     rows = shards_in_use(axes).rows * _capacity(n_slots, reads, axes)
     return jnp.zeros((rows, width), jnp.float32)
 
@@ -160,31 +198,24 @@ def merge(parts: SparseRows, n_slots: int, *, axes: Axes = OWN) -> SparseRows:
     return on_shards(add, (stacked,), rows, axes)(parts)
 
 
-def take_rows(table: Array, ids: Int32[Array, 'rows'], *, axes: Axes | None = None) -> Array:
-    """Rows of `table` ([S, V] or [S], split as values are) with these ids; zeros for ids of S.
-
-    For `axes` see `pkm_jax.mesh.axes_of`.
-    """
-    axes, _ = axes_of(axes)
-
+def take_rows(table: Array, ids: Int32[Array, 'rows'], *, axes: Axes = OWN) -> Array:
+    """Rows of `table` ([S, V] or [S], split as values are) with these ids; zeros for ids of S."""
     def take(table, ids):
         return sparse_rows.take_rows(table, _in_shard(ids, len(table), axes)[0])
 
     spec = P(*axes.table[:table.ndim])
-    return typed(on_shards(take, (spec, _rows(axes).ids), spec, axes), spec)(table, ids)
+    return on_shards(take, (spec, _rows(axes).ids), spec, axes)(table, ids)
 
 
 def put_rows(
-    table: Array, ids: Int32[Array, 'rows'], rows: Array, *, axes: Axes | None = None,
+    table: Array, ids: Int32[Array, 'rows'], rows: Array, *, axes: Axes = OWN,
 ) -> Array:
     """`table` ([S, V] or [S], split as values are) with these rows set, in place where possible."""
-    axes, _ = axes_of(axes)
-
     def put(table, ids, rows):
         return sparse_rows.put_rows(table, _in_shard(ids, len(table), axes)[0], rows)
 
     spec = P(*axes.table[:table.ndim])
-    return typed(on_shards(put, (spec, _rows(axes).ids, spec), spec, axes), spec)(table, ids, rows)
+    return on_shards(put, (spec, _rows(axes).ids, spec), spec, axes)(table, ids, rows)
 
 
 def _rows(axes) -> Any:

@@ -4,7 +4,7 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Float, Int32
+from jaxtyping import Array, Bool, Float, Int32
 
 
 class SparseRows(NamedTuple):
@@ -43,9 +43,19 @@ def distinct(
     """
     ids = jnp.sort(ids.reshape(-1))
     first = jnp.concatenate([jnp.ones(1, bool), ids[1:] != ids[:-1]]) & (ids < n_slots)
-    position = jnp.where(first, jnp.cumsum(first) - 1, capacity)
+    return packed(ids, first, n_slots, capacity)
+
+
+def packed(
+    ids: Int32[Array, 'n'], chosen: Bool[Array, 'n'], n_slots: int, capacity: int,
+) -> tuple[Int32[Array, '{capacity}'], Int32[Array, '1']]:
+    """The chosen ids in their order, filled up with n_slots; and their number.
+
+    There must be no more than `capacity` of them.
+    """
+    position = jnp.where(chosen, jnp.cumsum(chosen) - 1, capacity)
     found = jnp.full(capacity, n_slots, jnp.int32).at[position].set(ids, mode='drop')
-    return found, jnp.sum(first, dtype=jnp.int32)[None]
+    return found, jnp.sum(chosen, dtype=jnp.int32)[None]
 
 
 def merge(parts: SparseRows, n_slots: int, capacity: int) -> SparseRows:

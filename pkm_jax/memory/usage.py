@@ -11,11 +11,10 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax.sharding import PartitionSpec as P
 from jaxtyping import Array, Bool, Int32, UInt32
 
 from pkm_jax.memory.layer import MemoryReads
-from pkm_jax.mesh import typed
+from pkm_jax.mesh import on_auto_axes, specs_of
 from pkm_jax.refusal import Refusal
 
 NEVER = jnp.iinfo(jnp.int32).min     # the step at which a slot not read so far was last read
@@ -41,19 +40,23 @@ def no_counts(slots: int) -> SlotCounts:
 def count_slots(counts: SlotCounts, reads: MemoryReads, real: Bool[Array, '...']) -> SlotCounts:
     """`counts` with the reads of the real tokens added; padding counts nowhere.
 
-    `real` has the T tokens of `reads`, in any shape.
+    `real` has one element for each token, in any shape: the mask of the read, say.
 
     Raises:
-      Refusal: it has other tokens.
+      Refusal: it has not, or the counts are of a table of another size.
     """
-    if real.size != len(reads.slots):
-        raise Refusal(f'A mask of {real.size} tokens for the reads of {len(reads.slots)}: it must '
-                      f'have one element for each.')
-    return typed(_counted, P())(counts, reads.slots, reads.weights, real.reshape(-1))
+    tokens, slots = len(reads.slots), counts.selected.shape[1]
+    if real.size != tokens:
+        raise Refusal(f'real {real.shape} for the reads of {tokens} tokens: it must have one '
+                      f'element for each.')
+    if reads.table_slots not in (None, slots):
+        raise Refusal(f'Counts of {slots} slots for reads of a table of {reads.table_slots}: '
+                      f'start from no_counts({reads.table_slots}).')
+    return on_auto_axes(_count, specs_of(counts))(counts, reads.slots, reads.weights, real)
 
 
-def _counted(counts, slots, weights, real):
-    is_real = real[:, None, None]
+def _count(counts, slots, weights, real):
+    is_real = real.reshape(-1, 1, 1)
     once = jnp.broadcast_to(is_real, slots.shape).astype(jnp.uint32)
     mass = counts.mass
     for shift, digits in _digits(jnp.where(is_real, weights, 0)):

@@ -102,7 +102,7 @@ class Bert(nnx.Module):
         if tokens.shape[1] > self.config.max_length:
             raise Refusal(f'Sequences of {tokens.shape[1]} tokens, but model.max_length = '
                           f'{self.config.max_length}: shorten them or enlarge it.')
-        keys = _split(self._key(deterministic, rngs), self.config.layers + 1)
+        keys = _split(self.config.key_of_call(deterministic, rngs), self.config.layers + 1)
         states = self.embeddings(tokens, segments, keys[0])
         reads, deltas = {}, deltas or {}
         for layer, block in enumerate(self.layers):
@@ -113,13 +113,6 @@ class Bert(nnx.Module):
                 reads[layer] = read
                 block.memory.update_batch_stats(read.batch_stats)
         return states, reads
-
-    def _key(self, deterministic, rngs):
-        if deterministic:
-            return None
-        if rngs is None and self.config.has_dropout:
-            raise Refusal('A model with dropout needs a key, rngs, where it is not deterministic.')
-        return rngs
 
     def mlm_logits(
         self, states: Float[Array, 'B L D'], positions: Int[Array, 'B P'],

@@ -89,9 +89,7 @@ class Causal(nnx.Module):
         if tokens.shape[1] > config.max_length:
             raise Refusal(f'Sequences of {tokens.shape[1]} tokens, but model.max_length = '
                           f'{config.max_length}: shorten them or enlarge it.')
-        if not deterministic and rngs is None and config.has_dropout:
-            raise Refusal('A model with dropout needs a key, rngs, where it is not deterministic.')
-        keys = _split(None if deterministic else rngs, config.layers + 1)
+        keys = _split(config.key_of_call(deterministic, rngs), config.layers + 1)
         positions = jnp.arange(tokens.shape[1])[None]
         states = self.embeddings(tokens, positions, keys[0])
         reads, deltas = {}, deltas or {}

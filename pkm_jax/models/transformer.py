@@ -11,6 +11,7 @@ import dataclasses
 from typing import Any
 
 import jax.numpy as jnp
+from jaxtyping import Array, Key
 
 from pkm_jax.fields import check_settings, setting
 from pkm_jax.memory.layer import MemoryConfig
@@ -103,6 +104,20 @@ class TransformerConfig:
         """Whether a model in training needs a key."""
         return bool(self.dropout or self.attention_dropout
                     or self.memory_layers and self.memory.has_dropout)
+
+    def key_of_call(
+        self, deterministic: bool, rngs: Key[Array, ''] | None,
+    ) -> Key[Array, ''] | None:
+        """The key that a call drops by: none where it is deterministic.
+
+        Raises:
+          Refusal: it is not, the model has dropout, and there is no key.
+        """
+        if deterministic:
+            return None
+        if rngs is None and self.has_dropout:
+            raise Refusal('A model with dropout needs a key, rngs, where it is not deterministic.')
+        return rngs
 
     def has_feed_forward(self, layer: int) -> bool:
         return not (self.placement == 'replace' and layer in self.memory_layers)

@@ -3,8 +3,8 @@
 Updates and gradients are trees with a `SparseRows` in place of each value table's array; those of
 other parameters belong in another group of `optax.partition`. States are as large as Optax's and
 laid out like the tables; rows that were not read keep every bit of theirs. Rates are numbers or
-Optax schedules, moments float32 whatever the table is. `axes` are those of the memory, where a mesh
-of somebody else's splits its table.
+Optax schedules, moments float32 whatever the table is. `axes` are those of the mesh in use that
+split the tables, as in `ProductKeyMemory`; None: see `pkm_jax.mesh.axes_of`.
 """
 
 from collections.abc import Callable
@@ -17,7 +17,7 @@ from jaxtyping import Array, BFloat16, Float, Int32, Key, UInt32
 
 from pkm_jax.memory.sharded import put_rows, take_rows
 from pkm_jax.memory.sparse_rows import is_rows, rows_of
-from pkm_jax.mesh import Axes
+from pkm_jax.mesh import Axes, axes_of, on_auto_axes, specs_of
 
 Rate = float | Callable[[Any], Any]     # or an Optax schedule
 
@@ -90,15 +90,23 @@ def apply_updates(
     """`optax.apply_updates`, of SparseRows to the rows they name.
 
     Rows of a bfloat16 table are rounded stochastically, by bits that depend on the key, row and
-    column alone, so that no layout changes them.
+    column alone, so that no layout changes them. Tables stay split as they are.
+
+    Raises:
+      Refusal: the mesh in use lacks one of the axes.
     """
+    axes = axes_of(axes)[0]
+
+    def change(table, update, key):
+        rows = take_rows(table, update.ids, axes=axes).astype(jnp.float32) + update.rows
+        if table.dtype == jnp.bfloat16:
+            rows = round_stochastically(rows, update.ids, key)
+        return put_rows(table, update.ids, rows, axes=axes)
+
     def apply(update, param):
         if not is_rows(update):
             return optax.apply_updates(param, update)
-        rows = take_rows(param, update.ids, axes=axes).astype(jnp.float32) + update.rows
-        if param.dtype == jnp.bfloat16:
-            rows = round_stochastically(rows, update.ids, key)
-        return put_rows(param, update.ids, rows, axes=axes)
+        return on_auto_axes(change, specs_of(param))(param, update, key)
 
     return _map(apply, updates, params)
 
@@ -153,13 +161,17 @@ def _by_row(
     def update(updates, state, params=None):
         count = optax.safe_increment(state.count)
         scale = rate(state.count) if callable(rate) else rate
+        split = axes_of(axes)[0]
 
-        def of_table(gradient, *moments):
-            old = [take_rows(moment, gradient.ids, axes=axes) for moment in moments]
+        def change_rows(count, scale, gradient, *moments):
+            old = [take_rows(moment, gradient.ids, axes=split) for moment in moments]
             step, new = change(gradient.rows, *old, count.astype(jnp.float32))
             return gradient._replace(rows=-scale * step), *(
-                put_rows(moment, gradient.ids, rows, axes=axes)
+                put_rows(moment, gradient.ids, rows, axes=split)
                 for moment, rows in zip(moments, new))
+
+        def of_table(*arrays):
+            return on_auto_axes(change_rows, specs_of(arrays))(count, scale, *arrays)
 
         gradients, tree = jax.tree.flatten(updates, is_leaf=is_rows)
         by_table = map(of_table, gradients, *map(jax.tree.leaves, state.moments))

@@ -150,9 +150,10 @@ class Steps(NamedTuple):
 
 
 def _compiled_steps(run: Run, program: Program, state: TrainState, mesh: Mesh,
-                    log: RunLog) -> Steps:
     """The step with all norms and the one without, those that the run will take, by bucket."""
-    norms = {_takes_norms(run, step) for step in range(int(state.step) + 1, run.train.steps + 1)}
+    first, last = int(state.step) + 1, run.train.steps
+    norms = {_takes_norms(run, step)       # as in all periods, so in the next one
+             for step in range(first, min(last, first + run.log.norms_every) + 1)}
     batches = {length: abstract_batch(run, mesh, length) for length in run.task.buckets}
     needed = [(all_norms, batch) for all_norms in norms for batch in batches.values()]
     with dispatch.recorded() as chosen:

@@ -8,6 +8,7 @@ from flax import nnx
 
 from pkm_jax.memory.layer import MemoryConfig, ProductKeyMemory
 from pkm_jax.memory.sparse_rows import SparseRows
+from pkm_jax.memory.usage import count_slots, no_counts
 from pkm_jax.refusal import Refusal
 
 WIDTH = 12
@@ -42,6 +43,33 @@ def test_any_leading_shape_reads_the_same(shape):
     assert_close(y.reshape(-1, WIDTH), want[:tokens])
     np.testing.assert_array_equal(reads.slots, want_reads.slots[:tokens])
     assert_close(reads.weights, want_reads.weights[:tokens])
+
+
+@pytest.mark.parametrize('norm', ['none', 'layer', 'batch'])
+@pytest.mark.parametrize('sparse', [False, True])
+def test_no_tokens_read_nothing(norm, sparse):
+    memory, x = build(query_norm=norm), inputs(2, 0)
+    before = stats_of(memory)
+    y, reads = memory.read(x, delta=memory.no_delta(0) if sparse else None)
+    assert y.shape == (2, 0, WIDTH) and reads.slots.shape == reads.weights.shape == (0, 3, 4)
+    assert not sparse or (reads.touched.ids.shape == (0,) and reads.touched.count.tolist() == [0])
+    memory.update_batch_stats(reads.batch_stats)
+    jax.tree.map(np.testing.assert_array_equal, stats_of(memory), before)
+    graph, params, rest = nnx.split(memory, nnx.Param, ...)
+    gradients = jax.grad(lambda params: nnx.merge(graph, params, rest).read(
+        x, delta=memory.no_delta(0) if sparse else None)[0].sum())(params)
+    assert not any(np.any(leaf) for leaf in jax.tree.leaves(gradients))
+
+
+def test_states_of_another_width_are_refused_naming_both():
+    with pytest.raises(Refusal, match=r'width 12 .*\(2, 9, 13\), of width 13'):
+        build()(jnp.ones((2, 9, 13)))
+
+
+def test_counts_for_a_table_of_another_size_are_refused():
+    _, reads = build().read(inputs(2, 9))
+    with pytest.raises(Refusal, match='Counts of 64 slots for reads of a table of 49'):
+        count_slots(no_counts(64), reads, jnp.ones((2, 9), bool))
 
 
 def test_no_mask_is_a_mask_of_all():

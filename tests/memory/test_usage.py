@@ -5,7 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from pkm_jax.memory.layer import MemoryReads
+from pkm_jax.memory.layer import MemoryReads, TableSlots
 from pkm_jax.memory.usage import (
     NEVER,
     SlotCounts,
@@ -41,6 +41,20 @@ def test_counts_by_hand():
     np.testing.assert_array_equal(twice.selected, [8, 4, 2, 2, 0, 0])
     np.testing.assert_array_equal(twice.mass, 2 * counts.mass)
     np.testing.assert_allclose(shares, [2 / 6, 3 / 6], rtol=1e-6)
+
+
+def test_a_mask_of_any_shape_of_as_many_tokens():
+    flat = count_slots(no_counts(6), READS, REAL)
+    jax.tree.map(np.testing.assert_array_equal, flat, count_slots(no_counts(6), READS, REAL[None]))
+    with pytest.raises(Refusal, match=r'real \(2, 2\) for the reads of 3 tokens'):
+        count_slots(no_counts(6), READS, jnp.ones((2, 2), bool))
+
+
+def test_counts_of_another_table_are_refused_when_traced():
+    ours = READS._replace(table_slots=TableSlots(6))
+    jax.jit(count_slots)(no_counts(6), ours, REAL)
+    with pytest.raises(Refusal, match=r'Counts of 7 slots .* table of 6: .*no_counts\(6\)'):
+        jax.jit(count_slots)(no_counts(7), ours, REAL)
 
 
 def test_metrics_by_hand():
