@@ -27,7 +27,7 @@ from pkm_jax.training.divergence import Diverged
 from pkm_jax.training.layout import bytes_of_device, lay_out
 from pkm_jax.training.loop import train
 
-DIVERGED = 3    # exit status; 1: refused, 128 + signal: stopped by it
+DIVERGED = 3    # exit status; 1: refused, 4: hung (processes.watch), 128 + signal: stopped by it
 CONFIG = command_line.define_config()
 
 
@@ -60,13 +60,18 @@ def main(_: list[str]) -> None:
     try:
         page = run(CONFIG.value)
     except Refusal as refusal:
+        hosts.end_soon(1)
         sys.exit(f'Not trained: {refusal}')
     except Diverged as diverged:
+        hosts.end_soon(DIVERGED)
         print(f'Stopped: {diverged}', file=sys.stderr)
         sys.exit(DIVERGED)
     except Stopped as stopped:
         print(stopped)
         sys.exit(stopped.status)
+    except Exception:
+        hosts.end_soon(1)
+        raise
     if page:
         print(f'report: {page}')
 

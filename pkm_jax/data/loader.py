@@ -203,7 +203,7 @@ def _iterate(batches: grain.MapDataset, workers: int) -> grain.DatasetIterator:
 
 def _leave_signals_to_parent(worker: int, workers: int) -> None:
     """Ctrl-C and many launchers signal all processes: the parent ends its workers when done."""
-    for number in (signal.SIGINT, signal.SIGTERM):
+    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1):
         signal.signal(number, signal.SIG_IGN)
     threading.Thread(target=_end_with_parent, daemon=True).start()
 

@@ -1,5 +1,7 @@
 """Several processes, one program: each computes on its devices, the first one writes."""
 
+import os
+import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 
@@ -26,6 +28,19 @@ def join(distributed: Distributed) -> None:
             distributed.processes or None,
             distributed.process if distributed.process >= 0 else None,
             heartbeat_timeout_seconds=SILENT)
+
+
+def end_soon(status: int) -> None:
+    """Ends this process after SILENT seconds, should it not have ended before; for one that fails
+    beside others.
+
+    On its way out JAX waits for the others, minutes long, and they may be waiting for it. Once it
+    has ended they miss its signs of life.
+    """
+    if jax.distributed.is_initialized():
+        ending = threading.Timer(SILENT, os._exit, (status,))
+        ending.daemon = True
+        ending.start()
 
 
 @contextmanager

@@ -54,7 +54,7 @@ def train(run: Run, layout: Layout) -> Path:
     with contextlib.ExitStack() as around:
         if jax.process_index() == 0:
             around.enter_context(only_run_in(run.folder))
-        around.enter_context(out_of_memory.explained(run))
+        around.enter_context(out_of_memory.explained(run, layout))
         return _train(run, layout, changed)
 
 

@@ -125,6 +125,8 @@ def test_workers_leave_signals_to_their_parent(prepared):
     for worker in multiprocessing.active_children():
         os.kill(worker.pid, signal.SIGINT)
         os.kill(worker.pid, signal.SIGTERM)
+        os.kill(worker.pid, signal.SIGUSR1)
+        os.kill(worker.pid, signal.SIGHUP)
     take(stream, 30)    # more than is prefetched
     stream.close()
 
