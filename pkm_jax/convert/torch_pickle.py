@@ -122,7 +122,7 @@ def _load_stream(path: Path, file: io.BufferedIOBase) -> Any:
 def _bound_memo(file: io.BufferedIOBase, size: int) -> None:
     """Refuses a pickle that remembers an object under a number beyond its `size`, as Python makes
     as many places."""
-    for opcode, argument, _ in pickletools.genops(file):
+    for opcode, argument, _ in pickletools.genops(file):    # type: ignore[arg-type]  # it is one
         if 'PUT' in opcode.name and argument > size:
             raise ValueError(f'it remembers an object as number {argument:,}')
 

@@ -28,7 +28,7 @@ FILLER = -1   # instead of a record's number, in the last batch of an evaluation
 
 
 class LoaderDied(RuntimeError):
-    """A process that makes batches (`data.workers`) has ended: its exit status, or minus a signal."""
+    """A process that makes batches (`data.workers`) has ended, by its exit status or a signal."""
 
     def __init__(self, status: int, batch: int):
         how = f'by {signal.Signals(-status).name}' if status < 0 else f'with status {status}'

@@ -106,7 +106,8 @@ def make_optimizer(
 ) -> optax.GradientTransformation:
     """Clipping by global norm, then each group of parameters by its optimizer; updates need params.
 
-    With `skip_loss_spikes` they need the `loss` too, see `skips.limit_loss`. `sparse`: gradients of value tables come as SparseRows, to be applied by `sparse.apply_updates`.
+    With `skip_loss_spikes` they need the `loss` too, see `skips.limit_loss`. `sparse`: gradients
+    of value tables come as SparseRows, to be applied by `sparse.apply_updates`.
 
     Raises:
       Refusal: config.values_optimizer is not one of `values_optimizers(sparse)`.

@@ -1,6 +1,7 @@
 """Several processes, one program: each computes on its devices, the first one writes."""
 
 import os
+import socket
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -17,6 +18,7 @@ def join(distributed: Distributed) -> None:
     """Connects this process with the others, if configured; before anything else asks for devices.
 
     On TPU pods, Slurm and the like the addresses are found; elsewhere the configuration gives them.
+    One that is silent for SILENT seconds is taken for dead: JAX ends the others, saying its number.
 
     Raises:
       ValueError, RuntimeError: they are not found, or the others are not reached.
@@ -28,6 +30,9 @@ def join(distributed: Distributed) -> None:
             distributed.processes or None,
             distributed.process if distributed.process >= 0 else None,
             heartbeat_timeout_seconds=SILENT)
+        # JAX calls one that dies by its number.
+        print(f'process {jax.process_index()} of {jax.process_count()}: {socket.gethostname()}, '
+              f'pid {os.getpid()}', flush=True)
 
 
 def end_soon(status: int) -> None:

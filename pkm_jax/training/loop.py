@@ -35,7 +35,6 @@ from pkm_jax.training.program import Program, abstract_batch, make_program
 from pkm_jax.training.run_log import RunLog, utilisation
 from pkm_jax.training.state import TrainState, batch_sharding
 
-
 EVALUATION_SEED = 0     # of the examples evaluated over: the same for runs of any seed
 
 
@@ -48,7 +47,7 @@ def train(run: Run, layout: Layout) -> Path:
       Refusal: the settings, corpus, checkpoint or folder cannot be used, before anything is
       compiled; or a device has no room. Stopped: a signal asked for it; see preemption.py.
       Diverged: losses or gradients were not finite, for train.max_skipped_steps in a row. The
-      checkpoints are of before; what is kept of it beside them, `divergence.stop_after_too_many` says.
+      checkpoints are of before; divergence.py says what is kept beside them.
     """
     changed = run_folder.check_same_run(run)
     with contextlib.ExitStack() as around:

@@ -64,7 +64,7 @@ def _changes(run: Run) -> Iterator[tuple[str, Run]]:
 
     if getattr(model, 'remat', True) is False:
         yield 'model.remat=True', dataclasses.replace(
-            run, model=dataclasses.replace(model, remat=True))  # type: ignore[type-var, call-arg]
+            run, model=dataclasses.replace(model, remat=True))  # type: ignore[type-var]
     for steps in range(train.gradient_accumulation_steps + 1, train.batch + 1):
         if train.batch % steps == 0 and train.batch // steps % jax.device_count() == 0:
             more = trained(gradient_accumulation_steps=steps)
