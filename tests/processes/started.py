@@ -49,7 +49,7 @@ def finish(started, status=0):
         for process in started:
             process.kill()
     for process, output in zip(started, printed):
-        assert process.returncode == status, output
+        assert process.returncode == status, f'{process.returncode}: {output}'
     return printed
 
 
