@@ -10,30 +10,26 @@ where a run stopped. Results are in eval_results.json, predictions in prediction
 """
 
 import json
-import sys
 from pathlib import Path
 from typing import Any
 
 import jax
 import ml_collections
 import numpy as np
-from absl import app, flags, logging
+from absl import app, flags
 
 from pkm_jax.checkpoints import pretrained
 from pkm_jax.configuration import command_line
 from pkm_jax.configuration.finetuning import each, runs_of, schedule_of
 from pkm_jax.configuration.resolve import task_of
 from pkm_jax.configuration.run import Distributed, Run
-from pkm_jax.console import survive_any_console
 from pkm_jax.data.labelled import Labelled
 from pkm_jax.planning.out_of_memory import explained
 from pkm_jax.processes import hosts
-from pkm_jax.processes.preemption import Stopped
 from pkm_jax.refusal import Refusal
 from pkm_jax.report.report import write_report
 from pkm_jax.tasks.finetuning import FinetuningTask
-from pkm_jax.training import start
-from pkm_jax.training.divergence import Diverged
+from pkm_jax.training import ending, start
 from pkm_jax.training.evaluation import Evaluation
 from pkm_jax.training.layout import bytes_of_device, lay_out
 from pkm_jax.training.loop import train
@@ -82,7 +78,7 @@ def finetune(config: dict[str, Any]) -> Results:
                for one in runs]
     results = {}
     for one, layout in zip(runs, layouts):
-        with explained(one):
+        with explained(one, layout):
             train(one, layout, data)
         with start.phase('scoring the best weights'):
             found = score(one, layout, data, [split for split in data.splits if split != 'train'])
@@ -165,18 +161,8 @@ def _say(text: str) -> None:
 
 
 def main(_: list[str]) -> None:
-    survive_any_console()
-    logging.set_verbosity(logging.WARNING)      # libraries say much that is not about the run
-    try:
+    with ending.said():
         run(flags.FLAGS.config)
-    except Refusal as refusal:
-        sys.exit(f'Not trained: {refusal}')
-    except Diverged as diverged:
-        print(f'Stopped: {diverged}', file=sys.stderr)
-        sys.exit(diverged.status)
-    except Stopped as stopped:
-        print(stopped)
-        sys.exit(stopped.status)
 
 
 if __name__ == '__main__':      # defined here: pretrain.py has a flag of the same name

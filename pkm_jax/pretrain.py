@@ -8,23 +8,18 @@ The configuration says what is trained; docs/configuration.md lists every field.
 goes on where a run stopped.
 """
 
-import sys
 from pathlib import Path
 
 import jax
 import ml_collections
-from absl import app, logging
+from absl import app
 
 from pkm_jax.configuration import command_line
 from pkm_jax.configuration.resolve import runs_of
-from pkm_jax.console import survive_any_console
 from pkm_jax.planning.out_of_memory import explained
 from pkm_jax.processes import hosts
-from pkm_jax.processes.preemption import Stopped
-from pkm_jax.refusal import Refusal
 from pkm_jax.report.report import write_report
-from pkm_jax.training import start
-from pkm_jax.training.divergence import Diverged
+from pkm_jax.training import ending, start
 from pkm_jax.training.layout import bytes_of_device, lay_out
 from pkm_jax.training.loop import train
 
@@ -48,7 +43,7 @@ def run(config: ml_collections.ConfigDict) -> Path | None:
     layouts = [lay_out(one, jax.device_count(), jax.process_count(), bytes_of_device())
                for one in runs]
     for one, layout in zip(runs, layouts):
-        with explained(one):
+        with explained(one, layout):
             train(one, layout)
     if jax.process_index() > 0:
         return None
@@ -57,18 +52,8 @@ def run(config: ml_collections.ConfigDict) -> Path | None:
 
 
 def main(_: list[str]) -> None:
-    survive_any_console()
-    logging.set_verbosity(logging.WARNING)      # libraries say much that is not about the run
-    try:
+    with ending.said():
         page = run(CONFIG.value)
-    except Refusal as refusal:
-        sys.exit(f'Not trained: {refusal}')
-    except Diverged as diverged:
-        print(f'Stopped: {diverged}', file=sys.stderr)
-        sys.exit(diverged.status)
-    except Stopped as stopped:
-        print(stopped)
-        sys.exit(stopped.status)
     if page:
         print(f'report: {page}')
 

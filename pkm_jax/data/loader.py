@@ -30,7 +30,7 @@ FILLER = -1   # instead of a record's number, in the last batch of an evaluation
 
 
 class LoaderDied(RuntimeError):
-    """A process that makes batches (`data.workers`) has ended: its status, or minus a signal."""
+    """A process that makes batches (`data.workers`) has ended, by its exit status or a signal."""
 
     def __init__(self, status: int, batch: int):
         how = f'by {signal.Signals(-status).name}' if status < 0 else f'with status {status}'
@@ -235,7 +235,7 @@ def _iterate(batches: grain.MapDataset, workers: int) -> grain.DatasetIterator:
 
 def _leave_signals_to_parent(worker: int, workers: int) -> None:
     """Ctrl-C and many launchers signal all processes: the parent ends its workers when done."""
-    for number in (signal.SIGINT, signal.SIGTERM):
+    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1):
         signal.signal(number, signal.SIG_IGN)
     threading.Thread(target=_end_with_parent, daemon=True).start()
 

@@ -47,7 +47,7 @@ def is_sound(
 
 
 def rows_if(sound: Bool[Array, ''], gradient: Any, params: Any) -> Any:
-    """A gradient whose SparseRows name no row unless `sound`: nothing of tables is written."""
+    """A gradient whose SparseRows name no row unless `sound`: no row of a table is written."""
     def name(gradient, param):
         if not is_rows(gradient):
             return gradient
@@ -65,7 +65,7 @@ def params_if(sound: Bool[Array, ''], updates: Any, changed: Any, params: Any) -
 
 
 def state_if(sound: Bool[Array, ''], changed: Any, state: Any) -> Any:
-    """The `changed` state of an optimizer, or that of before; of tables counts, see `rows_if`."""
+    """The `changed` state of an optimizer, or that of before; of tables only counts: `rows_if`."""
     def choose(new, old):
         if isinstance(new, RowsState):
             return new._replace(count=jnp.where(sound, new.count, old.count))

@@ -11,15 +11,16 @@ from pkm_jax.mesh import make_mesh
 from pkm_jax.planning import device_memory
 from pkm_jax.planning.device_memory import DeviceMemory
 from pkm_jax.refusal import Refusal
-from pkm_jax.training.layout import bytes_of_device, lay_out
+from pkm_jax.training.layout import Layout, bytes_of_device, lay_out
 from pkm_jax.training.program import abstract_batch, make_program
 
 
 @contextlib.contextmanager
-def explained(run: Run) -> Iterator[None]:
+def explained(run: Run, layout: Layout) -> Iterator[None]:
     """Turns what XLA says for want of memory into a message that says of what, and two remedies.
 
     Other errors pass.
+
     Raises:
       Refusal: the device has no room for what is done within.
     """
@@ -28,11 +29,11 @@ def explained(run: Run) -> Iterator[None]:
     except jax.errors.JaxRuntimeError as error:
         if 'RESOURCE_EXHAUSTED' not in str(error):
             raise
-        raise Refusal(_message(run, str(error).strip().splitlines()[0])) from error
+        raise Refusal(_message(run, layout, str(error).strip().splitlines()[0])) from error
 
 
-def _message(run, said):
-    available, memory = bytes_of_device(), _plan(run)
+def _message(run, layout, said):
+    available, memory = bytes_of_device(), _plan(run, layout)
     by_size = sorted(memory.bytes.items(), key=lambda kind: -kind[1])
     parts = ', '.join(f'{kind} {_gigabytes(size)}' for kind, size in by_size if size)
     device = f'a device has {_gigabytes(available)}' if available else 'a device does not say'
@@ -42,15 +43,16 @@ def _message(run, said):
 
 
 def _remedies(run: Run, memory: DeviceMemory) -> list[str]:
-    """Of the settings that need less, the first two that fit, else the two that save most."""
+    """Of the settings that need less, the first two that fit, else the two that save most; those
+    too where by the plan all fits, which then knows too little."""
     found = []
     for setting, changed in _changes(run):
         with contextlib.suppress(Refusal):      # what cannot be helps nobody
             plan = _plan(changed)
             if plan.total < memory.total:
-                found.append((not plan.fits, plan.total if not plan.fits else 0,
-                              f'{setting} ({_gigabytes(plan.total)})'))
-    return [words for *_, words in sorted(found, key=lambda one: one[:2])[:2]]
+                helps = plan.fits and not memory.fits
+                found.append((0 if helps else plan.total, f'{setting} ({_gigabytes(plan.total)})'))
+    return [words for _, words in sorted(found, key=lambda one: one[0])[:2]]
 
 
 def _changes(run: Run) -> Iterator[tuple[str, Run]]:
@@ -81,10 +83,10 @@ def _changes(run: Run) -> Iterator[tuple[str, Run]]:
                                    tables=dataclasses.replace(tables, updates='sparse')))
 
 
-def _plan(run: Run) -> DeviceMemory:
+def _plan(run: Run, layout: Layout | None = None) -> DeviceMemory:
     """What a step of the run keeps on a device, as far as arithmetic tells."""
     available = bytes_of_device()
-    layout = lay_out(run, jax.device_count(), jax.process_count(), available)
+    layout = layout or lay_out(run, jax.device_count(), jax.process_count(), available)
     mesh = make_mesh(layout.shards)
     with jax.set_mesh(mesh):
         program = make_program(run, run.model, layout.sparse, mesh)
@@ -93,4 +95,4 @@ def _plan(run: Run) -> DeviceMemory:
 
 
 def _gigabytes(size: int) -> str:
-    return f'{size / 1e9:,.3g} GB' if size >= 1e7 else f'{size / 1e6:,.3g} MB'
+    return f'{size / 1e9:,.3g} GB' if size >= 1e9 else f'{size / 1e6:,.3g} MB'

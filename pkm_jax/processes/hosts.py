@@ -1,6 +1,9 @@
 """Several processes, one program: each computes on its devices, the first one writes."""
 
 import json
+import os
+import socket
+import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -18,6 +21,7 @@ def join(distributed: Distributed) -> None:
     """Connects this process with the others, if configured; before anything else asks for devices.
 
     On TPU pods, Slurm and the like the addresses are found; elsewhere the configuration gives them.
+    One that is silent for SILENT seconds is taken for dead: JAX ends the others, saying its number.
 
     Raises:
       ValueError, RuntimeError: they are not found, or the others are not reached.
@@ -29,6 +33,22 @@ def join(distributed: Distributed) -> None:
             distributed.processes or None,
             distributed.process if distributed.process >= 0 else None,
             heartbeat_timeout_seconds=SILENT)
+        # JAX calls one that dies by its number.
+        print(f'process {jax.process_index()} of {jax.process_count()}: {socket.gethostname()}, '
+              f'pid {os.getpid()}', flush=True)
+
+
+def end_soon(status: int) -> None:
+    """Ends this process after SILENT seconds, should it not have ended before; for one that fails
+    beside others.
+
+    On its way out JAX waits for the others, minutes long, and they may be waiting for it. Once it
+    has ended they miss its signs of life.
+    """
+    if jax.distributed.is_initialized():
+        ending = threading.Timer(SILENT, os._exit, (status,))
+        ending.daemon = True
+        ending.start()
 
 
 @contextmanager

@@ -1,4 +1,4 @@
-"""Steps that were skipped: how many in a row, and what is kept when they do not end.
+"""Steps that were skipped: how many in a row, and what is kept where they do not end.
 
 The step skips itself (`optimizers.skips`); here it is counted, from metrics that are read anyway.
 """
@@ -49,17 +49,21 @@ class Skips:
 
     def why(self) -> str:
         """What the first of the steps gave."""
-        step, metrics = self.first
-        norms = ', '.join(f'{name} {float(norm):.4g}'
-                          for name, norm in metrics['norms']['grad_norm'].items())
-        return (f'step {step:,} gave the loss {float(metrics["loss"]):.4g} and, by group of '
-                f'parameters, the gradient norms {norms}')
+        return why(*self.first)
+
+
+def why(step: int, metrics: dict[str, Any]) -> str:
+    """What a step gave, from its metrics on the host."""
+    norms = ', '.join(f'{name} {float(norm):.4g}'
+                      for name, norm in metrics['norms']['grad_norm'].items())
+    return (f'step {step:,} gave the loss {float(metrics["loss"]):.4g} and, by group of '
+            f'parameters, the gradient norms {norms}')
 
 
 def stop_after_too_many(run: Run, skips: Skips, state: TrainState, stream: BatchStream) -> None:
     """Ends a run whose last steps, all those that `state` has taken seen, were skipped too often.
 
-    What the first of them began with is kept: FOLDER/STEP is a checkpoint of the state, which no
+    What the first of them began with is kept. FOLDER/STEP is a checkpoint of the state, which no
     step since has changed. Beside it lies, for each process, its part of the batch with the epochs
     and numbers of its records. The checkpoints of the run stay as they are.
 
@@ -80,17 +84,19 @@ def stop_after_too_many(run: Run, skips: Skips, state: TrainState, stream: Batch
     kept.save(state._replace(step=before), {'data': place})
     kept.close()
     batch, epochs, records = stream.at(place['batches'])
-    np.savez(folder / f'batch-{jax.process_index()}.npz', epochs=epochs, records=records, **batch)     # type: ignore[arg-type]  # names of arrays
+    arrays: dict[str, Any] = {'epochs': epochs, 'records': records, **batch}
+    np.savez(folder / f'batch-{jax.process_index()}.npz', **arrays)
     if jax.process_index() == 0:
         numbers = jax.tree.map(float, metrics)
         (folder / 'diagnosis.json').write_text(json.dumps({'step': first, **numbers}, indent=1))
     raise Diverged(
         f'{skips.in_a_row} steps in a row were skipped (train.max_skipped_steps = '
         f'{run.train.max_skipped_steps}): {skips.why()}. {folder} has the state before it, which '
-        f'no step since has changed, its batch (batch-0.npz) and the numbers of its '
-        f'records (diagnosis.json has its metrics). The checkpoints in {run.folder} are of before. '
-        f'Lower train.learning_rate or train.values_learning_rate, lengthen train.warmup, or set '
-        f'train.clip, in another --config.workdir.')
+        f'no step since has changed, its batch and the numbers of its records; `python -m '
+        f'pkm_jax.replay` with the options of this run takes that step again and names the '
+        f'operation. The checkpoints in {run.folder} are of before. Lower train.learning_rate or '
+        f'train.values_learning_rate, lengthen train.warmup, or set train.clip, in another '
+        f'--config.workdir.')
 
 
 def check_evaluation(step: int, loss: float, run: Run) -> None:

@@ -53,7 +53,7 @@ def train(run: Run, layout: Layout, data: Data | None = None) -> Path:
       Refusal: the settings, corpus, checkpoint or folder cannot be used; before anything is
       compiled. Stopped: a signal asked for it; see preemption.py.
       Diverged: losses or gradients were not finite, for train.max_skipped_steps in a row. The
-      checkpoints are of before; `divergence.stop_after_too_many` says what is kept beside them.
+      checkpoints are of before; divergence.py says what is kept beside them.
     """
     changed = run_folder.check_same_run(run)
     with run_folder.written_or_named(run.folder), contextlib.ExitStack() as alone:
@@ -150,6 +150,7 @@ class Steps(NamedTuple):
 
 
 def _compiled_steps(run: Run, program: Program, state: TrainState, mesh: Mesh,
+                    log: RunLog) -> Steps:
     """The step with all norms and the one without, those that the run will take, by bucket."""
     first, last = int(state.step) + 1, run.train.steps
     norms = {_takes_norms(run, step)       # as in all periods, so in the next one

@@ -257,3 +257,13 @@ def test_nothing_is_left_behind_by_an_error_in_the_middle(tmp_path, random_model
     with pytest.raises(OSError, match='disk lost'):
         save(tmp_path / 'out', model)
     assert not list(tmp_path.iterdir())
+
+
+def test_more_layers_than_there_can_be_are_refused_before_they_are_made(tmp_path):
+    shutil.copytree(GOLDENS / 'masked_lm', tmp_path / 'source')
+    config = json.loads((tmp_path / 'source/config.json').read_text())
+    for layers in (40, 10 ** 9):
+        (tmp_path / 'source/config.json').write_text(json.dumps(
+            config | {'num_hidden_layers': layers}))
+        with pytest.raises(Refusal, match=f'asks for {layers:,} layers, but the weights hold'):
+            huggingface.load(tmp_path / 'source')

@@ -97,3 +97,13 @@ def test_transposed_arrays_are_written_in_order(tmp_path):
     array = np.arange(6, dtype=np.float32).reshape(2, 3)
     write_weights(tmp_path, {'x': stored(array.T)})
     np.testing.assert_array_equal(load_file(tmp_path / 'model.safetensors')['x'], array.T)
+
+
+@pytest.mark.parametrize('name', ['x' * 300, '../source/model-00001-of-00005.safetensors', '\0', ''])
+def test_a_shard_that_is_no_file_of_the_folder_is_refused(sharded, name):
+    index = sharded / 'model.safetensors.index.json'
+    listed = json.loads(index.read_text())
+    listed['weight_map'][next(iter(listed['weight_map']))] = name
+    index.write_text(json.dumps(listed))
+    with pytest.raises(Refusal, match='which is not beside it'):
+        open_weights(sharded)

@@ -122,10 +122,12 @@ def test_workers_leave_signals_to_their_parent(prepared):
     """Ctrl-C reaches them too, and the parent wants more batches before it stops."""
     stream = stream_of(prepared, workers=2)
     take(stream, 2)     # one of each
-    for worker in multiprocessing.active_children():
-        os.kill(worker.pid, signal.SIGINT)
-        os.kill(worker.pid, signal.SIGTERM)
+    workers = multiprocessing.active_children()
+    for worker in workers:
+        for number in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1, signal.SIGHUP):
+            os.kill(worker.pid, number)
     take(stream, 30)    # more than is prefetched
+    assert all(worker.is_alive() for worker in workers)     # none was replaced
     stream.close()
 
 

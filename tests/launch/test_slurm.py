@@ -38,13 +38,14 @@ def test_a_dry_run_prints_what_a_job_runs(batch, read):
     dry = batch('--dry-run', *ARGUMENTS, SLURM_JOB_ID='')
     assert (dry.status, dry.called) == (0, [])
     first, second = dry.printed.splitlines()
-    assert read(first) == [SRUN] and second == 'scontrol requeue JOB    # after status 143 or 138'
+    assert read(first) == [SRUN] and second == 'scontrol requeue JOB    # after status 143, 138 or 129'
     wet = batch(*ARGUMENTS)
     assert (wet.status, wet.called) == (0, [SRUN])
 
 
 @pytest.mark.parametrize('status, state, called', [
-    (143, 'RUNNING', [SHOW, REQUEUE]), (138, 'RUNNING', [SHOW, REQUEUE]), (143, 'CANCELLED', [SHOW]), (1, 'RUNNING', []),
+    (143, 'RUNNING', [SHOW, REQUEUE]), (138, 'RUNNING', [SHOW, REQUEUE]),
+    (129, 'RUNNING', [SHOW, REQUEUE]), (143, 'CANCELLED', [SHOW]), (1, 'RUNNING', []),
     (130, 'RUNNING', [])])
 def test_only_a_run_that_was_stopped_is_requeued(batch, status, state, called):
     job = batch(*ARGUMENTS, answers={
@@ -52,9 +53,10 @@ def test_only_a_run_that_was_stopped_is_requeued(batch, status, state, called):
     assert (job.status, job.called) == (status, [SRUN, *called])
 
 
-def test_the_script_outlives_the_signal_that_stops_the_run(batch):
+@pytest.mark.parametrize('name, status', [('TERM', 143), ('USR1', 138), ('HUP', 129)])
+def test_the_script_outlives_the_signal_that_stops_the_run(batch, name, status):
     """Slurm may signal the script too; srun passes the signal on, and needs its time."""
-    job = batch(*ARGUMENTS, answers={'srun': 'kill -TERM $PPID; sleep 1; exit 143', **RUNNING})
+    job = batch(*ARGUMENTS, answers={'srun': f'kill -{name} $PPID; sleep 1; exit {status}', **RUNNING})
     assert job.called == [SRUN, SHOW, REQUEUE]
 
 

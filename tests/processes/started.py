@@ -49,7 +49,7 @@ def finish(started, status=0):
         for process in started:
             process.kill()
     for process, output in zip(started, printed):
-        assert process.returncode == status, output
+        assert process.returncode == status, f'{process.returncode}: {output}'
     return printed
 
 
@@ -62,9 +62,14 @@ def lines(folder, *kinds):
             for line in every if line['kind'] in kinds]
 
 
-def wait_for_step(folder, step):
-    """Waits until a run has written the metrics of a step."""
+def wait_for_step(folder, step, started=()):
+    """Waits until a run has written the metrics of a step; one of those `started` may not end."""
     deadline = time.monotonic() + 200
     while not any(line['step'] >= step for line in lines(folder, 'train')):
-        assert time.monotonic() < deadline, f'{folder} did not reach step {step}'
+        ended = [process for process in started if process.poll() is not None]
+        if ended or time.monotonic() > deadline:
+            for process in started:
+                process.kill()
+            raise AssertionError(f'{folder} did not reach step {step}: ' + '\n'.join(
+                f'{process.returncode}: {process.communicate()[0]}' for process in started))
         time.sleep(.02)

@@ -98,7 +98,7 @@ def test_processes_stop_together_and_go_on(config, tmp_path, processes):
     straight = Path(config.workdir)
     config.workdir = str(tmp_path / 'stopped')
     started = start(config, processes)
-    wait_for_step(Path(config.workdir), 10)
+    wait_for_step(Path(config.workdir), 10, started)
     started[-1].send_signal(signal.SIGTERM)
     printed = finish(started, status=143)
     step = int(store.newest(Path(config.workdir)).name)

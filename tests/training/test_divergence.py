@@ -7,7 +7,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from pkm_jax import replay
 from pkm_jax.checkpoints import store
+from pkm_jax.configuration import resolve
 from pkm_jax.training import loop
 from pkm_jax.training.divergence import Diverged, Skips
 from tests.training.runs import train
@@ -16,15 +18,21 @@ from tests.training.test_loop import lines, weights
 
 def spoil(monkeypatch, batches):
     """Makes the batches of these numbers, from 1, have no finite loss, each time that they are read."""
-    real = loop.loader.BatchStream.__next__
+    stream = loop.loader.BatchStream
+    real, real_at = stream.__next__, stream.at
 
-    def spoilt(stream):
-        batch = real(stream)
-        if stream.get_state()['batches'] in batches:
+    def spoilt(batch, number):
+        if number in batches:
             batch['mlm_weights'] = batch['mlm_weights'] * np.float32(np.nan)
         return batch
 
-    monkeypatch.setattr(loop.loader.BatchStream, '__next__', spoilt)
+    def at(stream, number):
+        batch, *records = real_at(stream, number)
+        return spoilt(batch, number + 1), *records
+
+    monkeypatch.setattr(stream, '__next__', lambda stream: spoilt(
+        real(stream), stream.get_state()['batches']))
+    monkeypatch.setattr(stream, 'at', at)
 
 
 @pytest.mark.parametrize('updates', ['dense', 'sparse'])
@@ -61,12 +69,14 @@ def test_what_diverged_is_kept_to_be_replayed(config, monkeypatch, tmp_path):
     config.log.update(every=3, checkpoint_every=6)
     spoil(monkeypatch, (4, 5, 6, 7))
     config.train.steps, config.log.eval_every = 12, 12
-    with pytest.raises(Diverged, match=r'step 4 gave the loss nan.* values nan'):
+    with pytest.raises(Diverged, match=r'step 4 gave the loss nan.* values nan.*pkm_jax.replay'):
         train(config)
     kept = Path(config.workdir) / 'diverged'
     assert store.newest(kept).name == '3'
     told = json.loads((kept / 'diagnosis.json').read_text())
     assert told['step'] == 4 and np.isnan(told['norms']['grad_norm']['values'])
+    told = replay.replay(resolve.runs_of(config)[0])
+    assert 'step 4 gave the loss nan' in told and 'invalid value (nan) encountered' in told
     ours = weights(kept)
     config.update(workdir=str(tmp_path / 'until_then'))
     config.log.checkpoint_every = 3

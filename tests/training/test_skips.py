@@ -35,9 +35,12 @@ def _bits(array):
 @pytest.mark.parametrize('shards, options', [
     (ONE, dict(sparse=False)), (ONE, dict(sparse=True)),
     (Shards(2, 2, 2), dict(sparse=True, accumulation_steps=2)),
-    (ONE, dict(sparse=True, accumulation_steps=2, model=SHARED, values_optimizer='rowwise_adagrad')),
-    (ONE, dict(sparse=False, optimizer='lamb', skip_loss_spikes=3.)),
-    (ONE, dict(sparse=True, values_optimizer='sgd'))], ids=str)
+    pytest.param(ONE, dict(sparse=True, accumulation_steps=2, model=SHARED,
+                           values_optimizer='rowwise_adagrad'), marks=pytest.mark.slow),
+    pytest.param(ONE, dict(sparse=False, optimizer='lamb', skip_loss_spikes=3.),
+                 marks=pytest.mark.slow),
+    pytest.param(ONE, dict(sparse=True, values_optimizer='sgd'), marks=pytest.mark.slow),
+], ids=['dense', 'sparse', 'split', 'shared', 'lamb', 'sgd'])
 def test_a_step_that_is_not_finite_changes_its_number_alone(shards, options):
     """Parameters, tables, moments, counts, batch statistics and marks, bit for bit."""
     training = Training(shards, **options)

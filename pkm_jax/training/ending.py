@@ -1,0 +1,40 @@
+"""How a program that trains ends: what there is to say, in a line, and its exit status."""
+
+import contextlib
+import sys
+from collections.abc import Iterator
+
+from absl import logging
+
+from pkm_jax.console import survive_any_console
+from pkm_jax.processes import hosts
+from pkm_jax.processes.preemption import Stopped
+from pkm_jax.refusal import Refusal
+from pkm_jax.training.divergence import Diverged
+
+
+@contextlib.contextmanager
+def said() -> Iterator[None]:
+    """Says in a line why the training within could not go on, and ends the program.
+
+    Its status is 1 where it was refused, 3 where it diverged, 128 and the signal where one stopped
+    it (4, where it hung, comes from `processes.watch`). Beside other processes one that fails ends
+    soon, whatever these wait for.
+    """
+    survive_any_console()
+    logging.set_verbosity(logging.WARNING)      # libraries say much that is not about the run
+    try:
+        yield
+    except Refusal as refusal:
+        hosts.end_soon(1)
+        sys.exit(f'Not trained: {refusal}')
+    except Diverged as diverged:
+        hosts.end_soon(diverged.status)
+        print(f'Stopped: {diverged}', file=sys.stderr)
+        sys.exit(diverged.status)
+    except Stopped as stopped:
+        print(stopped)
+        sys.exit(stopped.status)
+    except Exception:
+        hosts.end_soon(1)
+        raise
