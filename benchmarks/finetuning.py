@@ -6,7 +6,8 @@
 
 FOLDER is a Hugging Face BERT folder. Sides: `ours`, with batches padded to buckets; `padded`, ours
 with all batches of full length; `torch`, transformers' model, compiled, with batches of full
-length, which is run_glue's default; `torch_dynamic`, with batches as long as their longest text.
+length, which is run_glue's default; `torch_dynamic`, with batches as long as their longest text;
+`memory`, ours with a memory of 128 × 128 slots added beside the middle layer, from zero.
 Both read what `pkm_jax.data` has tokenised and are scored by the same functions. Scores are the
 best of the evaluations after each epoch, as mean and deviation over the seeds; examples a second
 are those of training steps, without compilation and evaluations. PyTorch needs pip install torch
@@ -25,11 +26,12 @@ import numpy as np
 from absl import app, flags, logging
 
 from pkm_jax import finetune
+from pkm_jax.checkpoints.pretrained import open_pretrained
 from pkm_jax.configs import glue, squad
 from pkm_jax.configuration.finetuning import schedule_of
 from pkm_jax.configuration.resolve import task_of
 
-SIDES = ('ours', 'padded', 'torch', 'torch_dynamic')
+SIDES = ('ours', 'padded', 'torch', 'torch_dynamic', 'memory')
 SOURCE = flags.DEFINE_string('source', None, 'Hugging Face folder of the weights.', required=True)
 GLUE = flags.DEFINE_string('glue', 'glue', 'Unpacked download of GLUE.')
 TRAIN = flags.DEFINE_string('train', '', 'Files in the form of SQuAD to train on.')
@@ -138,9 +140,11 @@ class Torch:
         options = dict(attention_probs_dropout_prob=self.config['model']['attention_dropout'],
                        hidden_dropout_prob=self.config['model']['dropout'])
         if self.is_squad:
-            return transformers.BertForQuestionAnswering.from_pretrained(SOURCE.value, **options)
-        return transformers.BertForSequenceClassification.from_pretrained(
-            SOURCE.value, num_labels=self.task.classes, **options)
+            model = transformers.BertForQuestionAnswering.from_pretrained(SOURCE.value, **options)
+        else:
+            model = transformers.BertForSequenceClassification.from_pretrained(
+                SOURCE.value, num_labels=self.task.classes, **options)
+        return model.float()        # folders of halves too: the computation alone has a dtype
 
     @property
     def is_squad(self) -> bool:
@@ -223,7 +227,10 @@ def measure(name: str, side: str) -> tuple[list[float], float]:
         config = configuration(name, folder)
         if side == 'padded':
             config.data.buckets = (config.data.length,)
-        if side in ('ours', 'padded'):
+        if side == 'memory':
+            config.memory.update(placement='add', zero_start=True, sub_keys=128,
+                                 layers=(open_pretrained(SOURCE.value).model.layers // 2,))
+        if side in ('ours', 'padded', 'memory'):
             return ours(config)
         plain = config.to_dict()
         task = task_of(plain)

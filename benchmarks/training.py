@@ -75,19 +75,20 @@ def compiled(config):
                                            track_dead=False))
     step = jax.jit(functools.partial(
         train_step, task=run.task, graph=model_graph(model), sites=model.memories,
-        optimizer=optimizer, seed=0, all_norms=False), donate_argnums=0)
+        optimizer=optimizer, all_norms=False), donate_argnums=0)
     batch = random_batch(BATCH.value, LENGTH.value, 30522, predictions)
     return (initialise.lower(np.uint32(0)).compile(),
-            step.lower(jax.eval_shape(initialise, np.uint32(0)), batch).compile(), batch,
+            step.lower(jax.eval_shape(initialise, np.uint32(0)), batch,
+                       np.uint32(0)).compile(), batch,
             run.flops_per_step / run.tokens_per_step)
 
 
 def seconds_of_step(initialise, step, batch) -> float:
-    state = initialise(np.uint32(0))
+    state, seed = initialise(np.uint32(0)), jax.device_put(np.uint32(0))
 
     def take():
         nonlocal state
-        state, metrics = step(state, batch)
+        state, metrics = step(state, batch, seed)
         return metrics
 
     return seconds_of(take)

@@ -50,11 +50,11 @@ def replay(run: Run) -> str:
         # The state is needed twice: without reusing its memory.
         step = jax.jit(program.take_step.__wrapped__,   # type: ignore[attr-defined]
                        static_argnames='all_norms')
-        _, metrics = jax.device_get(step(state, batch, all_norms=False))
+        _, metrics = jax.device_get(step(state, batch, np.uint32(run.seed), all_norms=False))
         told = why(int(state.step) + 1, metrics)
         try:
             with jax.debug_nans(True):
-                step(state, batch, all_norms=False)
+                step(state, batch, np.uint32(run.seed), all_norms=False)
         except FloatingPointError as error:
             told += f'.\n{error}'
     return told

@@ -6,6 +6,7 @@ import time
 from typing import NamedTuple
 
 import jax
+import numpy as np
 from jax.experimental.compilation_cache import compilation_cache
 
 from pkm_jax.configuration.run import Run
@@ -86,7 +87,8 @@ def estimate(run: Run, topology: Topology) -> Estimate:
         program = make_program(run, run.model, layout.sparse, mesh)
         batch = abstract_batch(run, mesh)
         given = device_memory.arguments(program.abstract, batch)
-        lowered = program.take_step.lower(program.abstract, batch, all_norms=False)
+        lowered = program.take_step.lower(program.abstract, batch, np.uint32(run.seed),
+                                          all_norms=False)
     start = time.perf_counter()
     compiled, refusal = _compile(lowered)
     seconds, flops = time.perf_counter() - start, run.flops_per_step / count

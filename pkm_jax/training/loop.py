@@ -13,7 +13,7 @@ from typing import Any, NamedTuple
 
 import jax
 import numpy as np
-from jax.sharding import Mesh
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from jax.stages import Lowered
 
 from pkm_jax import dispatch
@@ -158,7 +158,7 @@ def _compiled_steps(run: Run, program: Program, state: TrainState, mesh: Mesh,
     batches = {length: abstract_batch(run, mesh, length) for length in run.task.buckets}
     needed = [(all_norms, batch) for all_norms in norms for batch in batches.values()]
     with dispatch.recorded() as chosen:
-        lowered = [program.take_step.lower(state, batch, all_norms=all_norms)
+        lowered = [program.take_step.lower(state, batch, np.uint32(run.seed), all_norms=all_norms)
                    for all_norms, batch in needed]
     log.say('\n'.join(f'{operation}: {how}' for operation, how in chosen.items()))
     with ThreadPoolExecutor() as pool:
@@ -186,6 +186,7 @@ def _loop(run: Run, state: TrainState, progress: Progress, take_step: Steps,
     lengths: list[int] = []             # of their batches
     skips = divergence.Skips()
     report = _reporter(run, log, progress, skips)
+    seed = jax.device_put(np.uint32(run.seed), NamedSharding(mesh, PartitionSpec()))
     if every.eval_at_start and step == 0:
         with log.pause(), watch.pause():
             evaluate_now(state, step, progress)
@@ -198,7 +199,8 @@ def _loop(run: Run, state: TrainState, progress: Progress, take_step: Steps,
             jax.profiler.start_trace(str(run.folder / 'profile'))
             profiling = True
         with jax.transfer_guard('disallow'):
-            state, metrics = take_step.compiled[_takes_norms(run, step + 1), shapes](state, batch)
+            state, metrics = take_step.compiled[_takes_norms(run, step + 1), shapes](
+                state, batch, seed)
         step += 1
         if (step - 1) % every.every == 0 and window:
             report(step - 1, window, lengths)

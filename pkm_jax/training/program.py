@@ -31,8 +31,8 @@ class Program(NamedTuple):
     graph: nnx.GraphDef
     abstract: TrainState    # shapes, dtypes and shardings
     initialise: Wrapped     # seed -> TrainState
-    take_step: Wrapped      # (TrainState, which it reuses the memory of, batch, *, all_norms)
-                            # -> it, metrics
+    take_step: Wrapped      # (TrainState, which it reuses the memory of, batch, seed, *,
+                            # all_norms) -> it, metrics
     count: Wrapped          # (params, batch_stats, batch, totals) -> totals, outputs by example
 
 
@@ -52,7 +52,7 @@ def make_program(run: Run, model: ModelConfig, sparse: bool, mesh: Mesh) -> Prog
     graph = model_graph(model)
     step = functools.partial(
         train_step, task=run.task, graph=graph, sites=model.memories, optimizer=optimizer,
-        seed=run.seed, accumulation_steps=run.train.gradient_accumulation_steps, sparse=sparse)
+        accumulation_steps=run.train.gradient_accumulation_steps, sparse=sparse)
     count = functools.partial(eval_step, task=run.task, graph=graph)
     return Program(graph, abstract, jax.jit(initialise, out_shardings=layout),
                    jax.jit(step, donate_argnums=0, out_shardings=(layout, None),

@@ -8,7 +8,7 @@ import numpy as np
 import optax
 from einops import rearrange
 from flax import nnx
-from jaxtyping import Array, Bool, Float, Int32
+from jaxtyping import Array, Bool, Float, Int32, UInt32
 
 from pkm_jax.memory.sharded import merge, no_delta, put_rows
 from pkm_jax.memory.sparse_rows import SparseRows, rows_of
@@ -31,21 +31,22 @@ class Totals(NamedTuple):
 
 
 def train_step(
-    state: TrainState, batch: Batch, *, task: Task, graph: nnx.GraphDef, sites: Sites,
-    optimizer: optax.GradientTransformation, seed: int, accumulation_steps: int = 1,
-    sparse: bool = False, all_norms: bool = True,
+    state: TrainState, batch: Batch, seed: UInt32[Array, ''] | np.uint32, *, task: Task,
+    graph: nnx.GraphDef, sites: Sites, optimizer: optax.GradientTransformation,
+    accumulation_steps: int = 1, sparse: bool = False, all_norms: bool = True,
 ) -> tuple[TrainState, dict[str, Any]]:
     """The state after one update on the mean loss of `batch`, and its metrics.
 
     The batch is computed in `accumulation_steps` micro-batches, each of which weighs as many terms
     as it has; batch norms and their running statistics see them in turn. `sparse`: gradients of
     value tables reach the optimizer as SparseRows. The metrics 'norms' hold norms by group of
-    parameters: the gradient's, and with `all_norms` those of update and new parameters.
+    parameters: the gradient's, and with `all_norms` those of update and new parameters. The `seed`
+    of the run is no constant of the program: runs of other seeds find it compiled.
 
     Where loss or gradient is not finite, or the loss above its limit (`optimizers.skips`), the
     metric 'skipped' is 1 and the state that of before, but for its step.
     """
-    steps = jax.random.split(jax.random.key(np.uint32(seed)))[1]    # the other drew the weights
+    steps = jax.random.split(jax.random.key(seed))[1]    # the other drew the weights
     key, rounding = jax.random.split(jax.random.fold_in(steps, state.step))
     terms = jnp.maximum(task.terms(batch), 1)
     deltas = _no_deltas(sites, task.real(batch).size // accumulation_steps) if sparse else {}

@@ -33,8 +33,8 @@ def setup(query_norm='layer', rate=0., track_dead=False):
 
     def take(state, batch, micro_steps=1):
         return step.train_step(
-            state, batch, task=TASK, graph=model_graph(config), sites=config.memories,
-            optimizer=optimizer, seed=0, accumulation_steps=micro_steps)
+            state, batch, np.uint32(0), task=TASK, graph=model_graph(config), sites=config.memories,
+            optimizer=optimizer, accumulation_steps=micro_steps)
 
     return config, state, jax.jit(take, static_argnames='micro_steps')
 
