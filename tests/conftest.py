@@ -12,6 +12,7 @@ import jax
 import numpy as np
 import optax
 import pytest
+from absl import logging
 from flax import nnx
 from hypothesis import HealthCheck, settings
 
@@ -89,6 +90,14 @@ def tiny_bert(tmp_path_factory):
     huggingface.save(folder, config, params, {}, vocabulary=vocabulary.word_pieces(
         ['[PAD]', '[UNK]', '[CLS]', '[SEP]', '[MASK]', *WORDS]))
     return folder
+
+
+@pytest.fixture(autouse=True)
+def heard():
+    """What one program asks of absl's log does not silence it in the next."""
+    before = logging.get_verbosity()
+    yield
+    logging.set_verbosity(before)
 
 
 @pytest.fixture(scope='session')

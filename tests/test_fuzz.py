@@ -19,7 +19,7 @@ def run(*words):
 
 
 def test_readers_read_or_refuse(tmp_path):
-    done = run('--inputs', '2600', '--keep', str(tmp_path))
+    done = run('--inputs', '1300', '--keep', str(tmp_path))
     assert done.returncode == 0, done.stdout + done.stderr
     assert done.stdout.count(' 0 findings') == len(readers()) == 13
 

@@ -24,7 +24,8 @@ def fail(monkeypatch, place, words):
     monkeypatch.setattr(loop, place, full)
 
 
-@pytest.mark.parametrize('place', ['_compiled_steps', '_first_state', '_loop'])
+@pytest.mark.parametrize('place', ['_loop', *(
+    pytest.param(place, marks=pytest.mark.slow) for place in ('_compiled_steps', '_first_state'))])
 def test_it_is_said_what_there_is_too_much_of(config, monkeypatch, place):
     config.memory.update(sub_keys=256, updates='dense')
     config.memory.shards.update(rows=1, columns=1)
@@ -41,6 +42,7 @@ def test_it_is_said_what_there_is_too_much_of(config, monkeypatch, place):
     assert "memory.updates='sparse' (" in said and ' or ' in said.split('Set ')[1]
 
 
+@pytest.mark.slow
 def test_activations_are_helped_by_smaller_parts(config, monkeypatch):
     config.train.batch = 4096
     fail(monkeypatch, '_loop', 'RESOURCE_EXHAUSTED: Out of memory')

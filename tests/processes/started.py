@@ -58,7 +58,8 @@ def lines(folder, *kinds):
     path = folder / 'metrics.jsonl'
     every = map(json.loads, path.read_text().splitlines()) if path.exists() else ()
     return [{name: value for name, value in line.items()
-             if name not in ('time', 'steps_per_second', 'tokens_per_second')}
+             if name not in ('time', 'steps_per_second', 'examples_per_second',
+                             'tokens_per_second')}
             for line in every if line['kind'] in kinds]
 
 

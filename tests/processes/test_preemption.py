@@ -51,7 +51,8 @@ def test_the_first_signal_is_heard_and_the_next_acts_as_before(reached, monkeypa
     assert reached == [number, number]
 
 
-@pytest.mark.parametrize('workers', [0, pytest.param(2, marks=pytest.mark.slow)])
+@pytest.mark.slow     # tests/faults, which are not, stop runs by SIGTERM too
+@pytest.mark.parametrize('workers', [0, 2])
 def test_a_stopped_run_goes_on_as_if_it_had_not_been(config, monkeypatch, tmp_path, workers):
     """Metrics too: every line, as each is of one step."""
     config.log.every = 1
