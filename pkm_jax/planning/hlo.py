@@ -27,6 +27,8 @@ _SCATTERED = 'all-reduce-scatter'
 # Instructions that change their first operand in place, and that take parts of it.
 _IN_PLACE = re.compile(r'%\S*(scatter|dynamic-update-slice|dynamic_update_slice)\S* = ')
 _GATHERS = re.compile(r'%\S*gather\S* = ')
+# In `output_to_operand_aliasing`: a result, if there are several, and its operand.
+_ALIASED = re.compile(r'\{(\d*)\}: \((\d+), \{\}\)')
 
 
 class Shape(NamedTuple):
@@ -114,6 +116,22 @@ class Program:
         """
         return sum(self._traffic(text) * (times - 1)
                    for text, times in self._instructions(self._entry, 1) if times > 1)
+
+    def carried_bytes(self) -> int:
+        """What XLA's cost analysis counts of buffers of collectives under way: of every fusion that
+        hands them on in place, and of the end. Their start counts what they move."""
+        return sum(self._handed_on(text) for text, _ in self._instructions(self._entry, 1)
+                   if any(map(self._continues, re.findall(r'calls=%([\w.\-]+)', text))))
+
+    def _handed_on(self, text):
+        """Bytes of the results that share a buffer with an operand, and of these operands."""
+        result, operation = _RESULT.search(text).groups()
+        pairs = _ALIASED.findall(text)
+        operands = re.findall(r'%([\w.\-]+)', re.search(rf' {operation}\((.*?)\)', text)[1])
+        shapes = _shapes(result)
+        return (sum(shapes[int(of_result or 0)].bytes for of_result, _ in pairs)
+                + sum(self._results[operands[int(number)]][0].bytes
+                      for number in {number for _, number in pairs}))
 
     def _traffic(self, text):
         """Bytes that an instruction moves to and from HBM."""
