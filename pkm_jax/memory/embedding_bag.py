@@ -221,6 +221,11 @@ def _load_forward():
     return Kernel(kernel.forward, kernel.unsupported)
 
 
+def _load_forward_for_tpus():
+    from pkm_jax.memory.kernels.tpu import embedding_bag as kernel
+    return Kernel(kernel.forward, kernel.unsupported)
+
+
 def _load_backward():
     from pkm_jax.memory.kernels.gpu import embedding_bag as kernel
     return Kernel(kernel.backward, kernel.unsupported)
@@ -231,7 +236,7 @@ def _load_compact_backward():
     return Kernel(kernel.compact_backward, kernel.unsupported)
 
 
-_forward_choice = Choice('embedding bag', reference, _load_forward)
+_forward_choice = Choice('embedding bag', reference, _load_forward, _load_forward_for_tpus)
 _backward_choice = Choice('embedding bag', reference_backward, _load_backward)
 _compact_choice = Choice('embedding bag', compact_reference, _load_compact_backward)
 

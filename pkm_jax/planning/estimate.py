@@ -41,7 +41,7 @@ class Estimate(NamedTuple):
     flops: float            # model FLOPs (`Run.flops_per_step`)
     counted_flops: float    # by XLA's cost analysis: loop bodies once, no custom calls
     counted_bytes: float    # HBM traffic by the same
-    carried_bytes: float    # of that, buffers of collectives that are only handed on
+    waited_bytes: float     # of that, buffers of collectives where they end, which move nothing
     loop_bytes: float       # what the loops' other iterations add to it
     unknown_loops: int      # of which the iterations are not known
     own_reads: int | None   # iterations taken for loops over the reads of one owner of rows
@@ -52,7 +52,7 @@ class Estimate(NamedTuple):
     @property
     def moved_bytes(self) -> float:
         """HBM traffic of a step, of a TPU's program."""
-        return self.counted_bytes - self.carried_bytes + self.loop_bytes
+        return self.counted_bytes - self.waited_bytes + self.loop_bytes
 
     @property
     def seconds(self) -> dict[str, float]:
@@ -106,7 +106,7 @@ def estimate(run: Run, topology: Topology) -> Estimate:
     text, costs = hlo.Program(compiled.as_text(), own_reads), compiled.cost_analysis()
     transfers = _transfers(text, topology, mesh)
     return Estimate(topology, run, layout, DeviceMemory(needed, available), '', flops,
-                    costs['flops'], costs['bytes accessed'], text.carried_bytes(),
+                    costs['flops'], costs['bytes accessed'], text.waited_bytes(),
                     text.uncounted_bytes(), text.unknown_loops(), own_reads, transfers,
                     table_sized([one.collective for one in transfers], layout, run.model), seconds)
 

@@ -19,16 +19,15 @@ _RESULT = re.compile(r' = (.*?) ([\w\-]+)\(')
 _MOVES_NOTHING = ('parameter', 'get-tuple-element', 'tuple', 'bitcast', 'while', 'constant')
 _CALLED = re.compile(r'(?:calls|\w+_computations?)=(%[\w.\-]+|\{.*?\})')
 _APPLIED = re.compile(r'to_apply=(%[\w.\-]+)')
-# Asynchronous collectives of a TPU are spread over three fusions, each of which names it: the one
+# Asynchronous collectives of a TPU are spread over several fusions, each of which names it: the one
 # that starts it counts.
-_CONTINUED = re.compile(r'^async_collective_fusion|custom_call_target="AsyncCollectiveDone"')
+_ENDED = 'custom_call_target="AsyncCollectiveDone"'
+_CONTINUED = re.compile(rf'^async_collective_fusion|{_ENDED}')
 # A reduce-scatter of a TPU is a fusion of this name around an all-reduce.
 _SCATTERED = 'all-reduce-scatter'
 # Instructions that change their first operand in place, and that take parts of it.
 _IN_PLACE = re.compile(r'%\S*(scatter|dynamic-update-slice|dynamic_update_slice)\S* = ')
 _GATHERS = re.compile(r'%\S*gather\S* = ')
-# In `output_to_operand_aliasing`: a result, if there are several, and its operand.
-_ALIASED = re.compile(r'\{(\d*)\}: \((\d+), \{\}\)')
 
 
 class Shape(NamedTuple):
@@ -117,21 +116,13 @@ class Program:
         return sum(self._traffic(text) * (times - 1)
                    for text, times in self._instructions(self._entry, 1) if times > 1)
 
-    def carried_bytes(self) -> int:
-        """What XLA's cost analysis counts of buffers of collectives under way: of every fusion that
-        hands them on in place, and of the end. Their start counts what they move."""
-        return sum(self._handed_on(text) for text, _ in self._instructions(self._entry, 1)
-                   if any(map(self._continues, re.findall(r'calls=%([\w.\-]+)', text))))
-
-    def _handed_on(self, text):
-        """Bytes of the results that share a buffer with an operand, and of these operands."""
-        result, operation = _RESULT.search(text).groups()
-        pairs = _ALIASED.findall(text)
-        operands = re.findall(r'%([\w.\-]+)', re.search(rf' {operation}\((.*?)\)', text)[1])
-        shapes = _shapes(result)
-        return (sum(shapes[int(of_result or 0)].bytes for of_result, _ in pairs)
-                + sum(self._results[operands[int(number)]][0].bytes
-                      for number in {number for _, number in pairs}))
+    def waited_bytes(self) -> int:
+        """What XLA's cost analysis counts where an asynchronous collective ends: its buffer read and
+        written, which is only handed on. (It counts the start, but not the fusions between.)"""
+        return sum(2 * sum(shape.bytes for shape in _shapes(_RESULT.search(text)[1]))
+                   for text, _ in self._instructions(self._entry, 1)
+                   for name in re.findall(r'calls=%([\w.\-]+)', text)
+                   if _ENDED in '\n'.join(self._computations[name]))
 
     def _traffic(self, text):
         """Bytes that an instruction moves to and from HBM."""
