@@ -221,11 +221,6 @@ def _load_forward():
     return Kernel(kernel.forward, kernel.unsupported)
 
 
-def _load_forward_for_tpus():
-    from pkm_jax.memory.kernels.tpu import embedding_bag as kernel
-    return Kernel(kernel.forward, kernel.unsupported)
-
-
 def _load_backward():
     from pkm_jax.memory.kernels.gpu import embedding_bag as kernel
     return Kernel(kernel.backward, kernel.unsupported)
@@ -236,9 +231,26 @@ def _load_compact_backward():
     return Kernel(kernel.compact_backward, kernel.unsupported)
 
 
+def _load_forward_for_tpus():
+    from pkm_jax.memory.kernels.tpu import embedding_bag as kernel
+    return Kernel(kernel.forward, kernel.unsupported)
+
+
+def _load_backward_for_tpus():
+    from pkm_jax.memory.kernels.tpu import embedding_bag as kernel
+    return Kernel(kernel.backward, kernel.unsupported)
+
+
+def _load_compact_backward_for_tpus():
+    from pkm_jax.memory.kernels.tpu import embedding_bag as kernel
+    return Kernel(kernel.compact_backward, kernel.unsupported)
+
+
 _forward_choice = Choice('embedding bag', reference, _load_forward, _load_forward_for_tpus)
-_backward_choice = Choice('embedding bag', reference_backward, _load_backward)
-_compact_choice = Choice('embedding bag', compact_reference, _load_compact_backward)
+_backward_choice = Choice('embedding bag', reference_backward, _load_backward,
+                          _load_backward_for_tpus)
+_compact_choice = Choice('embedding bag', compact_reference, _load_compact_backward,
+                         _load_compact_backward_for_tpus)
 
 
 def _forward(values, slots, weights, elsewhere, implementation):

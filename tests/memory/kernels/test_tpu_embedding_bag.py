@@ -1,4 +1,4 @@
-"""The read's kernel for TPUs, interpreted, against float64 sums and the plain reference."""
+"""The read's kernels for TPUs, interpreted, against float64 sums and the plain reference."""
 
 import functools
 
@@ -7,9 +7,9 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from pkm_jax.memory.embedding_bag import embedding_bag
+from pkm_jax.memory.embedding_bag import compact_gradients, embedding_bag
 from pkm_jax.memory.kernels.tpu import embedding_bag as kernel
-from pkm_jax.memory.kernels.tpu import embedding_bag_forward
+from pkm_jax.memory.kernels.tpu import embedding_bag_backward, embedding_bag_forward
 
 bag = functools.partial(embedding_bag, implementation='tpu')
 LIMIT = {'float32': 1e-6, 'bfloat16': 5e-3}
@@ -17,9 +17,11 @@ LIMIT = {'float32': 1e-6, 'bfloat16': 5e-3}
 
 @pytest.fixture(autouse=True)
 def small_tiles(monkeypatch):
-    """Tiles of eight tokens, and a ring that turns several times in each."""
+    """Tiles of eight tokens, chunks that segments span, rings that turn several times in each."""
     monkeypatch.setattr(embedding_bag_forward, 'READS', 32)
     monkeypatch.setattr(embedding_bag_forward, 'IN_FLIGHT', 4)
+    for name, value in {'IN_FLIGHT': 4, 'LEAVING': 2, 'CHUNK': 16, 'LANES': 16}.items():
+        monkeypatch.setattr(embedding_bag_backward, name, value)
     jax.clear_caches()
 
 
@@ -68,6 +70,42 @@ def test_of_reads_made_elsewhere_none_is_added(share):
     weights = jnp.where(away, 0, weights)
     want = embedding_bag(values, slots, weights, elsewhere=True)
     np.testing.assert_array_equal(bag(values, slots, weights, elsewhere=True), want)
+
+
+@pytest.mark.parametrize('case', CASES)
+def test_gradients_agree_with_float64(case):
+    """Dense and compact; of the weights too. Twice the same bits."""
+    values, slots, weights, gradient = make(*CASES[case])
+    pull = jax.vjp(lambda v, w: bag(v, slots, w), values, weights)[1]
+    by_value, by_weight = pull(gradient)
+    rows, by_read = compact_gradients(values, slots, weights, gradient, implementation='tpu')
+    table, by_row = np.zeros(values.shape), np.asarray(gradient, np.float64)
+    np.add.at(table, np.asarray(slots), np.asarray(weights, np.float64)[..., None] * by_row[:, None])
+    assert by_value.dtype == values.dtype and rows.rows.dtype == jnp.float32
+    assert error(by_value, table) < LIMIT[str(values.dtype)]
+    want = np.einsum('tv,trv->tr', by_row, np.asarray(values, np.float64)[np.asarray(slots)])
+    assert error(by_weight, want) < LIMIT['float32']
+    assert not np.asarray(by_value, np.float32)[np.setdiff1d(np.arange(len(values)), slots)].any()
+    np.testing.assert_array_equal(by_read, by_weight)
+    np.testing.assert_array_equal(pull(gradient)[0], by_value)
+    used = np.asarray(rows.ids) < len(values)
+    np.testing.assert_array_equal(rows.rows.astype(values.dtype)[used], by_value[rows.ids[used]])
+
+
+@pytest.mark.parametrize('n_slots', [10, 200])      # fewer and more than reads
+@pytest.mark.parametrize('share', [0., .7, 1.])
+def test_compact_rows_are_those_of_the_reference(share, n_slots):
+    """With reads made elsewhere, or padding: ids, count, rows, and no gradient of their weights."""
+    away = np.random.default_rng(2).random((9, 6)) < share
+    slots = np.where(away, n_slots, random_slots(9, 6, n_slots))
+    values, slots, weights, gradient = make(slots, n_slots, 128, 'float32')
+    weights = jnp.where(away, 0, weights)
+    want, want_by_read = compact_gradients(values, slots, weights, gradient)
+    got, by_read = compact_gradients(values, slots, weights, gradient, implementation='tpu')
+    np.testing.assert_array_equal(got.ids, want.ids)
+    np.testing.assert_array_equal(got.count, want.count)
+    np.testing.assert_allclose(got.rows, want.rows, rtol=1e-5, atol=1e-5)
+    np.testing.assert_allclose(by_read, want_by_read, rtol=1e-5, atol=1e-5)
 
 
 @pytest.mark.parametrize('shape, dtype, reads, word', [

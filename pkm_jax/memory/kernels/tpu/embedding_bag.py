@@ -5,9 +5,12 @@ import jax.numpy as jnp
 from jax import ShapeDtypeStruct
 from jaxtyping import Array, Float, Int32
 
+from pkm_jax.memory.kernels.tpu.embedding_bag_backward import compact_gradients, dense_gradients
 from pkm_jax.memory.kernels.tpu.embedding_bag_forward import sum_rows
+from pkm_jax.memory.sparse_rows import SparseRows
 
 DTYPES = (jnp.float32, jnp.bfloat16)
+MOST_TOKENS = 2 ** 28   # a number in scalar memory has three bits beside the token's
 MOST_READS = 1024       # of a token: a tile of eight tokens is what scalar memory holds twice
 
 
@@ -20,6 +23,8 @@ def unsupported(
         return f'values of {values.dtype} (float32 or bfloat16)'
     if slots.shape[1] > MOST_READS:
         return f'{slots.shape[1]} reads a token (at most {MOST_READS})'
+    if slots.shape[0] > MOST_TOKENS or slots.size >= 2 ** 31:
+        return f'{slots.size} reads of {slots.shape[0]} tokens (fewer than 2^31; at most 2^28)'
     return None
 
 
@@ -33,6 +38,22 @@ def forward(
     else:
         counts = jnp.full(len(slots), slots.shape[1], jnp.int32)
     return sum_rows(values, slots, weights, counts, interpret=interpret)
+
+
+def backward(
+    values: Float[Array, 'S V'], slots: Int32[Array, 'T R'], weights: Float[Array, 'T R'],
+    gradient: Float[Array, 'T V'], *, elsewhere: bool = False, interpret: bool,
+) -> tuple[Float[Array, 'S V'], Float[Array, 'T R']]:
+    """Dense gradients of values, in their dtype, and of weights; deterministic."""
+    return dense_gradients(values, slots, weights, gradient, interpret=interpret)
+
+
+def compact_backward(
+    values: Float[Array, 'S V'], slots: Int32[Array, 'T R'], weights: Float[Array, 'T R'],
+    gradient: Float[Array, 'T V'], *, elsewhere: bool = False, interpret: bool,
+) -> tuple[SparseRows, Float[Array, 'T R']]:
+    """The rows of the values' gradient that were read, and the weights' gradient; deterministic."""
+    return compact_gradients(values, slots, weights, gradient, interpret=interpret)
 
 
 def _own_first(slots, weights, n_slots):

@@ -76,7 +76,7 @@ def _sum_tile(slots, weights, counts, table, sums, rows, arrived):
         total, place, ahead = carry
         copy(0, place).wait()
         total += weights[token, read] * rows[place].astype(jnp.float32)
-        return total, (place + 1) % IN_FLIGHT, start_next(ahead, place)
+        return total, (place + 1) & IN_FLIGHT - 1, start_next(ahead, place)
 
     def sum_token(token, carry):
         total, *carry = jax.lax.fori_loop(
