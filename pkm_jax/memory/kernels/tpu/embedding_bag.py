@@ -7,6 +7,7 @@ from jaxtyping import Array, Float, Int32
 
 from pkm_jax.memory.kernels.tpu.embedding_bag_backward import compact_gradients, dense_gradients
 from pkm_jax.memory.kernels.tpu.embedding_bag_forward import sum_rows
+from pkm_jax.memory.kernels.tpu.rows import Interpret
 from pkm_jax.memory.sparse_rows import SparseRows
 
 DTYPES = (jnp.float32, jnp.bfloat16)
@@ -30,7 +31,7 @@ def unsupported(
 
 def forward(
     values: Float[Array, 'S V'], slots: Int32[Array, 'T R'], weights: Float[Array, 'T R'], *,
-    elsewhere: bool = False, interpret: bool,
+    elsewhere: bool = False, interpret: Interpret,
 ) -> Float[Array, 'T V']:
     """The sum, in the dtype of `values`; of reads that are mostly elsewhere a token's own alone."""
     if elsewhere:
@@ -42,7 +43,7 @@ def forward(
 
 def backward(
     values: Float[Array, 'S V'], slots: Int32[Array, 'T R'], weights: Float[Array, 'T R'],
-    gradient: Float[Array, 'T V'], *, elsewhere: bool = False, interpret: bool,
+    gradient: Float[Array, 'T V'], *, elsewhere: bool = False, interpret: Interpret,
 ) -> tuple[Float[Array, 'S V'], Float[Array, 'T R']]:
     """Dense gradients of values, in their dtype, and of weights; deterministic."""
     return dense_gradients(values, slots, weights, gradient, interpret=interpret)
@@ -50,7 +51,7 @@ def backward(
 
 def compact_backward(
     values: Float[Array, 'S V'], slots: Int32[Array, 'T R'], weights: Float[Array, 'T R'],
-    gradient: Float[Array, 'T V'], *, elsewhere: bool = False, interpret: bool,
+    gradient: Float[Array, 'T V'], *, elsewhere: bool = False, interpret: Interpret,
 ) -> tuple[SparseRows, Float[Array, 'T R']]:
     """The rows of the values' gradient that were read, and the weights' gradient; deterministic."""
     return compact_gradients(values, slots, weights, gradient, interpret=interpret)

@@ -22,7 +22,7 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 from jaxtyping import Array, Float, Int32
 
-from pkm_jax.memory.kernels.tpu.rows import LANES, as_rows, padded_tokens
+from pkm_jax.memory.kernels.tpu.rows import LANES, Interpret, as_rows, padded_tokens
 from pkm_jax.memory.sparse_rows import SparseRows, in_place
 
 IN_FLIGHT = 64      # output gradients, and as many value rows: a power of two, as is
@@ -34,7 +34,7 @@ FLAGS = 3                           # first or last; bits of a number that holds
 
 def dense_gradients(
     values: Float[Array, 'S V'], slots: Int32[Array, 'T R'], weights: Float[Array, 'T R'],
-    gradient: Float[Array, 'T V'], *, interpret: bool,
+    gradient: Float[Array, 'T V'], *, interpret: Interpret,
 ) -> tuple[Float[Array, 'S V'], Float[Array, 'T R']]:
     """Gradients of `values`, in their dtype, and of `weights`; slots of S are no reads."""
     reads = _sort(slots, weights, len(values))
@@ -44,7 +44,7 @@ def dense_gradients(
 
 def compact_gradients(
     values: Float[Array, 'S V'], slots: Int32[Array, 'T R'], weights: Float[Array, 'T R'],
-    gradient: Float[Array, 'T V'], *, interpret: bool,
+    gradient: Float[Array, 'T V'], *, interpret: Interpret,
 ) -> tuple[SparseRows, Float[Array, 'T R']]:
     """The rows of the gradient of `values`, and that of `weights`; slots of S are no reads."""
     n_slots = len(values)

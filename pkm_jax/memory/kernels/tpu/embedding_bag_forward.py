@@ -16,7 +16,7 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 from jaxtyping import Array, Float, Int32
 
-from pkm_jax.memory.kernels.tpu.rows import as_rows, padded_tokens
+from pkm_jax.memory.kernels.tpu.rows import Interpret, as_rows, padded_tokens
 
 IN_FLIGHT = 64      # rows, a power of two: a latency of 1 µs at one copy started in 16 ns
 READS = 8_192       # of a program: what scalar memory holds twice
@@ -30,7 +30,7 @@ def tokens_of_program(reads: int) -> int:
 
 def sum_rows(
     values: Float[Array, 'S V'], slots: Int32[Array, 'T R'], weights: Float[Array, 'T R'],
-    counts: Int32[Array, 'T'], *, interpret: bool,
+    counts: Int32[Array, 'T'], *, interpret: Interpret,
 ) -> Float[Array, 'T V']:
     """The sum over the first `counts[t]` reads of each token, 1 to R, in the dtype of `values`."""
     tokens, reads = slots.shape
@@ -50,6 +50,7 @@ def sum_rows(
         out_shape=jax.ShapeDtypeStruct((tiles * tile, pieces, lanes), values.dtype),
         scratch_shapes=[pltpu.VMEM((IN_FLIGHT, pieces, lanes), values.dtype),
                         pltpu.SemaphoreType.DMA((IN_FLIGHT,))],
+        compiler_params=pltpu.CompilerParams(dimension_semantics=('parallel',)),
     )(slots, weights, counts.reshape(tiles, 1, tile), table)
     return sums.reshape(tiles * tile, -1)[:tokens, :values.shape[1]]
 

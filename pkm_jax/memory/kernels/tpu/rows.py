@@ -1,9 +1,11 @@
-"""How the kernels for TPUs see rows: [S, V] as [S, V / 128, 128], one row to a copy."""
+"""How the kernels for TPUs see arrays: [S, V] as [S, V / 128, 128], one row to a copy; whole tiles."""
 
 import jax.numpy as jnp
+from jax.experimental.pallas import tpu as pltpu
 from jaxtyping import Array, Float, Shaped
 
 LANES = 128
+Interpret = bool | pltpu.InterpretParams    # the latter: copies at other times than they start
 
 
 def as_rows(table: Float[Array, 'S V']) -> Float[Array, 'S pieces 128']:
@@ -11,9 +13,13 @@ def as_rows(table: Float[Array, 'S V']) -> Float[Array, 'S pieces 128']:
 
     A copy of the whole table in another layout, unless it is kept in this one.
     """
-    size, width = table.shape
-    table = jnp.pad(table, ((0, 0), (0, -width % LANES)))
-    return table.reshape(size, -1, LANES)
+    table = whole_pieces(table)
+    return table.reshape(len(table), -1, LANES)
+
+
+def whole_pieces(array: Float[Array, '... n']) -> Float[Array, '... m']:
+    """The array with zeros at the end of its last axis, up to a multiple of LANES."""
+    return jnp.pad(array, (*((0, 0),) * (array.ndim - 1), (0, -array.shape[-1] % LANES)))
 
 
 def padded_tokens(array: Shaped[Array, 'T ...'], tile: int, fill: int = 0) -> Array:
