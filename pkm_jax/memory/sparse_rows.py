@@ -98,7 +98,7 @@ def put_rows(table: Array, ids: Int32[Array, 'rows'], rows: Array) -> Array:
 
 
 def _in_use(ids, table):
-    """Which places of a list with one for every slot are in use, [S, 1, …] as the table has axes."""
+    """Which places of a list with one for every slot are in use, with the axes of the table."""
     return (ids < len(table)).reshape(-1, *(1 for _ in table.shape[1:]))
 
 

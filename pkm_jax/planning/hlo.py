@@ -117,8 +117,10 @@ class Program:
                    for text, times in self._instructions(self._entry, 1) if times > 1)
 
     def waited_bytes(self) -> int:
-        """What XLA's cost analysis counts where an asynchronous collective ends: its buffer read and
-        written, which is only handed on. (It counts the start, but not the fusions between.)"""
+        """What XLA's cost analysis counts where asynchronous collectives end, though nothing moves.
+
+        It is the buffer, as read and written. The start counts, fusions that carry it do not.
+        """
         return sum(2 * sum(shape.bytes for shape in _shapes(_RESULT.search(text)[1]))
                    for text, _ in self._instructions(self._entry, 1)
                    for name in re.findall(r'calls=%([\w.\-]+)', text)

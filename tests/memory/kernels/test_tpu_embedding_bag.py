@@ -6,6 +6,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from jax.experimental.pallas import tpu as pltpu
 
 from pkm_jax.memory.embedding_bag import compact_gradients, embedding_bag
 from pkm_jax.memory.kernels.tpu import embedding_bag as kernel
@@ -106,6 +107,18 @@ def test_compact_rows_are_those_of_the_reference(share, n_slots):
     np.testing.assert_array_equal(got.count, want.count)
     np.testing.assert_allclose(got.rows, want.rows, rtol=1e-5, atol=1e-5)
     np.testing.assert_allclose(by_read, want_by_read, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize('when', ['eager', 'on_wait'])
+def test_sums_do_not_depend_on_when_copies_are_made(when):
+    """Where they start, or as late as they can be."""
+    values, slots, weights, gradient = make(*CASES['bfloat16'])
+    late = pltpu.InterpretParams(dma_execution_mode=when)
+    settings = values, slots, weights
+    np.testing.assert_array_equal(kernel.forward(*settings, interpret=late), bag(*settings))
+    for got, want in zip(kernel.backward(*settings, gradient, interpret=late),
+                         kernel.backward(*settings, gradient, interpret=True)):
+        np.testing.assert_array_equal(got, want)
 
 
 @pytest.mark.parametrize('shape, dtype, reads, word', [

@@ -98,9 +98,8 @@ def _gradients(values, reads, place, gradient, n_rows, shape, weights_dtype, dty
             out_specs=[any_memory,
                        pl.BlockSpec((1, CHUNK // LANES, LANES), lambda n, _: (n, 0, 0))],
             scratch_shapes=[
-                pltpu.VMEM((IN_FLIGHT, *row), gradient.dtype), pltpu.SemaphoreType.DMA((IN_FLIGHT,)),
-                pltpu.VMEM((IN_FLIGHT, *row), values.dtype), pltpu.SemaphoreType.DMA((IN_FLIGHT,)),
-                pltpu.VMEM((LEAVING, *row), dtype), pltpu.SemaphoreType.DMA((LEAVING,)),
+                *_ring(IN_FLIGHT, row, gradient.dtype), *_ring(IN_FLIGHT, row, values.dtype),
+                *_ring(LEAVING, row, dtype),
                 pltpu.VMEM(row, jnp.float32), pltpu.VMEM((CHUNK, lanes), jnp.float32)]),
         out_shape=[jax.ShapeDtypeStruct((n_rows, *row), dtype),
                    jax.ShapeDtypeStruct((chunks, CHUNK // LANES, LANES), jnp.float32)],
@@ -110,6 +109,11 @@ def _gradients(values, reads, place, gradient, n_rows, shape, weights_dtype, dty
     _, by_read = jax.lax.sort((order, by_sorted.reshape(-1)[:len(order)]), num_keys=1)
     return (rows.reshape(n_rows, -1)[:, :values.shape[1]],
             by_read.reshape(shape).astype(weights_dtype))
+
+
+def _ring(places, row, dtype):
+    """Places for rows on their way, and the semaphores that say when they are there."""
+    return pltpu.VMEM((places, *row), dtype), pltpu.SemaphoreType.DMA((places,))
 
 
 def _add_chunk(own, slot, place, code, weight, gradient, table, _zeros, rows, by_read,
@@ -131,7 +135,7 @@ def _add_chunk(own, slot, place, code, weight, gradient, table, _zeros, rows, by
         return pltpu.make_async_copy(leaving.at[at], rows.at[to], leaving_out.at[at])
 
     def start(read, segment):
-        """Starts the copies that a read needs, if there is one; its segment, from the last one's."""
+        """Starts the copies for a read, if there is one; its segment, from the last one's."""
         known = jnp.minimum(read, CHUNK - 1)
         fetches = has(known, FETCHES) & (read < size)
         segment += fetches.astype(jnp.int32)

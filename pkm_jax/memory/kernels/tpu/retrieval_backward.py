@@ -50,7 +50,8 @@ def query_and_codebook_gradients(
         out_shape=[jax.ShapeDtypeStruct(query.shape, query.dtype),
                    jax.ShapeDtypeStruct(codebooks.shape, jnp.float32)],
         scratch_shapes=[pltpu.VMEM((codebooks.shape[2], TILE), query.dtype)],
-        compiler_params=pltpu.CompilerParams(dimension_semantics=('parallel', 'parallel', 'arbitrary')),
+        compiler_params=pltpu.CompilerParams(
+            dimension_semantics=('parallel', 'parallel', 'arbitrary')),
     )(query, codebooks, keys, by_slot)
     return (by_query[:tokens].reshape(tokens, heads, 2, half)[..., :width],
             by_codebook[:, :, :n_keys, :width].astype(codebooks.dtype))

@@ -9,8 +9,8 @@ and the sorted lists that the candidate pairs (i·j ≤ K) form are merged.
 
 Scores are compared as integers of the same order, so that NaN has a place and what fills a block up
 comes last. Bytes: queries once, codebooks once a tile, 8·T·H·K for the result. Operations: for each
-token, head and half 2·N·half on the matrix unit; and for each block of
-8·K sub-keys a network. Floor: the vector instructions, as `benchmarks.tpu_compile` counts them.
+token, head and half 2·N·half on the matrix unit, and for 128 tokens and 8·K sub-keys a network of
+191 comparators (K = 32). Floor: the vector instructions, as `benchmarks.tpu_compile` counts them.
 """
 
 import jax
@@ -56,7 +56,7 @@ def best_slots(
             pl.BlockSpec((TILE, half), lambda n, head, part: (n, head * 2 + part)),
             pl.BlockSpec((1, 1, n_keys, half), lambda n, head, part: (head, part, 0, 0))],
         out_specs=[result, result],
-        out_shape=[jax.ShapeDtypeStruct(shape, jnp.float32), jax.ShapeDtypeStruct(shape, jnp.int32)],
+        out_shape=[jax.ShapeDtypeStruct(shape, dtype) for dtype in (jnp.float32, jnp.int32)],
         scratch_shapes=[pltpu.VMEM(lists, jnp.int32), pltpu.VMEM(lists, jnp.int32),
                         pltpu.VMEM((pl.cdiv(n_keys, block) * block, LANES), jnp.int32)],
         compiler_params=pltpu.CompilerParams(

@@ -1,4 +1,4 @@
-"""How the kernels for TPUs see arrays: [S, V] as [S, V / 128, 128], one row to a copy; whole tiles."""
+"""How the kernels for TPUs see arrays: a table's rows as pieces of 128, tokens in whole tiles."""
 
 import jax.numpy as jnp
 from jax.experimental.pallas import tpu as pltpu
