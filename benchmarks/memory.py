@@ -261,7 +261,7 @@ def check_read(dtype, zipf):
     some = np.unique(np.concatenate([ids[0], busiest]))
     spread = np.stack([np.sum(np.where(ids == slot, w, 0), axis=1) for slot in some])
     compact, _ = jax.jit(kernel_compact)(values, slots, weights, gradient)
-    where = np.searchsorted(np.asarray(compact.ids), some)
+    where = np.flatnonzero(np.isin(compact.ids, some))
     errors = {
         'sums': relative(out[:64], np.einsum('tr,trv->tv', w[:64], rows)),
         'dense gradient': relative(by_value[some], spread @ g),

@@ -1,9 +1,10 @@
 """One way to choose a kernel: by the platform that a program is lowered for.
 
-An operation has a plain jnp reference, which runs everywhere, and can have a kernel for NVIDIA
-GPUs. The choice is a primitive of its own, which is traced as the reference's shapes and lowered as
-one of the two. So a program that is lowered for a GPU on a machine without one has the kernels, and
-a kernel's module is imported only where a program for its device is lowered.
+An operation has a plain jnp reference, which runs everywhere, and can have kernels for NVIDIA GPUs
+and for TPUs. The choice is a primitive of its own, which is traced as the reference's shapes and
+lowered as one of them. So a program that is lowered for a GPU on a machine without one has the
+kernels, and a kernel's module is imported only where a program for its device is lowered. Kernels
+for TPUs have been compiled, but never run on one: they must be asked for.
 """
 
 import contextlib
@@ -34,9 +35,9 @@ class Choice:
     """A function of arrays and of static settings that is the reference or a kernel.
 
     A call takes an implementation and the function's arguments. None: the kernel where the program
-    is lowered for a device that has one and the kernel can take the arguments, and otherwise the
-    reference, which is logged once for each operation and reason. 'xla': the reference. 'gpu': the
-    kernel, interpreted where the program is lowered for another platform.
+    is lowered for a GPU and the kernel can take the arguments, and otherwise the reference, which
+    is logged once for each operation and reason. 'xla': the reference. 'gpu', 'tpu': the kernel for
+    that platform, interpreted where the program is lowered for another.
 
     Derivatives are the caller's; under `jax.vmap` the choice is the reference.
 
@@ -45,38 +46,48 @@ class Choice:
     """
     operation: str                  # for messages
     reference: Callable
-    load: Callable[[], Kernel]      # imports the kernel for NVIDIA GPUs
+    load: Callable[[], Kernel]      # imports the kernel for NVIDIA GPUs,
+    load_tpu: Callable[[], Kernel] | None = None    # and that for TPUs
 
     def __call__(self, implementation: Implementation | None, *arrays: Any, **static: Any) -> Any:
         check_implementation(implementation)
         if implementation == 'xla':
             return self.reference(*arrays, **static)
-        if implementation == 'gpu':
-            reason = self.load().unsupported(*_shapes(arrays), **static)
+        if implementation is not None:
+            reason = self.kernel(implementation).unsupported(*_shapes(arrays), **static)
             if reason:
-                raise _refused(self.operation, reason)
+                raise _refused(self.operation, reason, implementation)
         shapes = jax.eval_shape(functools.partial(self.reference, **static), *arrays)
-        leaves = choice_p.bind(*arrays, choice=self, forced=implementation == 'gpu',
+        leaves = choice_p.bind(*arrays, choice=self, forced=implementation,
                                static=tuple(sorted(static.items())), batched=())
         return jax.tree.unflatten(jax.tree.structure(shapes), leaves)
+
+    def kernel(self, platform: Implementation) -> Kernel:
+        """The kernel for 'gpu' or 'tpu'.
+
+        Raises:
+          Refusal: there is none.
+        """
+        load = self.load if platform == 'gpu' else self.load_tpu
+        if load is None:
+            raise Refusal(f'implementation = {platform!r}: the {self.operation} has no such '
+                          f'kernel. Leave it None for plain jnp there.')
+        return load()
 
 
 def check_implementation(implementation: str | None) -> None:
     """Refuses what is no implementation.
 
     Raises:
-      Refusal: the name is unknown, or there are no such kernels yet.
+      Refusal: the name is unknown.
     """
-    if implementation == 'tpu':
-        raise Refusal("implementation = 'tpu': there are no kernels for TPUs yet. Leave it None, "
-                      "which is plain XLA on a TPU.")
-    if implementation not in (None, 'xla', 'gpu'):
+    if implementation not in (None, 'xla', 'gpu', 'tpu'):
         raise Refusal(f"implementation = {implementation!r} is none of None, 'xla', 'gpu', 'tpu'.")
 
 
-def _refused(operation, reason):
-    return Refusal(f"implementation = 'gpu': the kernel of the {operation} does not support "
-                   f"{reason}. Leave it None for plain jnp there.")
+def _refused(operation, reason, implementation):
+    return Refusal(f'implementation = {implementation!r}: the kernel of the {operation} does not '
+                   f'support {reason}. Leave it None for plain jnp there.')
 
 
 choice_p = Primitive('kernel_choice')
@@ -109,8 +120,8 @@ def _compiled(settings):
 
 def _batch(arrays, axes, *, choice, forced, static, batched):
     if forced:
-        raise _refused(choice.operation, 'jax.vmap')
-    results = choice_p.bind(*arrays, choice=choice, forced=False, static=static,
+        raise _refused(choice.operation, 'jax.vmap', forced)
+    results = choice_p.bind(*arrays, choice=choice, forced=None, static=static,
                             batched=(*batched, tuple(axes)))
     return results, [0] * len(results)
 
@@ -118,15 +129,20 @@ def _batch(arrays, axes, *, choice, forced, static, batched):
 batching.primitive_batchers[choice_p] = _batch
 
 
-def _lower(context, *values, choice, forced, static, batched):
-    function = _plain(choice, static, batched)
+def _lower(context, *values, choice, forced, static, batched, platform=None):
+    function, name = _plain(choice, static, batched), 'plain XLA'
     if forced:
-        function = _kernel(choice.load(), static, interpret=True)
-    _record(choice.operation, 'a GPU kernel, interpreted' if forced else 'plain XLA')
+        interpret = forced != platform
+        function = _kernel(choice.kernel(forced), static, interpret)
+        name = f'a {forced.upper()} kernel' + (', interpreted' if interpret else '')
+    _record(choice.operation, name)
     return mlir.lower_fun(function)(context, *values)
 
 
 def _lower_for_cuda(context, *values, choice, forced, static, batched):
+    if forced:
+        return _lower(context, *values, choice=choice, forced=forced, static=static,
+                      batched=batched, platform='gpu')
     kernel, reason = _supported(choice, context.avals_in, static, batched)
     if reason:
         _say_once(choice.operation, reason)
@@ -139,6 +155,7 @@ def _lower_for_cuda(context, *values, choice, forced, static, batched):
 
 
 mlir.register_lowering(choice_p, _lower)
+mlir.register_lowering(choice_p, functools.partial(_lower, platform='tpu'), platform='tpu')
 mlir.register_lowering(choice_p, _lower_for_cuda, platform='cuda')
 
 

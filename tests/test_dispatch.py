@@ -68,10 +68,14 @@ def test_a_named_implementation_is_used_everywhere():
         assert constants(functools.partial(choice(), 'xla', factor=.5), (platform,)) == .5
     assert constants(functools.partial(choice(), 'gpu', factor=.5), ('cuda',)) == 2
     assert choice()('gpu', jnp.float32(3)) == {'result': 7}     # interpreted
+    for_tpus = Choice('doubling', double, choice().load, lambda: choice().load())
+    assert [constants(functools.partial(for_tpus, 'tpu', factor=.5), (platform,))
+            for platform in ('cpu', 'tpu', 'cuda')] == [1, 2, 1]
+    assert constants(functools.partial(for_tpus, None, factor=.5), ('tpu',)) == .5
 
 
 def test_other_implementations_are_refused_by_name():
-    with pytest.raises(Refusal, match='no kernels for TPUs yet'):
+    with pytest.raises(Refusal, match="'tpu': the doubling has no such kernel"):
         choice()('tpu', jnp.float32(3))
     with pytest.raises(Refusal, match="implementation = 'cuda' is none of"):
         check_implementation('cuda')

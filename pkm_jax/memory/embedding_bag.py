@@ -9,7 +9,7 @@ import numpy as np
 from jaxtyping import Array, Float, Int32
 
 from pkm_jax.dispatch import Choice, Implementation, Kernel
-from pkm_jax.memory.sparse_rows import SparseRows, distinct, packed, take_rows
+from pkm_jax.memory.sparse_rows import SparseRows, distinct, in_place
 
 # Tokens that plain jnp reads for at a time: their sums stay in the on-chip memory of a TPU, and a
 # CPU's caches, through all R reads.
@@ -103,16 +103,13 @@ def compact_reference(
     *, elsewhere: bool = False,
 ) -> tuple[SparseRows, Float[Array, 'T R']]:
     """`compact_gradients` in plain jnp, for any device: one read of every token at a time."""
-    capacity = min(len(values), slots.size)
     ids, count = touched(slots, len(values), elsewhere=elsewhere)
-    ranks = _ranks(ids, len(values)) if capacity == len(values) else None
+    capacity = len(ids)
 
     def add(rows, slot, changes):
-        if ranks is None:
-            place = jnp.where(slot < len(values), jnp.searchsorted(ids, slot), capacity)
-        else:
-            place = ranks[slot]
-        return rows.at[place].add(changes, mode='drop'), take_rows(values, slot)
+        place = slot if capacity == len(values) else jnp.where(
+            slot < len(values), jnp.searchsorted(ids, slot), capacity)
+        return rows.at[place].add(changes, mode='drop'), _rows(values, slot, elsewhere=True)
 
     start = jnp.zeros((capacity, values.shape[1]), jnp.float32)
     rows, by_read = _add_reads(add, start, slots, weights, gradient, n_slots=len(values),
@@ -123,11 +120,12 @@ def compact_reference(
 def touched(
     slots: Int32[Array, 'T R'], n_slots: int, *, elsewhere: bool = False,
 ) -> tuple[Int32[Array, 'rows'], Int32[Array, '1']]:
-    """`sparse_rows.distinct` of the slots that are not `n_slots`, with room for as many as there
-    can be; without sorting where most are `elsewhere` and all of the others could be touched."""
-    capacity = min(n_slots, slots.size)
-    if not elsewhere or capacity < n_slots:
-        return distinct(slots, n_slots, capacity)
+    """`ids` and `count` of SparseRows of the slots that are not `n_slots`, with a place for as many
+    as there can be: where all of them can, each has its own, and nothing is sorted."""
+    if slots.size < n_slots:
+        return distinct(slots, n_slots, slots.size)
+    if not elsewhere:
+        return in_place(jnp.zeros(n_slots, bool).at[slots].set(True, mode='drop'))
 
     def mark_block(marked, passes, slots, _):
         def mark(r, marked):
@@ -137,17 +135,14 @@ def touched(
 
     marked, _ = _over_blocks(mark_block, jnp.zeros(n_slots, bool), slots,
                              jnp.zeros(slots.shape, bool), n_slots=n_slots, elsewhere=True)
-    return packed(jnp.arange(n_slots, dtype=jnp.int32), marked, n_slots, capacity)
+    return in_place(marked)
 
 
 def _rows(values, slots, elsewhere):
-    return take_rows(values, slots) if elsewhere else values[slots]
-
-
-def _ranks(ids, n_slots):
-    """The place of each slot, and of S, among the ascending ids; S where it is not among them."""
-    return jnp.full(n_slots + 1, n_slots, jnp.int32).at[ids].set(
-        jnp.where(ids < n_slots, jnp.arange(len(ids), dtype=jnp.int32), n_slots))
+    """Rows of the table; zeros where slots can be `elsewhere`, S."""
+    if not elsewhere:
+        return values[slots]
+    return values.at[slots].get(mode='fill', fill_value=0, wrap_negative_indices=False)
 
 
 def _add_reads(add, start, slots, weights, gradient, *, n_slots, elsewhere):
@@ -236,9 +231,26 @@ def _load_compact_backward():
     return Kernel(kernel.compact_backward, kernel.unsupported)
 
 
-_forward_choice = Choice('embedding bag', reference, _load_forward)
-_backward_choice = Choice('embedding bag', reference_backward, _load_backward)
-_compact_choice = Choice('embedding bag', compact_reference, _load_compact_backward)
+def _load_forward_for_tpus():
+    from pkm_jax.memory.kernels.tpu import embedding_bag as kernel
+    return Kernel(kernel.forward, kernel.unsupported)
+
+
+def _load_backward_for_tpus():
+    from pkm_jax.memory.kernels.tpu import embedding_bag as kernel
+    return Kernel(kernel.backward, kernel.unsupported)
+
+
+def _load_compact_backward_for_tpus():
+    from pkm_jax.memory.kernels.tpu import embedding_bag as kernel
+    return Kernel(kernel.compact_backward, kernel.unsupported)
+
+
+_forward_choice = Choice('embedding bag', reference, _load_forward, _load_forward_for_tpus)
+_backward_choice = Choice('embedding bag', reference_backward, _load_backward,
+                          _load_backward_for_tpus)
+_compact_choice = Choice('embedding bag', compact_reference, _load_compact_backward,
+                         _load_compact_backward_for_tpus)
 
 
 def _forward(values, slots, weights, elsewhere, implementation):

@@ -89,8 +89,18 @@ def _load_backward():
     return Kernel(retrieval.backward, retrieval.unsupported)
 
 
-_forward_choice = Choice('retrieval', reference, _load_forward)
-_backward_choice = Choice('retrieval', reference_backward, _load_backward)
+def _load_forward_for_tpus():
+    from pkm_jax.memory.kernels.tpu import retrieval
+    return Kernel(retrieval.forward, retrieval.unsupported)
+
+
+def _load_backward_for_tpus():
+    from pkm_jax.memory.kernels.tpu import retrieval
+    return Kernel(retrieval.backward, retrieval.unsupported)
+
+
+_forward_choice = Choice('retrieval', reference, _load_forward, _load_forward_for_tpus)
+_backward_choice = Choice('retrieval', reference_backward, _load_backward, _load_backward_for_tpus)
 
 
 def _forward(query, codebooks, k, implementation):

@@ -109,9 +109,10 @@ def resolve(
       Refusal: the mesh lacks one of the axes, or XLA would have to split a kernel.
     """
     axes, partitioned = axes_of(axes)
-    if partitioned and implementation == 'gpu':
-        raise Refusal("implementation = 'gpu' in a mesh that XLA partitions: it cannot split a "
-                      "kernel. Name the axes of the mesh: axes=Axes(data, rows, columns).")
+    if partitioned and implementation in ('gpu', 'tpu'):
+        raise Refusal(f'implementation = {implementation!r} in a mesh that XLA partitions: it '
+                      f'cannot split a kernel. Name the axes of the mesh: axes=Axes(data, rows, '
+                      f'columns).')
     return axes, 'xla' if partitioned else implementation
 
 

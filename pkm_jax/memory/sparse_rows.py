@@ -8,10 +8,12 @@ from jaxtyping import Array, Bool, Float, Int32
 
 
 class SparseRows(NamedTuple):
-    """Rows of a table: `rows[i]` belongs to row `ids[i]` of its S rows.
+    """Rows of a table: `rows[i]` belongs to row `ids[i]` of its S rows, or is zero, if that is S.
 
-    The ids in use ascend without repetition; those after the first `count` are S, and their rows
-    zero. A table split by rows has one such list, and one count, after another (memory/sharded).
+    With fewer places than S the ids in use ascend without repetition, and those after the first
+    `count` are S. With S places row i has place i, so that nothing is gathered or scattered: its id
+    is i, or S if it is not in use. A table split by rows has one such list, and one count, after
+    another (memory/sharded).
     """
     ids: Int32[Array, 'rows']
     rows: Float[Array, 'rows V']    # float32
@@ -43,19 +45,16 @@ def distinct(
     """
     ids = jnp.sort(ids.reshape(-1))
     first = jnp.concatenate([jnp.ones(1, bool), ids[1:] != ids[:-1]]) & (ids < n_slots)
-    return packed(ids, first, n_slots, capacity)
-
-
-def packed(
-    ids: Int32[Array, 'n'], chosen: Bool[Array, 'n'], n_slots: int, capacity: int,
-) -> tuple[Int32[Array, '{capacity}'], Int32[Array, '1']]:
-    """The chosen ids in their order, filled up with n_slots; and their number.
-
-    There must be no more than `capacity` of them.
-    """
-    position = jnp.where(chosen, jnp.cumsum(chosen) - 1, capacity)
+    position = jnp.where(first, jnp.cumsum(first) - 1, capacity)
     found = jnp.full(capacity, n_slots, jnp.int32).at[position].set(ids, mode='drop')
-    return found, jnp.sum(chosen, dtype=jnp.int32)[None]
+    return found, jnp.sum(first, dtype=jnp.int32)[None]
+
+
+def in_place(marked: Bool[Array, 'S']) -> tuple[Int32[Array, 'S'], Int32[Array, '1']]:
+    """`ids` and `count` of SparseRows with a place for every slot, of which these are in use."""
+    size = len(marked)
+    return (jnp.where(marked, jnp.arange(size, dtype=jnp.int32), size),
+            jnp.sum(marked, dtype=jnp.int32)[None])
 
 
 def merge(parts: SparseRows, n_slots: int, capacity: int) -> SparseRows:
@@ -63,31 +62,51 @@ def merge(parts: SparseRows, n_slots: int, capacity: int) -> SparseRows:
 
     There must be no more than `capacity` different ids in all.
     """
-    ids, count = distinct(parts.ids, n_slots, capacity)
+    if capacity == n_slots:
+        ids, count = in_place(jnp.zeros(n_slots, bool).at[parts.ids].set(True, mode='drop'))
+    else:
+        ids, count = distinct(parts.ids, n_slots, capacity)
 
     def add(rows, part):
-        where = jnp.where(part.ids < n_slots, jnp.searchsorted(ids, part.ids), capacity)
-        return put_rows(rows, where, part.rows, add=True), None
+        if len(part.ids) == n_slots:
+            return rows + part.rows, None
+        places = part.ids if capacity == n_slots else jnp.where(
+            part.ids < n_slots, jnp.searchsorted(ids, part.ids), capacity)
+        return _at(rows, places).add(part.rows, **_DIFFERENT), None
 
     start = jnp.zeros((capacity, parts.rows.shape[-1]), jnp.float32)
     return SparseRows(ids, jax.lax.scan(add, start, parts)[0], count)
 
 
 def take_rows(table: Array, ids: Int32[Array, 'rows']) -> Array:
-    """Rows of `table` [S, …]; zeros for ids of S or more."""
+    """Rows of `table` [S, …] with the ids of SparseRows; zeros for ids of S."""
+    if len(ids) == len(table):
+        return jnp.where(_in_use(ids, table), table, 0)
     return table.at[ids].get(mode='fill', fill_value=0, wrap_negative_indices=False)
 
 
-def put_rows(table: Array, ids: Int32[Array, 'rows'], rows: Array, add: bool = False) -> Array:
-    """`table` [S, …] with different rows set, or added to; ids of S or more change nothing.
+def put_rows(table: Array, ids: Int32[Array, 'rows'], rows: Array) -> Array:
+    """`table` [S, …] with the rows set that the ids of SparseRows name; the others keep every bit.
 
     Done in place where the table is not used again, at a cost that does not depend on S (but in
     bfloat16 on a CPU, where XLA passes the whole table through float32).
     """
+    rows = rows.astype(table.dtype)
+    if len(ids) == len(table):
+        return jnp.where(_in_use(ids, table), rows, table)
+    return _at(table, ids).set(rows, **_DIFFERENT)
+
+
+def _in_use(ids, table):
+    """Which places of a list with one for every slot are in use, with the axes of the table."""
+    return (ids < len(table)).reshape(-1, *(1 for _ in table.shape[1:]))
+
+
+_DIFFERENT: Any = dict(mode='drop', unique_indices=True, wrap_negative_indices=False)
+
+
+def _at(table, ids):
+    """Different rows of a table, none for ids of S; these must differ too, for a scatter to need
+    no atomic operations."""
     size = len(table)
-    # Ids that change nothing must differ too, for the scatter to need no atomic operations.
-    ids = jnp.where(ids < size, ids, size + jnp.arange(len(ids), dtype=jnp.int32))
-    where = table.at[ids]
-    change = where.add if add else where.set
-    return change(rows.astype(table.dtype), mode='drop', unique_indices=True,
-                  wrap_negative_indices=False)
+    return table.at[jnp.where(ids < size, ids, size + jnp.arange(len(ids), dtype=jnp.int32))]

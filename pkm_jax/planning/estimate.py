@@ -42,6 +42,7 @@ class Estimate(NamedTuple):
     flops: float            # model FLOPs (`Run.flops_per_step`)
     counted_flops: float    # by XLA's cost analysis: loop bodies once, no custom calls
     counted_bytes: float    # HBM traffic by the same
+    waited_bytes: float     # of that, buffers of collectives where they end, which move nothing
     loop_bytes: float       # what the loops' other iterations add to it
     unknown_loops: int      # of which the iterations are not known
     own_reads: int | None   # iterations taken for loops over the reads of one owner of rows
@@ -50,11 +51,16 @@ class Estimate(NamedTuple):
     compile_seconds: float
 
     @property
+    def moved_bytes(self) -> float:
+        """HBM traffic of a step, of a TPU's program."""
+        return self.counted_bytes - self.waited_bytes + self.loop_bytes
+
+    @property
     def seconds(self) -> dict[str, float]:
         """Of a step at the chip's peak rates, by what takes them; for GPUs without HBM, of which a
         program for CPUs says nothing."""
         chip = self.topology.chip
-        moved = self.counted_bytes + self.loop_bytes if self.topology.is_tpu else 0.
+        moved = self.moved_bytes if self.topology.is_tpu else 0.
         return {'arithmetic': self.flops / chip.flops, 'HBM': moved / chip.bandwidth,
                 'links': sum(transfer.seconds for transfer in self.transfers)}
 
@@ -95,15 +101,15 @@ def estimate(run: Run, topology: Topology) -> Estimate:
     if refusal:
         given = given | {device_memory.TEMPORARY: _refused_bytes(refusal)}
         return Estimate(topology, run, layout, DeviceMemory(given, available), refusal, flops, 0.,
-                        0., 0., 0, None, (), (), seconds)
+                        0., 0., 0., 0, None, (), (), seconds)
     needed = (device_memory.of_compiled(given, compiled) if topology.is_tpu else
               device_memory.estimated(given, run, layout))
     own_reads = _own_reads(run, layout)
     text, costs = hlo.Program(compiled.as_text(), own_reads), compiled.cost_analysis()
     transfers = _transfers(text, topology, mesh)
     return Estimate(topology, run, layout, DeviceMemory(needed, available), '', flops,
-                    costs['flops'], costs['bytes accessed'], text.uncounted_bytes(),
-                    text.unknown_loops(), own_reads, transfers,
+                    costs['flops'], costs['bytes accessed'], text.waited_bytes(),
+                    text.uncounted_bytes(), text.unknown_loops(), own_reads, transfers,
                     table_sized([one.collective for one in transfers], layout, run.model), seconds)
 
 

@@ -19,9 +19,10 @@ _RESULT = re.compile(r' = (.*?) ([\w\-]+)\(')
 _MOVES_NOTHING = ('parameter', 'get-tuple-element', 'tuple', 'bitcast', 'while', 'constant')
 _CALLED = re.compile(r'(?:calls|\w+_computations?)=(%[\w.\-]+|\{.*?\})')
 _APPLIED = re.compile(r'to_apply=(%[\w.\-]+)')
-# Asynchronous collectives of a TPU are spread over three fusions, each of which names it: the one
+# Asynchronous collectives of a TPU are spread over several fusions, each of which names it: the one
 # that starts it counts.
-_CONTINUED = re.compile(r'^async_collective_fusion|custom_call_target="AsyncCollectiveDone"')
+_ENDED = 'custom_call_target="AsyncCollectiveDone"'
+_CONTINUED = re.compile(rf'^async_collective_fusion|{_ENDED}')
 # A reduce-scatter of a TPU is a fusion of this name around an all-reduce.
 _SCATTERED = 'all-reduce-scatter'
 # Instructions that change their first operand in place, and that take parts of it.
@@ -114,6 +115,16 @@ class Program:
         """
         return sum(self._traffic(text) * (times - 1)
                    for text, times in self._instructions(self._entry, 1) if times > 1)
+
+    def waited_bytes(self) -> int:
+        """What XLA's cost analysis counts where asynchronous collectives end, though nothing moves.
+
+        It is the buffer, as read and written. The start counts, fusions that carry it do not.
+        """
+        return sum(2 * sum(shape.bytes for shape in _shapes(_RESULT.search(text)[1]))
+                   for text, _ in self._instructions(self._entry, 1)
+                   for name in re.findall(r'calls=%([\w.\-]+)', text)
+                   if _ENDED in '\n'.join(self._computations[name]))
 
     def _traffic(self, text):
         """Bytes that an instruction moves to and from HBM."""

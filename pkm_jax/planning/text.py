@@ -77,7 +77,8 @@ def _step(estimate):
     if estimate.own_reads:
         loops += f' (passes over own reads: {estimate.own_reads}, as if spread evenly)'
     moved = (f'{_gb(estimate.counted_bytes)} GB as XLA counts (also what stays on the chip; loop '
-             f'bodies once), {_gb(estimate.loop_bytes)} GB in their other iterations{loops}, at '
+             f'bodies once), less {_gb(estimate.waited_bytes)} GB where collectives end, '
+             f'{_gb(estimate.loop_bytes)} GB in their other iterations{loops}, at '
              f'{chip.bandwidth / 1e9:,.0f} GB/s' if estimate.topology.is_tpu else
              'not known: the program for CPUs moves other bytes than that for GPUs')
     return [

@@ -125,6 +125,29 @@ def test_rows_not_read_keep_every_bit(name, dtype):
         assert np.all(np.any(np.asarray(leaf[ids] != before[ids]).reshape(4, -1), axis=1))
 
 
+@pytest.mark.parametrize('name', ALL)
+@pytest.mark.parametrize('dtype', [jnp.float32, jnp.bfloat16])
+def test_rows_in_the_order_of_slots_change_what_compact_ones_do_to_the_bit(name, dtype):
+    """Tables and moments, over three steps; places not in use hold what must not be taken."""
+    optimizer = ALL[name](0.1)
+    take, results = taker(optimizer), []
+    for in_order in (False, True):
+        params = {'table': draw(5, dtype)[0]}
+        state = optimizer.init(params)
+        for step in range(3):
+            _, gradient, ids = draw(10 + step)
+            if in_order:
+                used = np.isin(np.arange(SLOTS), ids)
+                rows = np.full((SLOTS, WIDTH), np.nan, np.float32)
+                rows[ids] = gradient.rows[:4]
+                gradient = SparseRows(jnp.where(used, jnp.arange(SLOTS), SLOTS).astype(jnp.int32),
+                                      jnp.asarray(rows), gradient.count)
+            params, state = take(params, state, gradient, step)
+        results.append((params, state))
+    for compacted, ordered in zip(*map(jax.tree.leaves, results), strict=True):
+        np.testing.assert_array_equal(ordered, compacted)
+
+
 def test_other_parameters_get_ordinary_updates_by_partition():
     table, gradient, _ = draw(4)
     params = {'table': table, 'bias': jnp.ones(3)}

@@ -6,7 +6,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from pkm_jax.memory.kernels.gpu import networks, retrieval, retrieval_forward
+from pkm_jax.memory.kernels import networks
+from pkm_jax.memory.kernels.gpu import retrieval, retrieval_forward
 from pkm_jax.memory.product_keys import top_k_product_keys
 
 search = functools.partial(top_k_product_keys, implementation='gpu')
@@ -114,9 +115,8 @@ def test_gradients_agree_with_float64(dtype, limit, k):
 def test_best_sums_of_two_lists(k):
     rng = np.random.default_rng(k)
     first, second = -np.sort(-rng.normal(size=(2, k, 6)), axis=1)
-    wires = [[(row, np.full(6, i, np.int32)) for i, row in enumerate(rows)]
-             for rows in (first, second)]
-    sums = retrieval_forward._best_sums(*wires, 100, k)
+    sums = networks.best_sums(
+        k, lambda i, j: (first[i] + second[j], np.full(6, i * 100 + j, np.int32)))
     pairs = (first[:, None] + second[None]).reshape(k * k, 6)
     np.testing.assert_allclose([score for score, _ in sums], -np.sort(-pairs, axis=0)[:k],
                                rtol=1e-6)

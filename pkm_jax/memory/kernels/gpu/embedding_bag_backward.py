@@ -53,18 +53,22 @@ def rows_that_were_read(
     values: Float[Array, 'S V'], slots: Int32[Array, 'T R'], weights: Float[Array, 'T R'],
     gradient: Float[Array, 'T V'], *, interpret: bool,
 ) -> tuple[Int32[Array, 'rows'], Float[Array, 'rows V'], Int32[Array, ''], Float[Array, 'T R']]:
-    """Slots read (ascending), their gradient rows, how many they are, and the weights' gradient.
+    """Slots read, their gradient rows, how many they are, and the weights' gradient.
 
-    rows = min(S, T·R); beyond the count, the slots are S and the rows are not set.
+    rows = min(S, T·R): with S of them row i is slot i's, else the slots ascend; where there is no
+    slot it is S, and the row is not set.
     """
-    reads = _sort(slots)
+    reads, n_slots = _sort(slots), len(values)
+    if n_slots <= slots.size:
+        row_slots, rows, by_read = _gradients(values, reads, weights, gradient, n_slots, None,
+                                              interpret)
+        return row_slots, rows, jnp.sum(row_slots < n_slots, dtype=jnp.int32), by_read
     slot = reads[1]
     first = jnp.concatenate([jnp.ones(1, bool), slot[1:] != slot[:-1]])
     first = jnp.pad(first, (0, -len(first) % _chunk_size(slot))).reshape(-1, _chunk_size(slot))
     until = jnp.cumsum(jnp.sum(first, axis=1, dtype=jnp.int32))
     before = jnp.concatenate([jnp.zeros(1, jnp.int32), until])
-    capacity = min(len(values), slots.size)
-    row_slots, rows, by_read = _gradients(values, reads, weights, gradient, capacity, before,
+    row_slots, rows, by_read = _gradients(values, reads, weights, gradient, slots.size, before,
                                           interpret)
     return row_slots, rows, before[-1], by_read
 

@@ -23,7 +23,7 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import triton as plt
 from jaxtyping import Array, Float, Int32
 
-from pkm_jax.memory.kernels.gpu import networks
+from pkm_jax.memory.kernels import networks
 from pkm_jax.ops.gpu import call
 
 TOKENS = 128        # of one program: one a thread
@@ -83,7 +83,8 @@ def _best_pairs(best, sub_keys, n_keys, k, interpret):
         head, at = pl.program_id(1), _tokens(tokens)
         halves = [list(zip(*(_columns(ref[at, head, part, :]) for ref in (best, sub_keys))))
                   for part in range(2)]
-        sums = _best_sums(halves[0], halves[1], n_keys, k)
+        sums = networks.best_sums(k, lambda i, j: (
+            halves[0][i][0] + halves[1][j][0], halves[0][i][1] * n_keys + halves[1][j][1]))
         filler = sums[:1] * (size - k)
         scores[at, head, :], slots[at, head, :] = map(_tile, zip(*sums, *filler))
 
@@ -120,23 +121,3 @@ def _tile(columns):
         half = len(tiles) // 2
         tiles = [jnp.stack(pair, axis=-1) for pair in zip(tiles[:half], tiles[half:])]
     return tiles[0].reshape(len(columns[0]), -1)
-
-
-def _best_sums(first, second, n_keys, k):
-    """The k best sums of two descending lists of k wires, from the pairs of ranks with i·j ≤ k.
-
-    Pairs (i, j ≥ i) for each i, and (i > j, j) for each j, are descending lists as they stand.
-    """
-    def pair(i, j):
-        return first[i][0] + second[j][0], first[i][1] * n_keys + second[j][1]
-
-    lists = []
-    for r in range(k):
-        last = k // (r + 1)
-        lists.append([pair(r, j) for j in range(r, last)])
-        lists.append([pair(i, r) for i in range(r + 1, last)])
-    lists = [one for one in lists if one]
-    while len(lists) > 1:
-        lists.sort(key=len)
-        lists = [networks.merge(lists[0], lists[1])[:k], *lists[2:]]
-    return lists[0]

@@ -1,5 +1,4 @@
-"""Place of the kernels for TPUs (Pallas, Mosaic); until there are any, a TPU runs plain XLA.
+"""Kernels for TPUs (Pallas, Mosaic), with the signatures of the references that they replace.
 
-An operation gets a module with `forward`, `backward` and `unsupported`, as in `kernels/gpu`, and
-`pkm_jax.dispatch` a lowering for the platform.
+Compiled for v4, v5e, v5p and v6e by the TPU's compiler and interpreted in tests; run on none yet.
 """

@@ -1,8 +1,11 @@
 """Sorting networks over Python lists of arrays: every array element is a row of its own.
 
 A wire is a pair (score, index) of arrays of one shape; a comparator is five vector instructions.
-With a row per GPU thread a network needs no exchange between threads at all.
+With a row per GPU thread, or per place in a TPU's vector registers, a network needs no exchange
+between them at all.
 """
+
+from collections.abc import Callable
 
 import jax.numpy as jnp
 
@@ -49,6 +52,24 @@ def merge(a: list[Wire], b: list[Wire]) -> list[Wire]:
         return list(_compare(a[0], b[0]))
     even, odd = merge(a[::2], b[::2]), merge(a[1::2], b[1::2])
     return _interleave(even, odd)
+
+
+def best_sums(k: int, pair: Callable[[int, int], Wire]) -> list[Wire]:
+    """The k best sums of two descending lists, descending, from the pairs of ranks with i·j ≤ k.
+
+    `pair(i, j)` is the wire of the sum at ranks i and j, 0-based. Pairs (i, j ≥ i) for each i, and
+    (i > j, j) for each j, are descending lists as they stand.
+    """
+    lists = []
+    for r in range(k):
+        last = k // (r + 1)
+        lists.append([pair(r, j) for j in range(r, last)])
+        lists.append([pair(i, r) for i in range(r + 1, last)])
+    lists = [one for one in lists if one]
+    while len(lists) > 1:
+        lists.sort(key=len)
+        lists = [merge(lists[0], lists[1])[:k], *lists[2:]]
+    return lists[0]
 
 
 def _interleave(even, odd):

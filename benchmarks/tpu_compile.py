@@ -1,0 +1,214 @@
+"""The memory's kernels for TPUs, compiled by the TPU's compiler, beside their floors; not run.
+
+    python -m benchmarks.tpu_compile [--chips=v4,v5e,v5p,v6e] [--dtypes=bfloat16,float32]
+
+Needs the TPU compiler (pip install 'jax[tpu]'), no TPU; minutes. For each kernel and size what it
+moves and computes for 16,384 tokens of 4 heads: bytes between HBM and the chip, copies that it
+starts itself, floating-point operations of the matrix unit (six for one in float32) and vector
+instructions of 8 × 128 numbers, the latter two counted from the kernel as it is traced. Then by
+chip the longest of the three at peak rates, in milliseconds, and whether that is bytes (b), matrix
+unit (m) or vector unit (v). Copies have no published rate, but one that is started in less than two
+nanoseconds is not to be expected: they bound the read before its bytes do. Exits 1 if the compiler
+refuses a kernel.
+"""
+
+import functools
+import itertools
+import math
+import sys
+import time
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from absl import app, flags, logging
+from jax.sharding import SingleDeviceSharding
+
+from pkm_jax.memory.kernels.tpu import embedding_bag, embedding_bag_backward, retrieval
+from pkm_jax.planning import chips
+
+CHIPS = flags.DEFINE_list('chips', ['v4', 'v5e', 'v5p', 'v6e'], 'See pkm_jax.planning.chips.')
+DTYPES = flags.DEFINE_list('dtypes', ['bfloat16', 'float32'], 'Of values, queries and codebooks.')
+
+TOKENS, HEADS, HALF, SLOTS = 16_384, 4, 256, 2 ** 18
+SORTED_TOKENS = 128     # as compiled: of so many tokens the compiler has the sorts done in seconds
+WIDTHS, KEYS, TOP_K = (384, 768, 1024, 4096), (128, 512, 1024, 2048), (8, 32)
+# Vector instructions of a core per second, and cores. The clock follows from the peak rate and the
+# size of the matrix units; two a cycle on v4 (Jouppi et al. 2023), four on later ones, for which no
+# number is published (jax-ml.github.io/scaling-book has four for v5p).
+VECTOR = {'v4': (2 * 1.05e9, 2), 'v5e': (4 * 1.5e9, 1), 'v5p': (4 * 1.75e9, 2),
+          'v6e': (4 * 1.75e9, 1)}
+# What takes no vector instruction, or is no arithmetic.
+FREE = ('broadcast_in_dim', 'reshape', 'iota', 'get', 'swap', 'slice', 'squeeze', 'concatenate',
+        'bitcast_convert_type', 'dot_general', 'multiple_of')
+
+
+class Case(NamedTuple):
+    """A kernel at one size. Iterations are those of loops that data ends, the outermost first."""
+    name: str
+    sizes: str
+    run: Any
+    arguments: tuple
+    compiled: tuple     # the arguments that it is compiled for
+    bytes: float
+    copies: float = 0.
+    iterations: tuple[int, ...] = ()
+    cores: int = 2      # that share the work, where a chip has two
+
+
+def cases(dtype: jnp.dtype) -> list[Case]:
+    """Every kernel at every size."""
+    return [case for size in itertools.product(WIDTHS, TOP_K) for case in reads(dtype, *size)] + [
+        case for size in itertools.product(KEYS, TOP_K) for case in searches(dtype, *size)]
+
+
+def reads(dtype: jnp.dtype, width: int, k: int) -> list[Case]:
+    """The read and its gradients, dense and compact, of HEADS · k slots, no two the same."""
+    per_token, size = HEADS * k, dtype.itemsize
+    all_reads, row = TOKENS * per_token, width * size
+    touched = min(SLOTS, all_reads)
+
+    def arguments(tokens):
+        shapes = ((SLOTS, width), dtype), ((tokens, per_token), jnp.int32), (
+            (tokens, per_token), jnp.float32), ((tokens, width), dtype)
+        return tuple(jax.ShapeDtypeStruct(*shape) for shape in shapes)
+
+    few = arguments(SORTED_TOKENS)
+    sizes = f'V = {width}, K = {k}'
+    forward = Case('read', sizes, functools.partial(embedding_bag.forward, interpret=False),
+                   arguments(TOKENS)[:3], few[:3], all_reads * (row + 8) + TOKENS * (row + 4),
+                   all_reads, (per_token,))
+    chunk = min(embedding_bag_backward.CHUNK, all_reads)
+    gradients = [Case(
+        name, sizes, functools.partial(run, interpret=False), arguments(TOKENS), few,
+        all_reads * (row + 20) + touched * row + out * width * item,
+        all_reads + touched * 2, (chunk, embedding_bag_backward.LEAVING), cores=1)
+        for name, run, out, item in (
+            ('its gradient, dense', embedding_bag.backward, SLOTS, size),
+            ('its gradient, compact', embedding_bag.compact_backward, touched, 4))]
+    return [forward, *gradients]
+
+
+def searches(dtype: jnp.dtype, n_keys: int, k: int) -> list[Case]:
+    """The retrieval and its gradients."""
+    size, chosen = dtype.itemsize, TOKENS * HEADS * k
+    queries, codebooks = (jax.ShapeDtypeStruct(shape, dtype) for shape in (
+        (TOKENS, HEADS, 2, HALF), (HEADS, 2, n_keys, HALF)))
+    slots, by_slot = (jax.ShapeDtypeStruct((TOKENS, HEADS, k), kind)
+                      for kind in (jnp.int32, jnp.float32))
+    sizes, tiles = f'N = {n_keys}, K = {k}', TOKENS // 1024
+    forward = functools.partial(retrieval.forward, k=k, interpret=False)
+    backward = functools.partial(retrieval.backward, k=k, interpret=False)
+    two, four = (queries, codebooks), (queries, codebooks, slots, by_slot)
+    return [
+        Case('retrieval', sizes, forward, two, two,
+             queries.size * size + tiles * codebooks.size * size + 8 * chosen),
+        Case('its gradients', sizes, backward, four, four,
+             2 * queries.size * size + codebooks.size * (size + 4) + 16 * chosen)]
+
+
+def counted(case: Case) -> tuple[float, float]:
+    """Floating-point operations of the matrix unit, and vector instructions, of all programs."""
+    jaxpr = jax.make_jaxpr(case.run)(*case.arguments)
+    kernel, = [eqn for eqn in _equations(jaxpr.jaxpr) if eqn.primitive.name == 'pallas_call']
+    flops, vectors = _operations(kernel.params['jaxpr'], list(case.iterations))
+    programs = math.prod(kernel.params['grid_mapping'].grid)
+    return flops * programs, vectors * programs
+
+
+def _equations(jaxpr):
+    for eqn in jaxpr.eqns:
+        yield eqn
+        for inner in _inner(eqn):
+            yield from _equations(inner)
+
+
+def _inner(eqn):
+    """The programs that an equation holds, as they are written."""
+    found = []
+    for value in eqn.params.values():
+        for one in value if isinstance(value, (tuple, list)) else (value,):
+            inner = getattr(one, 'jaxpr', one)
+            if hasattr(inner, 'eqns'):
+                found.append(inner)
+    return found
+
+
+def _operations(jaxpr, iterations):
+    """The same of one program; of a branch its longest side. `iterations` are used up."""
+    flops = vectors = 0.
+    for eqn in jaxpr.eqns:
+        name, out = eqn.primitive.name, eqn.outvars[0].aval if eqn.outvars else None
+        if name == 'dot_general':
+            (along, _), _ = eqn.params['dimension_numbers']
+            a = eqn.invars[0].aval
+            passes = 6 if a.dtype == jnp.float32 else 1
+            flops += 2 * passes * math.prod(out.shape) * math.prod(a.shape[i] for i in along)
+        elif name in ('scan', 'while'):
+            times = (eqn.params['length'] if name == 'scan' else iterations.pop(0))
+            body = eqn.params['jaxpr' if name == 'scan' else 'body_jaxpr'].jaxpr
+            inner = _operations(body, iterations)
+            flops, vectors = flops + times * inner[0], vectors + times * inner[1]
+        elif _inner(eqn):
+            sides = [_operations(inner, iterations) for inner in _inner(eqn)]
+            flops, vectors = flops + max(s[0] for s in sides), vectors + max(s[1] for s in sides)
+        elif name not in FREE:
+            vectors += max((_registers(var.aval) for var in [*eqn.invars, *eqn.outvars]), default=0)
+    return flops, vectors
+
+
+def _registers(aval):
+    """Of an array on the chip; none for scalars and references."""
+    shape = getattr(aval, 'shape', ())
+    if len(shape) < 2 or 'Ref' in type(aval).__name__:
+        return 0
+    *leading, height, breadth = shape
+    return math.prod(leading) * math.ceil(height / 8) * math.ceil(breadth / 128)
+
+
+def floor(case: Case, chip: str, flops: float, vectors: float) -> str:
+    """Milliseconds at peak rates, and what takes them."""
+    rate, cores = VECTOR[chip]
+    peaks = chips.CHIPS[chip]
+    times = {'b': case.bytes / peaks.bandwidth, 'm': flops / peaks.flops,
+             'v': vectors / (rate * min(cores, case.cores))}
+    longest = max(times, key=times.__getitem__)
+    return f'{times[longest] * 1e3:.2f} {longest}'
+
+
+def compile_seconds(case: Case, chip: str) -> float:
+    """The time that the compiler takes for the kernel on one chip."""
+    shape = 'x'.join(['1'] * chips.CHIPS[chip].dimensions)
+    device = chips.devices(chips.parse(f'{chip}:{shape}'))[0]
+    whole = SingleDeviceSharding(device)
+    arguments = [jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=whole) for a in case.compiled]
+    start = time.perf_counter()
+    jax.jit(case.run, out_shardings=whole).lower(*arguments).compile()
+    return time.perf_counter() - start
+
+
+def main(_):
+    logging.set_verbosity(logging.WARNING)
+    jax.config.update('jax_platforms', 'cpu')
+    refused = 0
+    print(f'jax {jax.__version__}\n\n| kernel | sizes | dtype | MB | million copies | GFLOP | '
+          f'million vector instructions | {" | ".join(CHIPS.value)} |\n'
+          f'{"| --- " * (7 + len(CHIPS.value))}|')
+    for name in DTYPES.value:
+        for case in cases(jnp.dtype(name)):
+            flops, vectors = counted(case)
+            cells = [case.name, case.sizes, name, f'{case.bytes / 1e6:,.0f}',
+                     f'{case.copies / 1e6:.1f}', f'{flops / 1e9:,.0f}', f'{vectors / 1e6:,.1f}']
+            for chip in CHIPS.value:
+                try:
+                    compile_seconds(case, chip)
+                    cells.append(floor(case, chip, flops, vectors))
+                except jax.errors.JaxRuntimeError as error:
+                    refused += 1
+                    cells.append(f'refused: {str(error).splitlines()[0][:80]}')
+            print(f'| {" | ".join(cells)} |', flush=True)
+    sys.exit(bool(refused))
+
+
+if __name__ == '__main__':
+    app.run(main)

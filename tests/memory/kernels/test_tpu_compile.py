@@ -1,0 +1,61 @@
+"""The kernels for TPUs as the TPU's compiler takes them, and what is counted of them."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax import nnx
+
+from benchmarks import tpu_compile
+from pkm_jax.memory.layer import MemoryConfig, ProductKeyMemory
+from tests.planning.tiny import needs_tpu_compiler
+
+BF16, F32 = jnp.dtype('bfloat16'), jnp.dtype('float32')
+
+
+@needs_tpu_compiler
+@pytest.mark.parametrize('chip', ['v5e', *(pytest.param(chip, marks=pytest.mark.slow)
+                                           for chip in ('v4', 'v5p', 'v6e'))])
+def test_the_compiler_takes_every_kernel(chip):
+    for case in tpu_compile.reads(BF16, 768, 8) + tpu_compile.searches(F32, 128, 8):
+        assert tpu_compile.compile_seconds(case, chip) > 0
+
+
+def test_operations_are_those_of_the_kernels():
+    """Widen, multiply and add 6 of 8 sublanes for each read, and narrow each sum; scores in float32."""
+    read, *_ = tpu_compile.reads(BF16, 768, 8)
+    assert tpu_compile.counted(read) == (0, (3 * 32 + 1) * 16_384)
+    search, gradients = tpu_compile.searches(F32, 128, 8)
+    product = 6 * 2 * 16_384 * 4 * 2 * 128 * 256
+    assert tpu_compile.counted(search)[0] == product
+    flops, vectors = tpu_compile.counted(gradients)
+    assert flops == 2 * product
+    assert 3 * 8 <= vectors / (16_384 / 128 * 4 * 2 * 128 / 8) < 4 * 8 + 8
+
+
+def test_floors_name_the_longest():
+    read, *_ = tpu_compile.reads(BF16, 768, 8)
+    assert tpu_compile.floor(read, 'v5e', *tpu_compile.counted(read)) == '1.02 b'
+    assert tpu_compile.floor(read._replace(bytes=0.), 'v4', 0., 2.1e9 * 2) == '1000.00 v'
+    assert tpu_compile.floor(read._replace(bytes=0., cores=1), 'v4', 0., 2.1e9) == '1000.00 v'
+
+
+@pytest.mark.parametrize('sparse', [False, True])
+def test_a_layer_by_kernels_is_the_layer_in_plain_jnp(sparse):
+    """Interpreted, in float32: values, slots touched and gradients."""
+    def run(implementation):
+        memory = ProductKeyMemory(MemoryConfig(sub_keys=16, heads=2, top_k=4, query_width=32), 128,
+                                  implementation=implementation, rngs=nnx.Rngs(0))
+        graph, params, rest = nnx.split(memory, nnx.Param, ...)
+        x = jax.random.normal(jax.random.key(0), (4, 6, 128))
+        delta = memory.no_delta(24) if sparse else None
+
+        def loss(params, x, delta):
+            y, reads = nnx.merge(graph, params, rest).read(x, delta=delta)
+            return jnp.sum(jnp.sin(y)), (y, reads.touched)
+
+        return jax.jit(jax.value_and_grad(loss, (0, 1, 2), has_aux=True))(
+            nnx.to_pure_dict(params), x, delta)
+
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-5),
+                 run('tpu'), run('xla'))
