@@ -101,7 +101,8 @@ def estimate(run: Run, topology: Topology) -> Estimate:
     needed = (device_memory.of_compiled(given, compiled) if topology.is_tpu else
               device_memory.estimated(given, run, layout))
     own_reads = _own_reads(run, layout)
-    text, costs = hlo.Program(compiled.as_text(), own_reads), compiled.cost_analysis()
+    text = hlo.Program(compiled.as_text(), own_reads, topology.slices)
+    costs = compiled.cost_analysis()
     transfers = _transfers(text, topology, mesh)
     return Estimate(topology, run, layout, DeviceMemory(needed, available), '', flops,
                     costs['flops'], costs['bytes accessed'], text.uncounted_bytes(),

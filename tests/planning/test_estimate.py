@@ -120,7 +120,11 @@ def test_slices_share_data_and_no_table(tiny):
     """Between slices there is a network: gradients cross it, memory groups do not."""
     found = estimate(run_of(tiny), chips.parse('v5e:2x2', slices=2))
     assert found.fits and found.layout.shards == Shards(2, 2, 2)
-    assert any(axes.startswith('data') for _, axes, _ in found.transfers)
+    between = [one for one in found.transfers if one.axes == 'data']
+    assert {one.collective.kind for one in between} >= {'all-reduce'}
+    assert all(len(one.collective.groups) == 4 for one in between)      # pairs, one a device
+    assert sum(one.collective.bytes_sent for one in between) == pytest.approx(
+        3.125e9 * sum(one.seconds for one in between))
     assert '2 slices of v5e:2x2: 8 devices as data 2, rows 2, columns 2' in text_of(found, 'tiny')
     mesh = make_mesh(found.layout.shards, chips.devices(found.topology))
     assert all(len({slice_of(device) for device in group.flat}) == 1 for group in mesh.devices)
