@@ -138,18 +138,18 @@ create() {
             die "$name is $state: delete it, then create it again; its run goes on." ;;
         *) echo "$name is $state already: status says when it is there."; return ;;
     esac
-    if [[ ! $queued ]]; then
-        tpu create "$name" "--accelerator-type=$type" "--version=$version" ${spot:+"$spot"}
-    elif ((slices == 1)); then
-        request "--node-id=$name"
-    else
-        request "--node-count=$slices" "--node-prefix=$name"
-    fi
+    ask
 }
 
-request() {
-    tpu create "$name" "$@" "--accelerator-type=$type" "--runtime-version=$version" \
-        ${spot:+"$spot"} ${wait:+"--valid-until-duration=$wait"}
+ask() {
+    local nodes=("--node-id=$name")
+    ((slices == 1)) || nodes=("--node-count=$slices" "--node-prefix=$name")
+    if [[ $queued ]]; then
+        tpu create "$name" "${nodes[@]}" "--accelerator-type=$type" \
+            "--runtime-version=$version" ${spot:+"$spot"} ${wait:+"--valid-until-duration=$wait"}
+    else
+        tpu create "$name" "--accelerator-type=$type" "--version=$version" ${spot:+"$spot"}
+    fi
 }
 
 delete() {
@@ -252,7 +252,7 @@ watch() {
     place
     plan_run "$@"
     if [[ $dry ]]; then
-        create; install; run "$@"; on_workers "$run_on_worker"; delete
+        look; ask; install; run "$@"; on_workers "$run_on_worker"; delete
         return
     fi
     local state before='' failures=0 unreached=0
@@ -261,14 +261,14 @@ watch() {
         [[ $state == "$before" ]] || note "${state:-there are none: asking for them}"
         before=$state
         case $state in
-            '') create ;;
+            '') ask ;;
             ACTIVE | READY) keep_running "$@" ;;
             SUSPENDED | PREEMPTED | TERMINATED | STOPPED)
                 note 'preempted: made anew, and the run goes on'
                 delete
                 continue ;;
             FAILED)
-                tpu describe "$name"
+                tpu describe "$name" >&2 || true
                 die "$name is FAILED, as described above: delete it, then watch again." ;;
         esac
         sleep "$every"
