@@ -56,6 +56,7 @@ endif
 lint: $(VENV)/installed
 	$(BIN)/ruff check
 	$(BIN)/mypy
+	$(BIN)/shellcheck --external-sources launch/*.sh launch/slurm.sbatch
 
 clean:
 	rm -rf $(VENV) .venv-newest runs

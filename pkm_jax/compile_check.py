@@ -4,9 +4,12 @@
     python -m pkm_jax.compile_check --config=bert_base_pkm --topology=h200:8 --config.seed=1
 
 Compiles the real training step for a TPU topology, on any machine (pip install 'jax[tpu]'), and
-prints what a device would hold, compute and send. For GPUs ('h200:8') it estimates. The exit
-status is 1 where the step does not fit, 2 where it cannot be planned. Minutes for BERT-base. The
-first state and evaluations are programs of their own, which are not compiled.
+prints what a device would hold, compute and send, and how long all steps take at least. For GPUs
+('h200:8') it estimates. The exit status is 5 where the step does not fit, 2 where it cannot be
+planned. Minutes for BERT-base. The first state and evaluations are programs of their own, which are
+not compiled.
+
+    python -m pkm_jax.compile_check --config=bert_base_pkm --topology=v6e-16 --slices=2 --price=1.2
 """
 
 import sys
@@ -21,19 +24,20 @@ from pkm_jax.console import survive_any_console
 from pkm_jax.planning import chips
 from pkm_jax.planning.estimate import estimate
 from pkm_jax.planning.text import text_of
-from pkm_jax.refusal import Refusal
+from pkm_jax.refusal import ExitStatus, Refusal, ends
 
 
-def run(config: ml_collections.ConfigDict, topology: str) -> bool:
+def run(config: ml_collections.ConfigDict, topology: str, slices: int = 1,
+        price: float = 0.) -> bool:
     """Prints the plan of every run of a configuration; whether all of them fit.
 
     Raises:
       Refusal: see `runs_of`, `chips.parse` and `estimate`.
     """
-    place, fits = chips.parse(topology), True
+    place, fits = chips.parse(topology, slices), True
     for one in runs_of(config):
         found = estimate(one, place)
-        print(text_of(found, one.name), flush=True)
+        print(text_of(found, one.name, price), flush=True)
         fits &= found.fits
     return fits
 
@@ -43,17 +47,20 @@ def main(_: list[str]) -> None:
     logging.set_verbosity(logging.WARNING)
     jax.config.update('jax_platforms', 'cpu')     # what is here takes no part
     try:
-        fits = run(flags.FLAGS.config, flags.FLAGS.topology)
+        given = flags.FLAGS
+        fits = run(given.config, given.topology, given.slices, given.price)
     except Refusal as refusal:
-        print(f'Not planned: {refusal}', file=sys.stderr)
-        sys.exit(2)
-    sys.exit(0 if fits else 1)
+        raise ends(f'Not planned: {refusal}') from refusal
+    sys.exit(ExitStatus.DONE if fits else ExitStatus.OUT_OF_MEMORY)
 
 
 if __name__ == '__main__':      # defined here: pretrain.py has a flag of the same name
     command_line.define_config()
     flags.DEFINE_string(
         'topology', None, 'chips along each dimension, or number of GPUs, of '
-        f'{", ".join(chips.CHIPS)}: v5e:16x16, v5p:4x4x4, h200:8')
+        f'{", ".join(chips.CHIPS)}: v5e:16x16, v5p:4x4x4, h200:8; or as clouds name slices: '
+        'v5litepod-256, v5p-128')
+    flags.DEFINE_integer('slices', 1, 'TPU slices of that topology')
+    flags.DEFINE_float('price', 0., 'of a chip for an hour, in any currency: what the run costs')
     flags.mark_flags_as_required(['config', 'topology'])
     app.run(main, flags_parser=command_line.parse)

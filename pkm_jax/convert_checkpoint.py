@@ -11,7 +11,6 @@ or one checkpoint of it. What became of every tensor is printed. `--to` appears 
 
 import dataclasses
 import json
-import sys
 from pathlib import Path
 
 from absl import app, flags, logging
@@ -29,7 +28,7 @@ from pkm_jax.data.files import expand
 from pkm_jax.data.vocabulary import Vocabulary
 from pkm_jax.models.bert import HEADS, BertConfig
 from pkm_jax.models.interface import flatten
-from pkm_jax.refusal import Refusal
+from pkm_jax.refusal import Refusal, ends
 
 FROM = flags.DEFINE_string('from', None, 'Folder to convert.', required=True)
 TO = flags.DEFINE_string('to', None, 'Folder to write; must not exist.', required=True)
@@ -59,7 +58,7 @@ def main(argv: list[str]) -> None:
             write_run(target, pretrained, source)
             report = pretrained.report
     except (Refusal, OSError) as error:
-        sys.exit(f'Not converted: {error}')
+        raise ends(f'Not converted: {error}') from error
     print(report)
 
 

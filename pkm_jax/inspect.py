@@ -24,7 +24,7 @@ from pkm_jax.inspection.page import write_page
 from pkm_jax.inspection.survey import survey
 from pkm_jax.prediction.texts import Fields, given
 from pkm_jax.prediction.trained import open_trained
-from pkm_jax.refusal import Refusal
+from pkm_jax.refusal import Refusal, ends
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
@@ -38,7 +38,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
                 raise Refusal(f'--{name}={getattr(options, name)} must be 1 or more.')
         look(options)
     except (Refusal, OSError) as error:
-        raise SystemExit(f'Not inspected: {error}') from error
+        raise ends(f'Not inspected: {error}') from error
 
 
 def look(options: argparse.Namespace) -> None:

@@ -65,10 +65,31 @@ def make_mesh(shards: Shards, devices: Sequence[jax.Device] | None = None) -> Me
     """A mesh with the axes 'data', 'rows' and 'columns'; a memory group's devices are adjacent.
 
     Of all devices, or of those given, which need not be there (planning/). Unlike `jax.make_mesh`
-    it also splits the axes of a TPU's torus, where a layout is not a product of whole ones.
+    it also splits the axes of a TPU's torus, where a layout is not a product of whole ones. Of
+    several TPU slices each has whole memory groups: only data crosses the network between them.
+
+    Raises:
+      Refusal: a memory group is no part of a slice.
     """
-    placed = mesh_utils.create_device_mesh(shards, devices, allow_split_physical_axes=True)
+    devices = jax.devices() if devices is None else devices
+    slices = len(set(map(slice_of, devices)))
+    if slices > 1:
+        if shards.data % slices:
+            raise Refusal(f'{slices} slices hold {shards.data} copies of each table, in '
+                          f'{shards.rows} × {shards.columns} parts: set memory.shards.rows and '
+                          f'columns so that their product divides the {len(devices) // slices} '
+                          f'devices of a slice.')
+        placed = mesh_utils.create_hybrid_device_mesh(
+            shards._replace(data=shards.data // slices), (slices, 1, 1), devices,
+            allow_split_physical_axes=True)
+    else:
+        placed = mesh_utils.create_device_mesh(shards, devices, allow_split_physical_axes=True)
     return Mesh(placed, OWN.names, axis_types=(AxisType.Auto,) * 3)
+
+
+def slice_of(device: jax.Device) -> int:
+    """The number of the TPU slice that a device is in; 0 of devices that are in none."""
+    return getattr(device, 'slice_index', 0) if device.platform == 'tpu' else 0
 
 
 def mesh_in_use() -> AbstractMesh | None:

@@ -31,7 +31,7 @@ from pkm_jax.prediction.fill_mask import FillMask
 from pkm_jax.prediction.interface import Predictor
 from pkm_jax.prediction.texts import given
 from pkm_jax.prediction.trained import open_trained
-from pkm_jax.refusal import Refusal
+from pkm_jax.refusal import Refusal, ends
 from pkm_jax.tasks.classification import TextClassification
 from pkm_jax.tasks.question_answering import QuestionAnswering
 from pkm_jax.tasks.token_classification import TokenClassification
@@ -60,7 +60,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         raise SystemExit(1) from None
     except (Refusal, OSError) as error:
-        raise SystemExit(f'Not predicted: {error}') from error
+        raise ends(f'Not predicted: {error}') from error
 
 
 def _parser() -> argparse.ArgumentParser:

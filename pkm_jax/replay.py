@@ -7,7 +7,6 @@ the gradient norms by group of parameters, and the operation that gave the first
 """
 
 import contextlib
-import sys
 
 import jax
 import numpy as np
@@ -20,7 +19,7 @@ from pkm_jax.configuration.run import Run
 from pkm_jax.console import survive_any_console
 from pkm_jax.data import tokenizer
 from pkm_jax.mesh import make_mesh
-from pkm_jax.refusal import Refusal
+from pkm_jax.refusal import Refusal, ends
 from pkm_jax.training.divergence import FOLDER, why
 from pkm_jax.training.layout import bytes_of_device, lay_out
 from pkm_jax.training.program import make_program
@@ -74,7 +73,7 @@ def main(_: list[str]) -> None:
         for run in runs_of(flags.FLAGS.config):
             print(replay(run))
     except Refusal as refusal:
-        sys.exit(f'Not replayed: {refusal}')
+        raise ends(f'Not replayed: {refusal}') from refusal
 
 
 if __name__ == '__main__':

@@ -81,5 +81,5 @@ def test_a_refusal_is_one_line(tmp_path):
         [sys.executable, '-m', 'pkm_jax.pretrain', '--config=configs/quickstart.py',
          f'--config.workdir={tmp_path}', '--config.memory.top_k=65'],
         capture_output=True, text=True, env={**os.environ, 'JAX_PLATFORMS': 'cpu'})
-    assert result.returncode == 1
+    assert result.returncode == 2
     assert 'Not trained: memory.top_k = 65' in result.stderr and 'Traceback' not in result.stderr

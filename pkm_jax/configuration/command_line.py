@@ -7,11 +7,11 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import ml_collections
-from absl import app, flags
+from absl import flags
 from ml_collections import config_flags
 from ml_collections.config_flags.config_flags import ConfigFileFlagParser
 
-from pkm_jax.refusal import Refusal
+from pkm_jax.refusal import Refusal, ends
 
 SHIPPED = Path(__file__).parents[1] / 'configs'
 HELP = ("A configuration: one of those that are shipped, such as quickstart, or the path of a "
@@ -36,9 +36,13 @@ def parse(argv: Sequence[str]) -> list[str]:
             raise Refusal(f'give --config, a path or one of {", ".join(shipped())}.')
     except Refusal as refusal:
         # Of one that a configuration raised, ml_collections makes a message with its traceback.
-        sys.exit(f'Not started: {str(refusal).rpartition("Refusal: ")[2].strip()}')
+        said = str(refusal).rpartition('Refusal: ')[2].strip()
+        raise ends(f'Not started: {said}') from refusal
     sys.argv[:] = arguments     # where ml_collections looks for what was set
-    return app.parse_flags_with_usage(arguments)
+    try:
+        return flags.FLAGS(arguments)
+    except flags.Error as error:
+        raise ends(f'Not started: {error}') from error
 
 
 def _configuration(config):

@@ -22,18 +22,21 @@ class Chip(NamedTuple):
     bandwidth: float    # bytes between HBM and the chip
     links: float        # bytes sent to other devices over all links (ICI, or NVLink)
     dimensions: int     # of the torus of a slice; 0: GPUs behind a switch
-    network: float = 0.     # of GPUs: bytes sent to another host
+    network: float = 0.     # bytes sent to another slice or, of GPUs, to another host; 0: not known
+    cores: int = 1      # devices that JAX makes of a chip: the other numbers are one's
 
 
-# TPUs: cloud.google.com/tpu/docs/{v5e,v6e,v5p,v4}, which give links in both directions together;
+# TPUs: cloud.google.com/tpu/docs/{v5e,v6e,v5p,v4,tpu7x}, which give links in both directions
+# together, and the network of a pod or a chip in bits;
 # those of v4 from Jouppi et al. 2023 (arXiv 2304.01433): 6 links of 50 GB/s. GPUs: NVIDIA's data
 # sheets of the SXM modules, half of what they give for both directions of NVLink, and one port a
 # GPU of the DGX's network (400 Gb/s, A100: 200 Gb/s).
 CHIPS = {
-    'v5e': Chip(16 * GIB, 197e12, 819e9, 200e9, 2),
-    'v6e': Chip(32 * GIB, 918e12, 1638e9, 400e9, 2),
-    'v5p': Chip(95 * GIB, 459e12, 2765e9, 600e9, 3),
+    'v5e': Chip(16 * GIB, 197e12, 819e9, 200e9, 2, 3.125e9),
+    'v6e': Chip(32 * GIB, 918e12, 1638e9, 400e9, 2, 12.5e9),
+    'v5p': Chip(95 * GIB, 459e12, 2765e9, 600e9, 3, 6.25e9),
     'v4': Chip(32 * GIB, 275e12, 1200e9, 300e9, 3),
+    'tpu7x': Chip(96 * GIB, 1153.5e12, 3690e9, 300e9, 3, 6.25e9, cores=2),
     'h200': Chip(141 * 10 ** 9, 989e12, 4.8e12, 450e9, 0, 50e9),
     'h100': Chip(80 * 10 ** 9, 989e12, 3.35e12, 450e9, 0, 50e9),
     'a100': Chip(80 * 10 ** 9, 312e12, 2.039e12, 300e9, 0, 25e9),
@@ -43,24 +46,39 @@ NO_TPU_HERE = {'TPU_SKIP_MDS_QUERY': '1', 'ALLOW_MULTIPLE_LIBTPU_LOAD': '1',
                'TPU_WORKER_HOSTNAMES': 'localhost', 'TPU_ACCELERATOR_TYPE': 'v5litepod-4'}
 
 
+# How Cloud TPU and SkyPilot name slices, by chips or by cores.
+ACCELERATOR = re.compile(r'(?:tpu-)?(v5litepod|v6e|v5p|v4)-(\d+)')
+
+
 class Topology(NamedTuple):
-    """A number of chips of one kind: chips along each dimension, or GPUs."""
+    """A number of chips of one kind: chips along each dimension of a slice, or GPUs."""
     name: str
     chip: Chip
     shape: tuple[int, ...]
+    slices: int = 1
 
     @property
     def is_tpu(self) -> bool:
         return self.chip.dimensions > 0
 
+    @property
+    def chips(self) -> int:
+        return math.prod(self.shape) * self.slices
 
-def parse(text: str) -> Topology:
-    """The topology called 'v5e:16x16' (chips along each dimension) or 'h200:8' (GPUs).
+    @property
+    def size(self) -> int:
+        """How many devices JAX sees."""
+        return self.chips * self.chip.cores
+
+
+def parse(text: str, slices: int = 1) -> Topology:
+    """Slices of the topology called 'v5e:16x16' (chips along each dimension) or 'v5litepod-256' (as
+    Cloud TPU names it), or the GPUs 'h200:8'.
 
     Raises:
-      Refusal: there is no such chip, or the shape is not one of its.
+      Refusal: there is no such chip, the shape is not one of its, or it has no such slices.
     """
-    kind, _, sizes = text.partition(':')
+    kind, _, sizes = _named_by_shape(text).partition(':')
     if kind not in CHIPS:
         raise Refusal(f'--topology={text}: {kind!r} is none of {", ".join(CHIPS)}.')
     chip = CHIPS[kind]
@@ -72,7 +90,27 @@ def parse(text: str) -> Topology:
                          f'dimension{"s" * (dimensions > 1)}, such as {example}.')
     if dimensions == 2 and max(shape) > 16:
         raise Refusal(f'--topology={text}: a slice of {kind} has 16x16 chips at most.')
-    return Topology(text, chip, shape)
+    if slices < 1 or slices > 1 and not (dimensions > 1 and chip.network):
+        raise Refusal(f'--slices={slices} of {text}: ' + (
+            'must be 1 or more.' if slices < 1 else 'the network between slices is not known.'
+            if dimensions > 1 else f'GPUs have no slices: --topology={kind}:{slices * shape[0]}.'))
+    return Topology(f'{kind}:{sizes}', chip, shape, slices)
+
+
+def _named_by_shape(text: str) -> str:
+    """'v5e:4x4' for 'v5litepod-16', the usual shape of so many chips; other names as they are."""
+    match = ACCELERATOR.fullmatch(text)
+    if not match:
+        return text
+    kind, number = match[1].replace('v5litepod', 'v5e'), int(match[2])
+    dimensions = CHIPS[kind].dimensions
+    chips = number // 2 if dimensions == 3 else number      # v4 and v5p count cores
+    if chips & (chips - 1) or chips in (0, 2):
+        raise Refusal(f'--topology={text}: give its shape, such as '
+                      f'{kind}:{"x".join(["4"] * dimensions)}.')
+    power = chips.bit_length() - 1
+    sizes = [2 ** ((power + place) // dimensions) for place in range(dimensions)]
+    return f'{kind}:' + 'x'.join(map(str, sorted(sizes, key=lambda size: size == 1)))
 
 
 def devices(topology: Topology) -> Sequence[jax.Device]:
@@ -83,9 +121,9 @@ def devices(topology: Topology) -> Sequence[jax.Device]:
       Refusal: the compiler refuses the topology, or JAX already runs with fewer CPU devices.
     """
     if not topology.is_tpu:
-        return _cpu_devices(math.prod(topology.shape))
+        return _cpu_devices(topology.size)
     os.environ.update(NO_TPU_HERE)
-    options: dict[str, Any] = {}
+    options: dict[str, Any] = {'num_slices': topology.slices} if topology.slices > 1 else {}
     if any(size % 2 for size in topology.shape[:2]):    # hosts have 2 × 2 chips, or one
         options['chips_per_host_bounds'] = (1, 1, 1)
     if topology.name.startswith('v4:'):     # the two cores of a chip as one device
@@ -104,15 +142,16 @@ def devices(topology: Topology) -> Sequence[jax.Device]:
 def link_rate(topology: Topology, places: Sequence[Sequence[int]]) -> float:
     """Bytes per second that each device of a group can send to the others, at best.
 
-    `places` are the devices' coordinates, of GPUs their numbers. Of a torus, the links along the
-    dimensions in which they differ count, both ways around; a slice that is no torus has less.
+    `places` are the devices' coordinates and slices, of GPUs their numbers. Of a torus, the links
+    along the dimensions in which they differ count, both ways around; a slice that is no torus has
+    less. The cores of one chip get what one dimension has, and can more.
     """
     chip = topology.chip
     if not topology.is_tpu:
         hosts = {place // GPUS_PER_HOST for place, in places}
         return chip.links if len(hosts) == 1 else chip.network
-    spanned = sum(len(set(along)) > 1 for along in zip(*places))
-    return chip.links * spanned / chip.dimensions
+    *torus, slices = [len(set(along)) > 1 for along in zip(*places)]
+    return chip.network if slices else chip.links * max(sum(torus), 1) / chip.dimensions
 
 
 def _cpu_devices(count):

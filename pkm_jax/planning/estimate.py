@@ -1,6 +1,5 @@
 """Compiles the training step of a configuration for devices that are not here, and measures it."""
 
-import math
 import re
 import time
 from typing import NamedTuple
@@ -11,7 +10,7 @@ from jax.experimental.compilation_cache import compilation_cache
 
 from pkm_jax.configuration.run import Run
 from pkm_jax.memory.embedding_bag import even_passes
-from pkm_jax.mesh import make_mesh
+from pkm_jax.mesh import make_mesh, slice_of
 from pkm_jax.models.interface import ModelConfig
 from pkm_jax.planning import chips, device_memory, hlo
 from pkm_jax.planning.chips import GIB, Topology
@@ -71,6 +70,11 @@ class Estimate(NamedTuple):
         return max(seconds['arithmetic'], seconds['HBM']) + seconds['links']
 
     @property
+    def hours(self) -> float:
+        """Of all `train.steps`, without evaluations, checkpoints and starts."""
+        return self.run.train.steps * self.step_seconds / 3600
+
+    @property
     def fits(self) -> bool:
         return not self.refusal and self.memory.fits
 
@@ -84,7 +88,7 @@ def estimate(run: Run, topology: Topology) -> Estimate:
     Raises:
       Refusal: see `lay_out`, `chips.devices`.
     """
-    chip, count = topology.chip, math.prod(topology.shape)
+    chip, count = topology.chip, topology.size
     run = run.with_vocabulary(run.task.vocab_size)      # text is not needed
     available = chip.memory - RESERVED if topology.is_tpu else int(chip.memory * GPU_SHARE)
     layout = lay_out(run, count, device_bytes=available)
@@ -105,7 +109,8 @@ def estimate(run: Run, topology: Topology) -> Estimate:
     needed = (device_memory.of_compiled(given, compiled) if topology.is_tpu else
               device_memory.estimated(given, run, layout))
     own_reads = _own_reads(run, layout)
-    text, costs = hlo.Program(compiled.as_text(), own_reads), compiled.cost_analysis()
+    text = hlo.Program(compiled.as_text(), own_reads, topology.slices)
+    costs = compiled.cost_analysis()
     transfers = _transfers(text, topology, mesh)
     return Estimate(topology, run, layout, DeviceMemory(needed, available), '', flops,
                     costs['flops'], costs['bytes accessed'], text.waited_bytes(),
@@ -143,7 +148,7 @@ def _compile(lowered):
 
 
 def _transfers(text, topology, mesh):
-    places = [device.coords if topology.is_tpu else (number,)
+    places = [(*device.coords, slice_of(device)) if topology.is_tpu else (number,)
               for number, device in enumerate(mesh.devices.reshape(-1))]
     transfers = []
     for one in text.collectives(mesh.size):

@@ -15,6 +15,8 @@ ITEM_BITS = {'pred': 8, 's4': 4, 'u4': 4, 's8': 8, 'u8': 8, 's16': 16, 'u16': 16
 KINDS = ('all-gather', 'all-reduce', 'reduce-scatter', 'all-to-all', 'collective-permute')
 _ARRAY = re.compile(r'\b(' + '|'.join(ITEM_BITS) + r')\[([\d,]*)\](?:\{([^}]*)\})?')
 _COLLECTIVE = re.compile(rf' = (.*?) ({"|".join([*KINDS, "all-reduce-scatter"])})(-start)?\(')
+# What the runtime exchanges between slices, beside what the program does within one of them.
+_BETWEEN_SLICES = re.compile(r' = \((.*?), .* send\(.*_xla_megascale_transfer_type="(\w+)"')
 _RESULT = re.compile(r' = (.*?) ([\w\-]+)\(')
 _MOVES_NOTHING = ('parameter', 'get-tuple-element', 'tuple', 'bitcast', 'while', 'constant')
 _CALLED = re.compile(r'(?:calls|\w+_computations?)=(%[\w.\-]+|\{.*?\})')
@@ -81,10 +83,11 @@ class Program:
     """The computations of a module's text, as `compiled.as_text()` gives it.
 
     `own_reads`: iterations of the loops that `embedding_bag.OWN_READS` names, which data decides.
+    With several slices it is the program of one, whose devices have the first numbers of the mesh.
     """
 
-    def __init__(self, text: str, own_reads: int | None = None):
-        self._own_reads = own_reads
+    def __init__(self, text: str, own_reads: int | None = None, slices: int = 1):
+        self._own_reads, self._slices = own_reads, slices
         self._computations, self._results, self._entry, lines = {}, {}, '', []
         for line in text.splitlines():
             heading = re.match(r'(ENTRY )?%?([\w.\-]+) \(.*\{$', line)
@@ -98,7 +101,8 @@ class Program:
 
     def collectives(self, devices: int) -> list[Collective]:
         """Every collective operation between more than one of that many devices."""
-        found = (_collective(*instruction, devices)
+        found = (_collective(*instruction, devices // self._slices)
+                 or _between_slices(*instruction, devices // self._slices, self._slices)
                  for instruction in self._instructions(self._entry, 1, fused=True))
         return [one for one in found if one and len(one.groups[0]) > 1]
 
@@ -182,6 +186,18 @@ def _collective(text, times, devices):
                   for shape in shapes]
     kind = 'reduce-scatter' if kind == _SCATTERED else kind
     return Collective(kind, tuple(shapes), groups, times)
+
+
+def _between_slices(text, times, devices, slices):
+    match = _BETWEEN_SLICES.search(text)
+    if not match:
+        return None
+    kind, shapes = match[2].lower().replace('_', '-'), _shapes(match[1])
+    if kind == 'all-gather':
+        shapes = [shape._replace(dims=(shape.dims[0] * slices, *shape.dims[1:]))
+                  for shape in shapes]
+    groups = np.arange(devices * slices).reshape(slices, devices).T.tolist()
+    return Collective(kind, tuple(shapes), tuple(map(tuple, groups)), times)
 
 
 def _shapes(text: str) -> list[Shape]:

@@ -10,7 +10,7 @@ from pkm_jax.configuration.run import Run
 from pkm_jax.mesh import make_mesh
 from pkm_jax.planning import device_memory
 from pkm_jax.planning.device_memory import DeviceMemory
-from pkm_jax.refusal import Refusal
+from pkm_jax.refusal import OutOfMemory, Refusal
 from pkm_jax.training.layout import Layout, bytes_of_device, lay_out
 from pkm_jax.training.program import abstract_batch, make_program
 
@@ -22,14 +22,14 @@ def explained(run: Run, layout: Layout) -> Iterator[None]:
     Other errors pass.
 
     Raises:
-      Refusal: the device has no room for what is done within.
+      OutOfMemory: the device has no room for what is done within.
     """
     try:
         yield
     except jax.errors.JaxRuntimeError as error:
         if 'RESOURCE_EXHAUSTED' not in str(error):
             raise
-        raise Refusal(_message(run, layout, str(error).strip().splitlines()[0])) from error
+        raise OutOfMemory(_message(run, layout, str(error).strip().splitlines()[0])) from error
 
 
 def _message(run, layout, said):

@@ -1,7 +1,6 @@
 """An `Estimate` in words and tables."""
 
 import collections
-import math
 
 import jax
 import numpy as np
@@ -13,18 +12,20 @@ from pkm_jax.planning.estimate import Estimate
 SMALL = 0.01    # shares of the links' time below this are summed up
 
 
-def text_of(estimate: Estimate, name: str) -> str:
-    """Everything that an estimate found, with the verdict at the end."""
+def text_of(estimate: Estimate, name: str, price: float = 0.) -> str:
+    """Everything that an estimate found, with the verdict at the end; `price` is that of a chip for
+    an hour, 0: not named."""
     parts = [[_title(estimate, name), *estimate.layout.reasons], _memory(estimate)]
     if not estimate.refusal:
-        parts += [_collectives(estimate), _step(estimate)]
+        parts += [_collectives(estimate), [*_step(estimate), _whole_run(estimate, price)]]
     return '\n\n'.join('\n'.join(part) for part in [*parts, verdict(estimate)])
 
 
 def _title(estimate, name):
     shards = ', '.join(f'{axis} {size}' for axis, size in estimate.layout.shards._asdict().items())
     how = 'compiled' if estimate.topology.is_tpu else 'compiled for as many CPU devices'
-    return (f'{name} on {estimate.topology.name}: {math.prod(estimate.topology.shape)} devices as '
+    slices = f'{estimate.topology.slices} slices of ' if estimate.topology.slices > 1 else ''
+    return (f'{name} on {slices}{estimate.topology.name}: {estimate.topology.size} devices as '
             f'{shards}; {how} in {estimate.compile_seconds:.0f} s, jax {jax.__version__}')
 
 
@@ -91,6 +92,17 @@ def _step(estimate):
         f'over all links',
         f'  estimate    {_ms(estimate.step_seconds)}   the longer of arithmetic and HBM, then the '
         f'links: {tokens / estimate.step_seconds:,.0f} tokens/s of all devices']
+
+
+def _whole_run(estimate, price):
+    hours, chips = estimate.hours, estimate.topology.chips
+    money = f', {hours * chips * price:,.0f} at {price:g} for each' if price else ''
+    return (f'  all {estimate.run.train.steps:,} steps: {_days(hours)} at least, as no run keeps '
+            f'up peak rates: {hours * chips:,.0f} chip hours{money}')
+
+
+def _days(hours):
+    return f'{hours / 24:,.1f} days' if hours >= 24 else f'{hours:.1f} hours'
 
 
 def _ms(seconds):

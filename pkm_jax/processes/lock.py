@@ -9,7 +9,7 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from pkm_jax.data.files import make_folder
 from pkm_jax.refusal import Refusal
@@ -55,9 +55,33 @@ def only_run_in(folder: Path, say: Callable[[str], None] = print) -> Iterator[Ca
             path.unlink(missing_ok=True)
 
 
+class Holder(NamedTuple):
+    """The run that holds a folder, as seen by another process, on any machine."""
+    host: str
+    process: int
+    since: float    # seconds since 1970, by the clock of its host; 0: not known
+    alive: bool
+
+
+def holder(folder: Path) -> Holder | None:
+    """Who runs in a folder, and whether it lives; None where running.json is not there.
+
+    Nothing is written, so the folder may be mounted for reading. The age of the file is told by the
+    clock of this machine.
+    """
+    path = folder / 'running.json'
+    found = _read(path)
+    if found is None:
+        return None
+    silent = _silent_in(path, found, lambda _: time.time())
+    return Holder(str(found.get('host', '?')), int(found.get('process', 0)),
+                  float(found.get('since', 0.)), silent > 0)
+
+
 def _take(path: Path, say: Callable[[str], None]) -> dict[str, Any]:
     mine = {'host': socket.gethostname(), 'within': _within(), 'process': os.getpid(),
-            'started': _started(os.getpid()), 'time': time.strftime('%Y-%m-%d %H:%M:%S')}
+            'started': _started(os.getpid()), 'time': time.strftime('%Y-%m-%d %H:%M:%S'),
+            'since': time.time()}
     while True:
         try:
             with path.open('x') as file:
@@ -68,7 +92,7 @@ def _take(path: Path, say: Callable[[str], None]) -> dict[str, Any]:
         found = _read(path)
         if found is None:       # gone since
             continue
-        silent = _silent_in(path, found)
+        silent = _silent_in(path, found, _now)
         if silent > 0:
             raise Refusal(f'{path.parent} is in use by another run ({_who(found)}): wait for it, '
                           f'stop it, or choose another --config.workdir.'
@@ -100,13 +124,16 @@ def _read(path: Path) -> dict[str, Any] | None:
     return found if isinstance(found, dict) else {}
 
 
-def _silent_in(path: Path, found: dict[str, Any]) -> float:
-    """Seconds until a run is taken for dead: 0 if it is, infinity if its process was seen."""
+def _silent_in(path: Path, found: dict[str, Any], now: Callable[[Path], float]) -> float:
+    """Seconds until a run is taken for dead: 0 if it is, infinity if its process was seen.
+
+    `now` gives the time by which the age of the file is told.
+    """
     here = found.get('host'), found.get('within')
     if here == (socket.gethostname(), _within()) and found.get('started'):
         return math.inf if _started(found['process']) == found['started'] else 0.
     try:
-        return max(0., path.stat().st_mtime + SILENT - _now(path.parent))
+        return max(0., path.stat().st_mtime + SILENT - now(path.parent))
     except FileNotFoundError:
         return 0.
 

@@ -10,7 +10,8 @@ import time
 from collections.abc import Iterator
 from pathlib import Path
 
-HUNG = 4            # exit status of a process that ends by itself
+from pkm_jax.refusal import ExitStatus
+
 LEAST = 60.         # seconds that a step may take, whatever the steps before it took
 BEFORE_FIRST = 600.     # the same for the first one, which makes connections and tunes kernels
 PEERS = 20          # times the median of the steps before
@@ -23,7 +24,7 @@ class Watch:
 
     Where one takes longer than PEERS × the median of those before, and than LEAST, the stacks of
     all threads go to standard error and to FOLDER/stacks-PROCESS.txt, once; with `exits` the
-    process then ends with HUNG. Time within `pause` does not count.
+    process then ends with ExitStatus.HUNG. Time within `pause` does not count.
     """
 
     def __init__(self, folder: Path, process: int = 0, exits: bool = False):
@@ -92,4 +93,4 @@ class Watch:
             file.flush()
             faulthandler.dump_traceback(file, all_threads=True)
         if self._exits:
-            os._exit(HUNG)
+            os._exit(ExitStatus.HUNG)

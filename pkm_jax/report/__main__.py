@@ -5,7 +5,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from pkm_jax.data.files import expand
-from pkm_jax.refusal import Refusal
+from pkm_jax.refusal import Refusal, ends
 from pkm_jax.report.report import write_report
 
 
@@ -25,7 +25,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     try:
         print(write_report(Path(expand(given.folder)), given.runs))
     except Refusal as refusal:
-        raise SystemExit(f'Not reported: {refusal}') from refusal
+        raise ends(f'Not reported: {refusal}') from refusal
 
 
 if __name__ == '__main__':

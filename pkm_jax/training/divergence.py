@@ -16,6 +16,7 @@ from jax.experimental import multihost_utils
 from pkm_jax.checkpoints.store import Checkpoints
 from pkm_jax.configuration.run import Run
 from pkm_jax.data.loader import BatchStream
+from pkm_jax.refusal import ExitStatus
 from pkm_jax.training.state import TrainState
 
 FOLDER = 'diverged'     # of a run: the state before the first bad step, its batch, and what it gave
@@ -23,7 +24,7 @@ FOLDER = 'diverged'     # of a run: the state before the first bad step, its bat
 
 class Diverged(RuntimeError):
     """Loss or gradient are no numbers any more: the run has stopped, and did not save them."""
-    status = 3      # of the program that ends for it; 1: refused, 128 + signal: stopped by it
+    status = ExitStatus.DIVERGED
 
 
 class Skips:

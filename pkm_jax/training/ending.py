@@ -9,7 +9,7 @@ from absl import logging
 from pkm_jax.console import survive_any_console
 from pkm_jax.processes import hosts
 from pkm_jax.processes.preemption import Stopped
-from pkm_jax.refusal import Refusal
+from pkm_jax.refusal import ExitStatus, Refusal, ends
 from pkm_jax.training.divergence import Diverged
 
 
@@ -17,24 +17,22 @@ from pkm_jax.training.divergence import Diverged
 def said() -> Iterator[None]:
     """Says in a line why the training within could not go on, and ends the program.
 
-    Its status is 1 where it was refused, 3 where it diverged, 128 and the signal where one stopped
-    it (4, where it hung, comes from `processes.watch`). Beside other processes one that fails ends
-    soon, whatever these wait for.
+    Its status is one of `ExitStatus` (HUNG comes from `processes.watch`), or 128 and the signal
+    where one stopped it. Beside other processes one that fails ends soon, whatever these wait for.
     """
     survive_any_console()
     logging.set_verbosity(logging.WARNING)      # libraries say much that is not about the run
     try:
         yield
     except Refusal as refusal:
-        hosts.end_soon(1)
-        sys.exit(f'Not trained: {refusal}')
+        hosts.end_soon(refusal.status)
+        raise ends(f'Not trained: {refusal}', refusal.status) from refusal
     except Diverged as diverged:
         hosts.end_soon(diverged.status)
-        print(f'Stopped: {diverged}', file=sys.stderr)
-        sys.exit(diverged.status)
+        raise ends(f'Stopped: {diverged}', diverged.status) from diverged
     except Stopped as stopped:
         print(stopped)
         sys.exit(stopped.status)
     except Exception:
-        hosts.end_soon(1)
+        hosts.end_soon(ExitStatus.FAILED)
         raise

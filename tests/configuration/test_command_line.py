@@ -74,7 +74,7 @@ def test_a_wrong_command_line_is_one_line(arguments, said, tmp_path):
     ran = subprocess.run([sys.executable, '-m', 'pkm_jax.pretrain', *arguments], cwd=tmp_path,
                          env={**os.environ, 'PYTHONPATH': str(ROOT)}, capture_output=True,
                          text=True, check=False)
-    assert ran.returncode == 1 and ran.stderr.strip().startswith(said), ran.stderr
+    assert ran.returncode == 2 and ran.stderr.strip().startswith(said), ran.stderr
     assert len(ran.stderr.strip().splitlines()) == 1
 
 

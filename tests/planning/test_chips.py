@@ -1,5 +1,7 @@
 """Topologies by name, and what their links carry."""
 
+import re
+
 import jax
 import pytest
 
@@ -12,6 +14,26 @@ def test_topologies_by_name():
     assert (pod.shape, pod.chip, pod.is_tpu) == ((16, 16), chips.CHIPS['v5e'], True)
     assert chips.parse('v5p:4x4x4').shape == (4, 4, 4)
     assert chips.parse('h200:8').shape == (8,) and not chips.parse('h200:8').is_tpu
+    assert (pod.size, chips.parse('v5e:4x4', 3).size, chips.parse('tpu7x:2x2x1').size) == (256, 48, 8)
+
+
+@pytest.mark.parametrize('name, shape', [
+    ('v5litepod-1', '1x1'), ('v5litepod-8', '2x4'), ('v5litepod-256', '16x16'), ('v6e-32', '4x8'),
+    ('tpu-v6e-4', '2x2'), ('v5p-8', '2x2x1'), ('v5p-16', '2x2x2'), ('v4-64', '2x4x4'),
+    ('tpu-v5p-512', '4x8x8')])
+def test_slices_as_clouds_name_them(name, shape):
+    """cloud.google.com/tpu/docs/{v5e,v6e,v5p,v4}: their usual shapes."""
+    kind = re.search(r'v\d(lite|e|p)?', name)[0].replace('v5lite', 'v5e')
+    assert chips.parse(name) == chips.parse(f'{kind}:{shape}')
+
+
+@pytest.mark.parametrize('text, slices, message', [
+    ('v5e:4x4', 0, '--slices=0 .*1 or more'), ('v4:2x2x1', 2, 'network .* not known'),
+    ('h100:8', 2, 'no slices: --topology=h100:16'), ('v6e-2', 1, 'give its shape, such as v6e:4x4'),
+    ('v5p-24', 1, 'such as v5p:4x4x4')])
+def test_slices_that_there_are_not(text, slices, message):
+    with pytest.raises(Refusal, match=message):
+        chips.parse(text, slices)
 
 
 @pytest.mark.parametrize('text, message', [
@@ -25,10 +47,12 @@ def test_other_topologies_are_refused(text, message):
 
 def test_links_along_the_dimensions_that_a_group_spans():
     v5e, v5p = chips.parse('v5e:4x4'), chips.parse('v5p:4x4x4')
-    row = [(0, 0, 0), (1, 0, 0)]
+    row = [(0, 0, 0, 0), (1, 0, 0, 0)]     # the last: their slice
     assert chips.link_rate(v5e, row) == 100e9
-    assert chips.link_rate(v5e, [*row, (0, 1, 0)]) == 200e9
+    assert chips.link_rate(v5e, [*row, (0, 1, 0, 0)]) == 200e9
     assert chips.link_rate(v5p, row) == 200e9
+    assert chips.link_rate(v5e, [*row, (0, 0, 0, 1)]) == 3.125e9
+    assert chips.link_rate(chips.parse('tpu7x:2x2x1'), [(0, 0, 0, 0)] * 2) == 100e9     # two cores
 
 
 def test_gpus_of_several_hosts_share_a_network():

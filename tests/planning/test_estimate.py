@@ -11,10 +11,11 @@ from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from configs import bert_base_pkm_pod
-from pkm_jax.mesh import OWN, Shards, make_mesh
+from pkm_jax.mesh import OWN, Shards, make_mesh, slice_of
 from pkm_jax.planning import chips, device_memory, hlo
 from pkm_jax.planning.estimate import estimate, table_sized
 from pkm_jax.planning.text import text_of
+from pkm_jax.refusal import Refusal
 from pkm_jax.training import loop
 from pkm_jax.training.layout import Layout
 from pkm_jax.training.program import abstract_batch
@@ -112,3 +113,27 @@ def test_the_pod_configuration_fits():
     assert found.fits and found.table_sized == ()
     tables = found.memory.bytes['value tables']
     assert tables * math.prod(found.layout.shards[1:]) == 4096 ** 2 * 768 * 2
+
+
+@needs_tpu_compiler
+def test_slices_share_data_and_no_table(tiny):
+    """Between slices there is a network: gradients cross it, memory groups do not."""
+    found = estimate(run_of(tiny), chips.parse('v5e:2x2', slices=2))
+    assert found.fits and found.layout.shards == Shards(2, 2, 2)
+    between = [one for one in found.transfers if one.axes == 'data']
+    assert {one.collective.kind for one in between} >= {'all-reduce'}
+    assert all(len(one.collective.groups) == 4 for one in between)      # pairs, one a device
+    assert sum(one.collective.bytes_sent for one in between) == pytest.approx(
+        3.125e9 * sum(one.seconds for one in between))
+    assert '2 slices of v5e:2x2: 8 devices as data 2, rows 2, columns 2' in text_of(found, 'tiny')
+    mesh = make_mesh(found.layout.shards, chips.devices(found.topology))
+    assert all(len({slice_of(device) for device in group.flat}) == 1 for group in mesh.devices)
+    tiny.memory.shards.update(rows=4, columns=2)
+    with pytest.raises(Refusal, match='2 slices hold 1 copies of .* divides the 4 devices of a slice'):
+        estimate(run_of(tiny), chips.parse('v5e:2x2', slices=2))
+
+
+@needs_tpu_compiler
+def test_both_cores_of_a_chip_are_devices(tiny):
+    found = estimate(run_of(tiny), chips.parse('tpu7x:2x2x1'))
+    assert found.fits and found.layout.shards == Shards(2, 2, 2) and found.step_seconds > 0

@@ -5,7 +5,7 @@ import pytest
 
 from pkm_jax.configuration.resolve import runs_of
 from pkm_jax.planning import out_of_memory
-from pkm_jax.refusal import Refusal
+from pkm_jax.refusal import OutOfMemory
 from pkm_jax.training import loop
 from pkm_jax.training.layout import bytes_of_device, lay_out
 
@@ -31,7 +31,7 @@ def test_it_is_said_what_there_is_too_much_of(config, monkeypatch, place):
     config.memory.shards.update(rows=1, columns=1)
     fail(monkeypatch, place, 'RESOURCE_EXHAUSTED: Out of memory while trying to allocate 9 bytes.\nmore')
     monkeypatch.setattr(out_of_memory, 'bytes_of_device', lambda: 16 * 10 ** 6)
-    with pytest.raises(Refusal) as refused:
+    with pytest.raises(OutOfMemory) as refused:
         train(config)
     said = str(refused.value)
     assert 'Out of memory while trying to allocate 9 bytes.)' in said
@@ -47,7 +47,7 @@ def test_activations_are_helped_by_smaller_parts(config, monkeypatch):
     config.train.batch = 4096
     fail(monkeypatch, '_loop', 'RESOURCE_EXHAUSTED: Out of memory')
     monkeypatch.setattr(out_of_memory, 'bytes_of_device', lambda: 2 * 10 ** 6)
-    with pytest.raises(Refusal, match=r'\(temporaries: activations, gradients [^)]*\).* Set .*'
+    with pytest.raises(OutOfMemory, match=r'\(temporaries: activations, gradients [^)]*\).* Set .*'
                                       r'train.gradient_accumulation_steps=\d+ \(1\.\d+ MB\)'):
         train(config)
 

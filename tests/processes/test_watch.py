@@ -9,7 +9,8 @@ from pathlib import Path
 import pytest
 
 from pkm_jax.processes import watch
-from pkm_jax.processes.watch import HUNG, Watch
+from pkm_jax.processes.watch import Watch
+from pkm_jax.refusal import ExitStatus
 from pkm_jax.training import loop
 from tests.training.runs import train
 
@@ -67,7 +68,7 @@ def test_it_ends_a_process_that_asks_for_it(tmp_path):
                f'watch.Watch(Path({str(tmp_path)!r}), exits=True).__enter__(); time.sleep(60)')
     done = subprocess.run([sys.executable, '-c', program], capture_output=True, text=True,
                           timeout=30, cwd=Path(__file__).parents[2])
-    assert done.returncode == HUNG and 'No progress' in done.stderr and stacks(tmp_path)
+    assert done.returncode == ExitStatus.HUNG and 'No progress' in done.stderr and stacks(tmp_path)
 
 
 def test_a_run_whose_loader_delivers_nothing_is_reported(config, monkeypatch, capfd):

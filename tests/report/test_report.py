@@ -176,7 +176,7 @@ def test_module_is_a_command(tmp_path):
     done = subprocess.run([*command, str(tmp_path)], capture_output=True, text=True, check=True)
     assert done.stdout.strip() == str(tmp_path / 'report' / 'report.html')
     failed = subprocess.run([*command, str(tmp_path / 'none')], capture_output=True, text=True)
-    assert failed.returncode == 1 and failed.stderr.startswith('Not reported: nothing to report in')
+    assert failed.returncode == 2 and failed.stderr.startswith('Not reported: nothing to report in')
 
 
 def test_named_runs_alone_are_reported(small):
