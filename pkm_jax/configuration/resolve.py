@@ -156,7 +156,8 @@ def _chosen(named, field, value):
 
 
 def _tables(memory):
-    found = {name: memory[name] for name in ('updates', 'dead_after') if name in memory}
+    found = {name: memory[name] for name in ('updates', 'dead_after', 'drift_tokens')
+             if name in memory}
     return Tables(**found, shards=section_of(Parts, memory.get('shards', {}), 'memory.shards'))
 
 
