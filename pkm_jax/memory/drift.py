@@ -57,15 +57,16 @@ def drift_of_slots(
 
 
 def fall_by_slot(
-    before: Float[Array, 'S V'], after: Float[Array, 'S V'], change: Float[Array, 'S V'],
+    before: Float[Array, 'S V'], midway: Float[Array, 'S V'], after: Float[Array, 'S V'],
+    change: Float[Array, 'S V'],
 ) -> Float[Array, 'S']:
-    """What the change of each slot's value took off a loss: −½ (g + g')·Δ.
+    """What the change of each slot's value took off a loss: −(g + 4·g½ + g')·Δ / 6.
 
-    `before` and `after` are the gradients of the loss at the values before and after the change.
-    Over the slots it adds up to the fall of the loss, exactly where that is quadratic in the
-    values, else to third order of the change (the trapezoidal rule).
+    g, g½ and g' are the gradients of the loss at the values before, half-way through and after the
+    change Δ of all of them. Over the slots it adds up to the fall of the loss, exactly where that
+    is of up to the fourth degree along the change (Simpson's rule).
     """
-    return -jnp.sum((before + after) * change, axis=1) / 2
+    return -jnp.sum((before + 4 * midway + after) * change, axis=1) / 6
 
 
 def _centred(scores):

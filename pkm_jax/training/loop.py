@@ -66,7 +66,7 @@ def train(run: Run, layout: Layout, data: Data | None = None) -> Path:
 def _train(run: Run, layout: Layout, changed: str, data: Data | None,
            still_ours: Callable[[], None]) -> Path:
     # 1. Prepare the data.
-    data = data or _prepared(run)
+    data = data or prepared(run)
     configured, run = run, run.with_vocabulary(data.vocab_size)
     mesh = make_mesh(layout.shards)
 
@@ -119,7 +119,8 @@ def _train(run: Run, layout: Layout, changed: str, data: Data | None,
     return run.folder
 
 
-def _prepared(run: Run) -> Data:
+def prepared(run: Run) -> Data:
+    """The data of a run, which the first process prepares."""
     with start.phase('preparing the data'), hosts.first_process_first('the prepared data'):
         return run.task.prepare(pretrained.vocabulary_of(run.init_from),
                                 functools.partial(print, flush=True))

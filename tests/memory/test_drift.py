@@ -66,10 +66,11 @@ def test_each_slot_counts_from_its_last_update():
     np.testing.assert_allclose(since_ten, [1.5, .5, .5, 1.5], rtol=1e-6)
 
 
-def test_the_fall_of_a_quadratic_loss_by_slot():
-    """L(v) = Σ a·(v − b)²: from v to v', each slot takes off a·((v − b)² − (v' − b)²)."""
+def test_the_fall_of_a_loss_by_slot():
+    """L(v) = Σ a·(v − b)⁴: from v to v', each slot takes off a·((v − b)⁴ − (v' − b)⁴)."""
     a, b = np.array([[1.], [3.], [2.]]), np.array([[0.], [1.], [5.]])
     v, new = np.array([[2.], [1.], [4.]]), np.array([[1.], [3.], [4.]])
-    gradient = [jnp.asarray(2 * a * (values - b)) for values in (v, new)]
-    # 1·(4 − 1) = 3; 3·(0 − 4) = −12, a change for the worse; 0 where nothing changed.
-    np.testing.assert_allclose(fall_by_slot(*gradient, jnp.asarray(new - v)), [3, -12, 0])
+    gradients = [jnp.asarray(4 * a * (values - b) ** 3) for values in (v, (v + new) / 2, new)]
+    # 1·(16 − 1) = 15; 3·(0 − 16) = −48, a change for the worse; 0 where nothing changed.
+    np.testing.assert_allclose(fall_by_slot(*gradients, jnp.asarray(new - v)), [15, -48, 0],
+                               rtol=1e-6)

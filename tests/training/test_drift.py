@@ -2,11 +2,15 @@
 
 import json
 
+import jax
 import numpy as np
 import pytest
 
+from pkm_jax.configuration.resolve import runs_of
 from pkm_jax.refusal import Refusal
 from pkm_jax.training import loop
+from pkm_jax.training.layout import lay_out
+from pkm_jax.training.refresh import _best_step, refresh
 from tests.training.runs import train
 
 pytestmark = pytest.mark.usefixtures('compile_once')
@@ -51,3 +55,27 @@ def test_drift_needs_to_know_when_slots_were_read(config):
     config.memory.update(drift_tokens=40, dead_after=0)
     with pytest.raises(Refusal, match='Set memory.dead_after'):
         train(config)
+
+
+def test_refreshing_values_takes_off_loss(config):
+    """What the slots took off adds up to the fall, here of a loss that is near quadratic."""
+    config.memory.update(drift_tokens=40)
+    config.train.learning_rate = .003
+    run, = runs_of(config)
+    layout = lay_out(run, jax.device_count())
+    folder = loop.train(run, layout)
+    found = refresh(run, layout, batches=20)
+    last = [json.loads(line) for line in (folder / 'metrics.jsonl').read_text().splitlines()][-1]
+    assert found['before'] == pytest.approx(last['loss'], rel=1e-5)
+    fall = found['before'] - found['after']
+    assert found['step'] > 0 and fall > .01
+    slots = np.load(folder / 'slot_fall_1.npy')
+    assert slots.shape == (36,)
+    assert found['memories']['1']['fall'] == pytest.approx(slots.sum()) == pytest.approx(fall, rel=.1)
+    outdated = np.load(folder / 'slot_drift_1.npy') > .5
+    assert found['memories']['1']['outdated'] == pytest.approx(slots[outdated].sum(), abs=1e-7)
+
+
+def test_the_step_is_where_the_loss_is_least():
+    assert _best_step(lambda step: (step - 3) ** 2) == 2    # 1 there, and at 4, which is later
+    assert _best_step(lambda step: 9 + step) == 0
