@@ -8,6 +8,7 @@ from typing import Any
 import ml_collections
 from ml_collections import config_dict
 
+from pkm_jax.configuration.ablation import Ablation
 from pkm_jax.configuration.run import Distributed, Log, Parts, Run, Tables, Train
 from pkm_jax.data.files import expand
 from pkm_jax.memory.layer import MemoryConfig
@@ -38,7 +39,8 @@ def defaults(model: str = 'bert', task: str = 'masked_lm') -> ml_collections.Con
     """A configuration with every field at its default: what configurations start from."""
     family = MODELS[model]
     tree = {name: _default(Run, name) for name in TOP}
-    tree |= {'task': task, 'runs': {}, 'model': {'family': model, **_defaults(family, DECIDED)}}
+    tree |= {'task': task, 'runs': {}, 'ablation': _defaults(Ablation)}
+    tree |= {'model': {'family': model, **_defaults(family, DECIDED)}}
     tree |= {'memory': {**_defaults(MemoryConfig), **{
         name: _default(family, field) for name, field in PLACEMENT.items()}, **_defaults(Tables)}}
     tree['memory']['shards'] = _defaults(Parts)
@@ -57,6 +59,9 @@ def runs_of(config: ml_collections.ConfigDict) -> list[Run]:
     """
     if 'finetune' in config:
         raise Refusal('This configuration is one of fine-tuning: python -m pkm_jax.finetune takes '
+                      'it.')
+    if section_of(Ablation, config.ablation.to_dict(), 'ablation') != Ablation():
+        raise Refusal('This configuration has a section ablation: python -m pkm_jax.ablate takes '
                       'it.')
     if not config.runs:
         return [resolve(config.to_dict())]
