@@ -123,7 +123,7 @@ def _cell(config: ml_collections.ConfigDict, runs: dict[str, Any], section: Abla
     if seed is not None:
         one.seed = seed
     folder, source = Path(expand(config.workdir)), ''
-    if one.init_from in runs:
+    if one.init_from and one.init_from in runs:
         once = one.init_from in section.once
         source = _name(one.init_from, {} if once else point, None if once else seed)
         one.init_from = str(folder / source)

@@ -59,7 +59,7 @@ def refresh(run: Run, layout: Layout, batches: int) -> dict[str, Any]:
         params, batch_stats = state.params, state.batch_stats
         sites = _owners(run.model.memories)
         tables = {name: at(params, site.table) for name, site in sites.items()}
-        given = dict(task=run.task, graph=program.graph, sites=run.model.memories)
+        given: dict[str, Any] = dict(task=run.task, graph=program.graph, sites=run.model.memories)
         add = jax.jit(functools.partial(_add, **given), donate_argnums=0)
         loss = jax.jit(functools.partial(_loss, **given))
 

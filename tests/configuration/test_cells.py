@@ -2,10 +2,11 @@
 
 import pytest
 
-from configs import bert_base_pkm
+from configs import ablation_grid, bert_base_pkm
 from pkm_jax.configuration.cells import cells_of, shard, with_sources
 from pkm_jax.configuration.resolve import runs_of
 from pkm_jax.refusal import Refusal
+from pkm_jax.training.layout import lay_out
 
 
 @pytest.fixture
@@ -146,3 +147,33 @@ def test_a_run_cannot_start_from_a_later_one(grid):
 def test_no_such_shard(part):
     with pytest.raises(Refusal, match='it must be i/n'):
         shard([], part)
+
+
+@pytest.mark.parametrize('scale', ['tiny', 'small', 'base'])
+@pytest.mark.parametrize('arguments', ['', 'model=causal', 'part=factors', 'budget=compute',
+                                       'part=factors,model=causal', 'glue=mrpc+cola'])
+def test_every_cell_of_the_shipped_grid_is_possible(scale, arguments):
+    config = ablation_grid.get_config(f'scale={scale},{arguments}')
+    cells = cells_of(config)
+    for cell in cells:
+        lay_out(cell.run(), devices=8)
+    assert len(cells) == (26 if 'factors' not in arguments else 13 + (scale != 'tiny') * 3)
+    assert {cell.starts_from for cell in cells} <= {'', 'pretrain', 'pretrain-wide'}
+
+
+def test_the_shipped_grid_crosses_both_cures_and_has_models_without_memory():
+    cells = {cell.name: cell.run() for cell in cells_of(ablation_grid.get_config('scale=small'))}
+    crossed = {(run.model.placement, bool(run.init_from)) for name, run in cells.items()
+               if name.endswith('-seed2')}
+    assert crossed == {(placement, start) for placement in ('replace', 'add', 'none')
+                       for start in (False, True)}
+    assert cells['pretrain'].tokens_per_step * cells['pretrain'].train.steps >= 600e6
+    assert cells['scratch-add-seed1'].tokens_per_step * cells['scratch-add-seed1'].train.steps >= 200e6
+    grown = cells_of(ablation_grid.get_config('scale=small,wide=3000,glue=mrpc'))
+    assert grown[1].run().model.feed_forward_width == 3000
+
+
+@pytest.mark.parametrize('wrong', ['scale=large', 'seeds=3', 'wide=x', 'glue=mrpc,model=causal', 'glue=x'])
+def test_arguments_of_the_shipped_grid(wrong):
+    with pytest.raises(Refusal, match='configs/ablation_grid.py'):
+        ablation_grid.get_config(wrong)

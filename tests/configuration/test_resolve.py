@@ -36,7 +36,8 @@ def test_shipped_configurations_pass(config):
 def test_every_file_in_configs_is_tested_here():
     assert set(command_line.shipped()) == {
         'ablation', 'bert_base_pkm', 'bert_base_pkm_pod', 'bert_large', 'causal_pkm', 'quickstart',
-        'text', 'glue', 'squad', 'conll'}      # the last four in test_finetuning.py
+        'ablation_grid',                        # in test_cells.py
+        'text', 'glue', 'squad', 'conll'}       # in test_finetuning.py
 
 
 def test_the_paper_in_numbers():
