@@ -7,8 +7,8 @@ r"""Both findings of the paper with error bars: one pretraining, a 2 × 2 grid, 
 
 Phase 1, `pretrain`, has no memory and is trained once. Phase 2 by three seeds: {scratch,
 pretrained} × {replace, add}, and beside them models without memory: `none` of as many steps, `wide`
-of about the step time of a memory, by wider feed-forward layers (`pretrain-wide` is what its
-pretrained ones start from). `part=factors` is, by one seed, `pretrained-add` with
+of about the step time of a memory, by wider feed-forward layers (`pretrain_wide` is what its
+pretrained ones start from). `part=factors` is, by one seed, `pretrained_add` with
 one setting changed at a time.
 
 Arguments: model=bert|causal; scale=base|small|tiny; part=grid|factors; budget=own|steps|compute
@@ -104,7 +104,7 @@ def get_config(arguments: str = '') -> ml_collections.ConfigDict:
     wide = dict(feed_forward_width=int(given['wide'] or scale.wide))
     if given['part'] == 'grid':
         config.runs.update(_grid(scale, wide))
-        config.ablation.update(seeds=(1, 2, 3), once=('pretrain', 'pretrain-wide'))
+        config.ablation.update(seeds=(1, 2, 3), once=('pretrain', 'pretrain_wide'))
     else:
         config.runs.update(_factors(scale, config))
         config.ablation.update(seeds=(1,), once=('pretrain',))
@@ -117,32 +117,31 @@ def _grid(scale, wide):
     first = dict(memory=NOTHING, train=dict(steps=scale.pretrain_steps))
     return {
         'pretrain': first,
-        'pretrain-wide': first | dict(model=wide),
-        **{f'{name}-{placement}': dict(init_from=start, memory=dict(placement=placement))
+        'pretrain_wide': first | dict(model=wide),
+        **{f'{name}_{placement}': dict(init_from=start, memory=dict(placement=placement))
            for name, start in (('scratch', ''), ('pretrained', 'pretrain'))
            for placement in ('replace', 'add')},
-        'scratch-none': dict(memory=NOTHING),
-        'pretrained-none': dict(memory=NOTHING, init_from='pretrain'),
-        'scratch-wide': dict(memory=NOTHING, model=wide),
-        'pretrained-wide': dict(memory=NOTHING, model=wide, init_from='pretrain-wide')}
+        'scratch_none': dict(memory=NOTHING),
+        'pretrained_none': dict(memory=NOTHING, init_from='pretrain'),
+        'scratch_wide': dict(memory=NOTHING, model=wide),
+        'pretrained_wide': dict(memory=NOTHING, model=wide, init_from='pretrain_wide')}
 
 
 def _factors(scale, config):
-    """`pretrained-add`, which the grid has too, and variants of it."""
-    changes = {f'layers={"+".join(map(str, layers))}': dict(layers=layers)
+    """`pretrained_add`, which the grid has too, and variants of it."""
+    changes = {f'layers_{"_".join(map(str, layers))}': dict(layers=layers)
                for layers in scale.layers}
     for field, values in (('sub_keys', scale.sub_keys), ('top_k', scale.top_k),
                           ('query_norm', ('none', 'layer')), ('zero_start', (True,))):
-        changes |= {f'{field}={value}': {field: value} for value in values}
+        changes |= {f'{field}_{value}'.lower(): {field: value} for value in values}
     usual = config.train.values_learning_rate
     return {
         'pretrain': dict(memory=NOTHING, train=dict(steps=scale.pretrain_steps)),
-        'pretrained-add': dict(init_from='pretrain'),
-        **{f'pretrained-add-{name}': dict(init_from='pretrain', memory=change)
-           for name, change in changes.items()},
-        **{f'pretrained-add-values_lr={rate:.0e}': dict(
-            init_from='pretrain', train=dict(values_learning_rate=rate))
-           for rate in (usual / 10, usual * 10)}}
+        'pretrained_add': dict(init_from='pretrain'),
+        **{name: dict(init_from='pretrain', memory=change) for name, change in changes.items()},
+        **{f'values_rate_{name}': dict(init_from='pretrain', train=dict(
+            values_learning_rate=rate))
+           for name, rate in (('tenth', usual / 10), ('tenfold', usual * 10))}}
 
 
 def _finetuning(tasks, scale):

@@ -109,7 +109,7 @@ def _table(names, columns, given) -> Table:
     rows: dict[tuple[str, ...], list[Any]] = {}
     for key, what in given:
         rows.setdefault(key, []).append(what)
-    found = [(key, [[value for one in some if (value := column.of(*one)) is not None]
+    found = [(key, [[float(value) for one in some if (value := column.of(*one)) is not None]
                     for column in columns]) for key, some in rows.items()]
     kept = [index for index in range(len(columns)) if any(values[index] for _, values in found)]
     return Table(names, [columns[index] for index in kept],

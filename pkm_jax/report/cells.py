@@ -56,7 +56,7 @@ class Cell:
         that is not known."""
         own = self.run.tokens if of == 'tokens' and self.run else self.described.get(
             'trained', {}).get(of, math.nan)
-        return own + (self.before.in_all(of) if self.before else 0)
+        return float(own) + (self.before.in_all(of) if self.before else 0)
 
 
 def read_cells(folder: Path) -> list[Cell]:
