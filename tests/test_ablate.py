@@ -2,7 +2,6 @@
 
 import json
 import os
-import re
 import shlex
 import shutil
 import subprocess
@@ -26,13 +25,13 @@ pytestmark = pytest.mark.usefixtures('compile_once')
 
 @pytest.fixture
 def grid(config):
-    """`pretrain` without memory; a memory of 2 or 3 reads added to it, by two seeds."""
+    """`pretrain` without memory, and a memory added to it, by two seeds."""
     config.workdir = str(Path(config.workdir).parent / 'grid')
-    config.memory.drift_tokens = 32
+    config.model.layers = 1
+    config.memory.update(layers=(0,), drift_tokens=32)
     config.runs.update(pretrain=dict(memory=dict(placement='none', layers=())),
                        memory=dict(init_from='pretrain'))
-    config.ablation.update(once=('pretrain',), seeds=(1, 2), refresh_batches=2,
-                           axes=(('memory.top_k', (2, 3)),))
+    config.ablation.update(once=('pretrain',), seeds=(1, 2), refresh_batches=2)
     return config
 
 
@@ -65,7 +64,6 @@ def limited(monkeypatch):
 
 
 def test_a_killed_grid_goes_on_and_skips_what_is_done(grid, limited, tmp_path):
-    grid.ablation.axes = ()
     folder = Path(grid.workdir)
     limited(6 + 4)              # all of `pretrain`, and into the second half of the next
     with pytest.raises(KeyboardInterrupt):
@@ -80,19 +78,21 @@ def test_a_killed_grid_goes_on_and_skips_what_is_done(grid, limited, tmp_path):
     assert not failed and len(taken) == 3 + 6       # from its checkpoint, and the other seed
     assert (folder / 'pretrain/metrics.jsonl').read_text() == before
     text = page.read_text()
-    assert '3 cells: 3 done.' in text and '| memory | 2 |' in text and '| memory | 1 | 2 |' in text
+    assert '3 cells: 3 done.' in text and '| memory | 2 |' in text and '| memory | 0 | 2 |' in text
     for name in ('model.csv', 'model.tex', 'memory.csv', 'memory.tex', 'cells.csv', 'loss.png',
                  'top_1_usage.png', 'drift.png', 'gini.png', 'dead.png'):
         assert (page.parent / name).stat().st_size > 100, name
     found = {one.name: one for one in read_cells(folder)}
     assert found['memory-seed1'].in_all('steps') == 12 and found['pretrain'].in_all('steps') == 6
-    assert found['memory-seed1'].described['refreshed']['memories'].keys() == {'1'}
+    assert found['memory-seed1'].described['refreshed']['memories'].keys() == {'0'}
     assert found['memory-seed1'].seconds > 0 and found['memory-seed1'].device_hours > 0
 
     taken = limited(-1)
     assert ablate.run(grid)[1] == [] and taken == []
 
     grid.workdir = str(tmp_path / 'straight')
+    grid.ablation.refresh_batches = 0
+    shutil.copytree(folder / 'pretrain', tmp_path / 'straight/pretrain')
     ablate.run(grid, only='memory-seed1')
     ours, theirs = weights(folder / 'memory-seed1'), weights(tmp_path / 'straight/memory-seed1')
     for name in theirs:
@@ -102,7 +102,6 @@ def test_a_killed_grid_goes_on_and_skips_what_is_done(grid, limited, tmp_path):
 def test_a_failing_cell_is_named_and_the_others_go_on(grid, capsys):
     """One with settings that cannot be, what starts from it, and one with a fault of the program."""
     grid.ablation.update(seeds=(1,), refresh_batches=0)
-    grid.ablation.axes = ()
     del grid.runs.pretrain, grid.runs.memory
     grid.runs.update({'good': {}, 'bad': {'memory': {'top_k': 7}}, 'after': {'init_from': 'bad'},
                  'wrong': {'train': {'values_optimizer': 'rowwise_adam'}}})
@@ -128,22 +127,21 @@ def test_parts_of_a_grid_on_several_machines_make_one_report(grid, tmp_path):
     for part in ('1/2', '2/2'):
         grid.workdir = str(tmp_path / part[0])
         ablate.run(grid, part=part)
-    first, second = (set(one.name for one in (tmp_path / part).iterdir() if (one / 'checkpoints').exists())
+    first, second = ({one.name for one in (tmp_path / part).iterdir() if (one / 'checkpoints').exists()}
                      for part in '12')
-    assert first == {'pretrain', 'memory-top_k=2-seed1', 'memory-top_k=3-seed1'}
-    assert second == {'pretrain', 'memory-top_k=2-seed2', 'memory-top_k=3-seed2'}
+    assert first == {'pretrain', 'memory-seed1'}
+    assert second == {'pretrain', 'memory-seed2'}
     for name, array in weights(tmp_path / '1/pretrain').items():
         np.testing.assert_array_equal(array, weights(tmp_path / '2/pretrain')[name])
     for name in second - first:
         shutil.copytree(tmp_path / '2' / name, tmp_path / '1' / name, dirs_exist_ok=True)
     report([str(tmp_path / '1')])
     text = (tmp_path / '1/ablation/report.md').read_text()
-    assert '5 cells: 5 done.' in text
-    assert re.search(r'memory-top_k=2 \| 1 \| 2 \|', text)
+    assert '3 cells: 3 done.' in text and '| memory | 0 | 2 |' in text
 
 
 def test_cells_that_are_not_there_are_refused(grid):
-    with pytest.raises(Refusal, match='no cell is chosen, of pretrain, memory-top_k=2-seed1'):
+    with pytest.raises(Refusal, match='no cell is chosen, of pretrain, memory-seed1, memory-seed2'):
         ablate.run(grid, only='*-seed9')
 
 
@@ -152,7 +150,8 @@ def arguments(folder, corpus, cache):
             f'--config.data.corpus={corpus}', f'--config.data.cache={cache}',
             '--config.data.vocab_size=120', '--config.train.steps=12', '--config.train.warmup=2',
             '--config.train.batch=16', '--config.log.every=4',
-            '--config.log.eval_every=4', '--config.runs.pretrain.train.steps=12',
+            '--config.log.eval_every=6', '--config.model.layers=1', '--config.memory.layers=(0,)',
+            '--config.ablation.refresh_batches=1', '--config.runs.pretrain.train.steps=12',
             '--config.compilation_cache=' + str(jax.config.jax_compilation_cache_dir)]
 
 

@@ -16,6 +16,8 @@ from pkm_jax.checkpoints import pretrained
 from pkm_jax.configuration.run import Run
 from pkm_jax.data import loader
 from pkm_jax.memory.drift import OUTDATED, fall_by_slot
+from pkm_jax.memory.layer import MemoryReads
+from pkm_jax.memory.usage import SlotCounts, count_slots, host_counts, no_counts
 from pkm_jax.mesh import make_mesh
 from pkm_jax.models.interface import MemorySite, at, replaced
 from pkm_jax.tasks.interface import Batch, Data, Task
@@ -33,7 +35,7 @@ class Sums(NamedTuple):
     loss: Float[Array, '']
     terms: Float[Array, '']
     gradient: Tables                            # of the loss
-    squares: dict[Any, Float[Array, 'S']]       # Σ w² of the weights that read each slot
+    squares: dict[Any, SlotCounts]              # of which the mass is Σ w², w what reads a slot
 
 
 def refresh(run: Run, layout: Layout, batches: int) -> dict[str, Any]:
@@ -66,7 +68,7 @@ def refresh(run: Run, layout: Layout, batches: int) -> dict[str, Any]:
         def summed(tables, chosen):
             total = Sums(jnp.zeros(()), jnp.zeros(()),
                          {name: jnp.zeros(one.shape) for name, one in tables.items()},
-                         {name: jnp.zeros(len(one)) for name, one in tables.items()})
+                         {name: no_counts(len(one)) for name, one in tables.items()})
             for batch in chosen:
                 total = add(total, tables, params, batch_stats, to_devices(batch, mesh))
             return total
@@ -74,7 +76,8 @@ def refresh(run: Run, layout: Layout, batches: int) -> dict[str, Any]:
         learnt, chosen_by = (list(_training_batches(run, data, first, batches))
                              for first in (run.train.steps, run.train.steps + batches))
         of_training = summed(tables, learnt)
-        change = {name: -of_training.gradient[name] / (of_training.squares[name][:, None] + 1)
+        change = {name: -of_training.gradient[name] / (
+            host_counts(of_training.squares[name]).mass.astype(np.float32)[:, None] + 1)
                   for name in tables}
 
         def moved(step):
@@ -121,26 +124,29 @@ def _best_step(loss_at: Callable[[float], float]) -> float:
 def _loss(
     tables: Tables, params: dict, batch_stats: dict, batch: Batch, *, task: Task,
     graph: nnx.GraphDef, sites: dict[Any, MemorySite],
-) -> tuple[Array, tuple[Array, dict[Any, Array]]]:
-    """The summed loss; its terms, and by owner of a table Σ w² of each slot."""
+) -> tuple[Float[Array, ''], tuple[Float[Array, ''], dict[Any, MemoryReads]]]:
+    """The summed loss; its terms, and what each memory read."""
     for name, table in tables.items():
         params = replaced(params, sites[name].table, table)
     outcome = task.outcome(nnx.merge(graph, gathered(params), batch_stats), batch,
                            deterministic=True)
-    squares = {name: jnp.zeros(len(table)) for name, table in tables.items()}
-    for name, reads in outcome.reads.items():
-        owner = next(other for other in tables if sites[other].table == sites[name].table)
-        squares[owner] = squares[owner].at[reads.slots].add(reads.weights ** 2)
-    return outcome.loss, (task.terms(batch), squares)
+    return outcome.loss, (task.terms(batch), outcome.reads)
 
 
 def _add(
-    total: Sums, tables: Tables, params: dict, batch_stats: dict, batch: Batch, **given: Any,
+    total: Sums, tables: Tables, params: dict, batch_stats: dict, batch: Batch, *, task: Task,
+    graph: nnx.GraphDef, sites: dict[Any, MemorySite],
 ) -> Sums:
-    differentiate = jax.value_and_grad(functools.partial(_loss, **given), has_aux=True)
-    (loss, (terms, squares)), gradient = differentiate(tables, params, batch_stats, batch)
-    gradient = jax.tree.map(lambda one: one.astype(jnp.float32), gradient)
-    return jax.tree.map(jnp.add, total, Sums(loss, terms, gradient, squares))
+    differentiate = jax.value_and_grad(
+        functools.partial(_loss, task=task, graph=graph, sites=sites), has_aux=True)
+    (loss, (terms, reads)), gradient = differentiate(tables, params, batch_stats, batch)
+    squares = dict(total.squares)
+    for name, read in reads.items():
+        owner = next(other for other in tables if sites[other].table == sites[name].table)
+        squares[owner] = count_slots(squares[owner], read._replace(weights=read.weights ** 2),
+                                     task.real(batch))
+    return Sums(total.loss + loss, total.terms + terms, jax.tree.map(
+        lambda sums, new: sums + new.astype(jnp.float32), total.gradient, gradient), squares)
 
 
 def _owners(sites: dict[Any, MemorySite]) -> dict[Any, MemorySite]:
