@@ -76,9 +76,10 @@ def refresh(run: Run, layout: Layout, batches: int) -> dict[str, Any]:
         learnt, chosen_by = (list(_training_batches(run, data, first, batches))
                              for first in (run.train.steps, run.train.steps + batches))
         of_training = summed(tables, learnt)
+        on_every_host = functools.partial(jax.jit, out_shardings=NamedSharding(mesh, P()))
+        squares = on_every_host(lambda counts: counts)(of_training.squares)
         change = {name: -of_training.gradient[name] / (
-            host_counts(of_training.squares[name]).mass.astype(np.float32)[:, None] + 1)
-                  for name in tables}
+            host_counts(squares[name]).mass.astype(np.float32)[:, None] + 1) for name in tables}
 
         def moved(step):
             return {name: (tables[name] + step * change[name]).astype(tables[name].dtype)
@@ -89,7 +90,7 @@ def refresh(run: Run, layout: Layout, batches: int) -> dict[str, Any]:
             for batch in chosen_by))
         before, midway, after = (summed(moved(part * step), _validation_batches(run, data))
                                  for part in (0, .5, 1))
-        by_slot = jax.jit(fall_by_slot, out_shardings=NamedSharding(mesh, P()))
+        by_slot = on_every_host(fall_by_slot)
         memories = {}
         for name in tables:
             fall = np.asarray(by_slot(
