@@ -67,10 +67,11 @@ def run(config: ml_collections.ConfigDict, part: str = '', only: str = '',
     hosts.join(Distributed(**config.distributed))
     folder, failed = Path(expand(config.workdir)), {}
     if jax.process_index() == 0:
-        plan(folder, cells, config.ablation.budget, arguments)
+        plan(folder, cells, config.ablation.budget)
     todo = with_sources(cells, chosen)
     for number, cell in enumerate(todo, 1):
         _say(f'cell {number} of {len(todo)}: {cell.name}')
+        CellFile(cell.folder).begin(cell, arguments)
         why = _attempted(cell, config, failed, whole=cell in chosen)
         if why:
             failed[cell.name] = why
@@ -132,7 +133,7 @@ def _say(text: str) -> None:
 
 def main(_: list[str]) -> None:
     arguments = [argument for argument in sys.orig_argv[-len(sys.argv) + 1:]
-                 if not argument.lstrip('-').startswith(('shard=', 'only='))]
+                 if not argument.lstrip('-').startswith(('shard=', 'only=', 'config.workdir='))]
     with ending.said():
         page, failed = run(flags.FLAGS.config, SHARD.value, ONLY.value, arguments)
     if page:

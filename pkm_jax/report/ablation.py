@@ -63,9 +63,10 @@ def _states(cells: Sequence[Cell]) -> str:
               for state in ('done', 'failed', 'unfinished', 'not begun')}
     said = f'{len(cells)} cells: ' + ', '.join(f'{count} {state}' for state, count in counts.items()
                                                if count) + '.'
-    missing = [f'{cell.name} ({cell.state})' for cell in cells
-               if cell.state in ('unfinished', 'not begun')]
-    return said + (f' Missing: {", ".join(missing)}.' if missing else '')
+    for state in ('unfinished', 'not begun'):
+        if names := [cell.name for cell in cells if cell.state == state]:
+            said += f' {state.capitalize()}: {", ".join(names)}.'
+    return said
 
 
 def _failures(cells: Sequence[Cell]) -> str:

@@ -19,20 +19,13 @@ from pkm_jax.report.cells import CELL, PLAN, read_json
 PACKAGES = ('pkm-jax', 'jax', 'jaxlib', 'flax', 'optax', 'numpy')
 
 
-def plan(folder: Path, cells: Sequence[Cell], budget: str, arguments: Sequence[str]) -> None:
-    """Writes which cells there are to be, and into the folder of each how it is trained again.
-
-    Cells of before that are not among them stay in the plan where they have a folder.
-    """
+def plan(folder: Path, cells: Sequence[Cell], budget: str) -> None:
+    """Writes which cells there are to be; others that a plan of before had stay in it if they were
+    begun."""
     names = [cell.name for cell in cells]
     others = [name for name in read_json(folder / PLAN).get('cells', ())
               if name not in names and (folder / name / CELL).exists()]
     _write(folder / PLAN, {'budget': budget, 'cells': names + others})
-    for cell in cells:
-        command = ['python', '-m', 'pkm_jax.ablate', *arguments,
-                   f'--config.workdir={folder}_again', f'--only={cell.name}']
-        CellFile(cell.folder).update(name=cell.name, group=cell.group, seed=cell.seed,
-                                     starts_from=cell.starts_from, command=shlex.join(command))
 
 
 class CellFile:
@@ -43,6 +36,13 @@ class CellFile:
 
     def __init__(self, folder: Path):
         self._folder = folder
+
+    def begin(self, cell: Cell, arguments: Sequence[str]) -> None:
+        """Says what the cell is, and how it is trained again with these arguments."""
+        command = ['python', '-m', 'pkm_jax.ablate', *arguments,
+                   f'--config.workdir={cell.folder.parent}_again', f'--only={cell.name}']
+        self.update(name=cell.name, group=cell.group, seed=cell.seed,
+                    starts_from=cell.starts_from, command=shlex.join(command))
 
     def has(self, part: str, steps: int) -> bool:
         """Whether a part of the work is done, after so many steps."""

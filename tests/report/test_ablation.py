@@ -75,7 +75,7 @@ def test_deviations_are_those_of_a_sample():
 def test_the_page_names_what_is_missing_and_why(grid):
     text = write_ablation(grid).read_text()
     assert '6 cells: 3 done, 1 failed, 1 unfinished, 1 not begun.' in text
-    assert 'Missing: half (unfinished), absent (not begun).' in text
+    assert 'Unfinished: half. Not begun: absent.' in text
     assert '* **ill**: memory.top_k = 7' in text
     assert 'equally many steps in all' in text
     assert '| add_100% | 2 |' in text and '5.5000 ± 0.7071' in text
