@@ -4,12 +4,13 @@ r"""Both findings of the paper with error bars: one pretraining, a 2 × 2 grid, 
     python -m pkm_jax.ablate --config=ablation_grid:scale=small,part=factors --config.data.corpus=…
     python -m pkm_jax.ablate --config=ablation_grid:scale=small,glue=cola+sst2+mrpc+stsb \
         --config.data.corpus=… --config.finetuning.data.folder=/data/glue
+    python -m pkm_jax.compile_check --config=ablation_grid:scale=base --topology=v5e:16x16
 
 Phase 1, `pretrain`, has no memory and is trained once. Phase 2 by three seeds: {scratch,
 pretrained} × {replace, add}, and beside them models without memory: `none` of as many steps, `wide`
 of about the step time of a memory, by wider feed-forward layers (`pretrain_wide` is what its
-pretrained ones start from). `part=factors` is, by one seed, `pretrained_add` with
-one setting changed at a time.
+pretrained ones start from). `part=factors` is, by one seed, `pretrained_add` with one setting
+changed at a time.
 
 Arguments: model=bert|causal; scale=base|small|tiny; part=grid|factors; budget=own|steps|compute
 (`ablation.budget`); wide=WIDTH of the wide feed-forward layers; glue=TASK+TASK+…, on which each

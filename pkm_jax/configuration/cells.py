@@ -11,7 +11,7 @@ import numpy as np
 
 from pkm_jax.configuration.ablation import Ablation
 from pkm_jax.configuration.command_line import check_field
-from pkm_jax.configuration.resolve import resolve, section_of
+from pkm_jax.configuration.resolve import is_ablation, resolve, runs_of, section_of
 from pkm_jax.configuration.run import Run
 from pkm_jax.data.files import expand
 from pkm_jax.refusal import Refusal
@@ -69,6 +69,15 @@ def cells_of(config: ml_collections.ConfigDict) -> list[Cell]:
             raise Refusal(f'The run {cell.name} starts from {cell.starts_from}, which comes after '
                           f'it: name it before.')
     return _with_budget(cells, section.budget)
+
+
+def every_run(config: ml_collections.ConfigDict) -> list[Run]:
+    """The runs of any configuration of pretraining, those of all cells where it is an ablation.
+
+    Raises:
+      Refusal: settings of one of them cannot work.
+    """
+    return [cell.run() for cell in cells_of(config)] if is_ablation(config) else runs_of(config)
 
 
 def with_sources(cells: list[Cell], chosen: Iterable[Cell]) -> list[Cell]:

@@ -60,7 +60,7 @@ def runs_of(config: ml_collections.ConfigDict) -> list[Run]:
     if 'finetune' in config:
         raise Refusal('This configuration is one of fine-tuning: python -m pkm_jax.finetune takes '
                       'it.')
-    if section_of(Ablation, config.ablation.to_dict(), 'ablation') != Ablation():
+    if is_ablation(config):
         raise Refusal('This configuration has a section ablation: python -m pkm_jax.ablate takes '
                       'it.')
     if not config.runs:
@@ -75,6 +75,15 @@ def runs_of(config: ml_collections.ConfigDict) -> list[Run]:
             one.init_from = str(Path(config.workdir) / one.init_from)
         runs.append(resolve(one.to_dict(), name))
     return runs
+
+
+def is_ablation(config: ml_collections.ConfigDict) -> bool:
+    """Whether its section `ablation` asks for anything: see `cells.cells_of`.
+
+    Raises:
+      Refusal: a field of the section cannot work.
+    """
+    return section_of(Ablation, config.ablation.to_dict(), 'ablation') != Ablation()
 
 
 def resolve(config: dict[str, Any], name: str = '', model: Any = None, task: Any = None) -> Run:
