@@ -30,6 +30,20 @@ def test_drift_by_hand():
     np.testing.assert_allclose(drift(-THEN, THEN), 2, rtol=1e-6)
 
 
+def test_every_slot_by_its_own_scores():
+    """As slot by slot in float64, each slot with its [tokens, heads] scores."""
+    rng = np.random.default_rng(1)
+    now, then = rng.normal(size=(2, 7, 2, 2, 3))
+
+    def slots(scores):
+        table = scores[:, :, 0, :, None] + scores[:, :, 1, None, :]
+        table = table.reshape(7, 2, 9) - table.mean(axis=(2, 3))[..., None]
+        return (table - table.mean(axis=0)).transpose(2, 0, 1).reshape(9, -1)
+
+    expected = [1 - a @ b / np.sqrt(a @ a * (b @ b)) for a, b in zip(slots(now), slots(then))]
+    np.testing.assert_allclose(drift(now, then), expected, rtol=1e-5, atol=1e-6)
+
+
 def test_what_changes_no_reader_is_no_drift():
     """All scores scaled; a constant for each token, and one for each slot."""
     tokens = np.array([3., 1, -7])[:, None, None, None]
