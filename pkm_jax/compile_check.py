@@ -19,7 +19,7 @@ import ml_collections
 from absl import app, flags, logging
 
 from pkm_jax.configuration import command_line
-from pkm_jax.configuration.resolve import runs_of
+from pkm_jax.configuration.cells import every_run
 from pkm_jax.console import survive_any_console
 from pkm_jax.planning import chips
 from pkm_jax.planning.estimate import estimate
@@ -31,11 +31,17 @@ def run(config: ml_collections.ConfigDict, topology: str, slices: int = 1,
         price: float = 0.) -> bool:
     """Prints the plan of every run of a configuration; whether all of them fit.
 
+    Runs that differ in seeds, folders and what they start from alone are planned once.
+
     Raises:
-      Refusal: see `runs_of`, `chips.parse` and `estimate`.
+      Refusal: see `every_run`, `chips.parse` and `estimate`.
     """
-    place, fits = chips.parse(topology, slices), True
-    for one in runs_of(config):
+    place, fits, planned = chips.parse(topology, slices), True, []
+    for one in every_run(config):
+        program = one.model, one.task, one.tables, one.train
+        if program in planned:
+            continue
+        planned.append(program)
         found = estimate(one, place)
         print(text_of(found, one.name, price), flush=True)
         fits &= found.fits

@@ -15,6 +15,7 @@ class ExitStatus(enum.IntEnum):
     DIVERGED = 3
     HUNG = 4
     OUT_OF_MEMORY = 5   # of a device
+    CELLS_FAILED = 6    # some, of an ablation
 
 
 class Refusal(ValueError):

@@ -14,7 +14,7 @@ from absl import app, flags, logging
 
 from pkm_jax.checkpoints.store import Checkpoints
 from pkm_jax.configuration import command_line
-from pkm_jax.configuration.resolve import runs_of
+from pkm_jax.configuration.cells import every_run
 from pkm_jax.configuration.run import Run
 from pkm_jax.console import survive_any_console
 from pkm_jax.data import tokenizer
@@ -70,7 +70,9 @@ def main(_: list[str]) -> None:
     survive_any_console()
     logging.set_verbosity(logging.WARNING)
     try:
-        for run in runs_of(flags.FLAGS.config):
+        runs = every_run(flags.FLAGS.config)
+        diverged = [run for run in runs if (run.folder / FOLDER / 'diagnosis.json').exists()]
+        for run in diverged or runs[:1]:
             print(replay(run))
     except Refusal as refusal:
         raise ends(f'Not replayed: {refusal}') from refusal

@@ -3,6 +3,7 @@
 import re
 import subprocess
 import sys
+import types
 
 import pytest
 
@@ -55,3 +56,17 @@ def test_what_cannot_be_planned_is_refused():
          '--topology=v9:4x4'], capture_output=True, text=True)
     assert done.returncode == 2
     assert done.stderr.startswith("Not planned: --topology=v9:4x4: 'v9' is none of v5e")
+
+
+def test_cells_that_differ_in_their_seeds_alone_are_planned_once(tiny, monkeypatch):
+    planned = []
+
+    def estimate(run, place):
+        planned.append((run.name, run.model.memory.top_k))
+        return types.SimpleNamespace(fits=run.model.memory.top_k < 3)
+
+    monkeypatch.setattr(compile_check, 'estimate', estimate)
+    monkeypatch.setattr(compile_check, 'text_of', lambda found, name: name)
+    tiny.ablation.update(seeds=(1, 2), axes=(('memory.top_k', (2, 3)),))
+    assert not compile_check.run(tiny, 'h200:8')
+    assert planned == [('top_k=2-seed1', 2), ('top_k=3-seed1', 3)]

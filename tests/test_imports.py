@@ -11,7 +11,7 @@ LEVELS = (
     ('models',), ('optimizers',), ('tasks',), ('configuration', 'convert', 'configs', 'report'),
     ('processes',), ('checkpoints',), ('training', 'prediction'), ('planning', 'inspection'),
     ('pretrain', 'finetune', 'compile_check', 'convert_checkpoint', 'predict', 'inspect', 'replay',
-     'status'))
+     'status'), ('ablate',))
 LEVEL = {name: level for level, names in enumerate(LEVELS) for name in names}
 ROOT = Path(pkm_jax.__file__).parent
 

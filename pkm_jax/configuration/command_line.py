@@ -81,15 +81,25 @@ def check_fields(arguments: Sequence[str], config: ml_collections.ConfigDict) ->
     Raises:
       Refusal: the field and those nearest to it.
     """
-    known = set(_fields(config))
     for argument in arguments:
         field = re.match(r'--?(?:no)?config\.([\w.]+)', argument)
-        if field and field[1] not in known and not field[1].startswith('runs.'):
-            last = field[1].rpartition('.')[2]
-            near = (sorted(name for name in known if last in name.rpartition('.')[2].split('_'))[:3]
-                    or difflib.get_close_matches(field[1], known, n=3, cutoff=0.5))
-            hint = f': did you mean {" or ".join(near)}?' if near else ''
-            raise Refusal(f'--config.{field[1]}: there is no such field{hint}')
+        if field and not field[1].startswith('runs.'):
+            check_field(field[1], config, '--config.')
+
+
+def check_field(field: str, config: ml_collections.ConfigDict, prefix: str = '') -> None:
+    """Refuses a field that the configuration does not have; `prefix`: what it was called with.
+
+    Raises:
+      Refusal: the field and those nearest to it.
+    """
+    known = set(_fields(config))
+    if field not in known:
+        last = field.rpartition('.')[2]
+        near = (sorted(name for name in known if last in name.rpartition('.')[2].split('_'))[:3]
+                or difflib.get_close_matches(field, known, n=3, cutoff=0.5))
+        hint = f': did you mean {" or ".join(near)}?' if near else ''
+        raise Refusal(f'{prefix}{field}: there is no such field{hint}')
 
 
 def _with_paths(argv):

@@ -48,7 +48,7 @@ def finetuning_defaults(task: str) -> ml_collections.ConfigDict:
     Batches, learning rate, epochs, warmup and decay are those that run_glue is known by.
     """
     config = defaults('bert', task)
-    del config.seed
+    del config.seed, config.ablation
     config.model = ml_collections.ConfigDict({name: config.model[name] for name in MODEL})
     for section, names in FOUND.items():
         for name in names:

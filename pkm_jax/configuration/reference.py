@@ -4,6 +4,7 @@ import dataclasses
 from collections.abc import Iterator
 from typing import Any
 
+from pkm_jax.configuration.ablation import Ablation
 from pkm_jax.configuration.finetuning import Schedule
 from pkm_jax.configuration.resolve import DECIDED, MODELS, PLACEMENT, TASKS, TOP
 from pkm_jax.configuration.run import Distributed, Log, Parts, Run, Tables, Train
@@ -37,7 +38,7 @@ def reference() -> str:
     for name, task in TASKS.items():
         lines += [f"\n## `data`, with `task = '{name}'`\n", *_table(_fields(task, 'data'))]
     for name, section in (('train', Train), ('finetune', Schedule), ('log', Log),
-                          ('distributed', Distributed)):
+                          ('distributed', Distributed), ('ablation', Ablation)):
         lines += [f'\n## `{name}`\n', *_table(_fields(section, name))]
     return '\n'.join(lines) + '\n'
 

@@ -8,6 +8,7 @@ from typing import Any
 import ml_collections
 from ml_collections import config_dict
 
+from pkm_jax.configuration.ablation import Ablation
 from pkm_jax.configuration.run import Distributed, Log, Parts, Run, Tables, Train
 from pkm_jax.data.files import expand
 from pkm_jax.memory.layer import MemoryConfig
@@ -38,7 +39,8 @@ def defaults(model: str = 'bert', task: str = 'masked_lm') -> ml_collections.Con
     """A configuration with every field at its default: what configurations start from."""
     family = MODELS[model]
     tree = {name: _default(Run, name) for name in TOP}
-    tree |= {'task': task, 'runs': {}, 'model': {'family': model, **_defaults(family, DECIDED)}}
+    tree |= {'task': task, 'runs': {}, 'ablation': _defaults(Ablation)}
+    tree |= {'model': {'family': model, **_defaults(family, DECIDED)}}
     tree |= {'memory': {**_defaults(MemoryConfig), **{
         name: _default(family, field) for name, field in PLACEMENT.items()}, **_defaults(Tables)}}
     tree['memory']['shards'] = _defaults(Parts)
@@ -58,6 +60,9 @@ def runs_of(config: ml_collections.ConfigDict) -> list[Run]:
     if 'finetune' in config:
         raise Refusal('This configuration is one of fine-tuning: python -m pkm_jax.finetune takes '
                       'it.')
+    if is_ablation(config):
+        raise Refusal('This configuration has a section ablation: python -m pkm_jax.ablate takes '
+                      'it.')
     if not config.runs:
         return [resolve(config.to_dict())]
     runs = []
@@ -70,6 +75,15 @@ def runs_of(config: ml_collections.ConfigDict) -> list[Run]:
             one.init_from = str(Path(config.workdir) / one.init_from)
         runs.append(resolve(one.to_dict(), name))
     return runs
+
+
+def is_ablation(config: ml_collections.ConfigDict) -> bool:
+    """Whether its section `ablation` asks for anything: see `cells.cells_of`.
+
+    Raises:
+      Refusal: a field of the section cannot work.
+    """
+    return section_of(Ablation, config.ablation.to_dict(), 'ablation') != Ablation()
 
 
 def resolve(config: dict[str, Any], name: str = '', model: Any = None, task: Any = None) -> Run:
@@ -156,7 +170,8 @@ def _chosen(named, field, value):
 
 
 def _tables(memory):
-    found = {name: memory[name] for name in ('updates', 'dead_after') if name in memory}
+    found = {name: memory[name] for name in ('updates', 'dead_after', 'drift_tokens')
+             if name in memory}
     return Tables(**found, shards=section_of(Parts, memory.get('shards', {}), 'memory.shards'))
 
 

@@ -30,10 +30,17 @@ class Tables:
     updates: str = setting('auto', "'dense', 'sparse' (rows read alone), or 'auto', which says why",
                            choices=('auto', 'dense', 'sparse'))
     dead_after: int = setting(0, 'steps unread until a slot is dead; 0: not tracked', least=0)
+    drift_tokens: int = setting(
+        0, 'of the validation text, by which the drift of slots is measured at every evaluation; '
+        'their scores are kept in FOLDER/scores; 0: none', least=0)
     shards: Parts = Parts()
 
     def __post_init__(self) -> None:
         check_settings(self, 'memory')
+        if self.drift_tokens and not self.dead_after:
+            raise Refusal(f'memory.drift_tokens = {self.drift_tokens}, but memory.dead_after = 0: '
+                          f'drift is counted since a slot was last read, which is not tracked '
+                          f'then. Set memory.dead_after.')
 
 
 @dataclasses.dataclass(frozen=True)

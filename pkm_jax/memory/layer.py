@@ -82,6 +82,7 @@ class MemoryReads(NamedTuple):
     batch_stats: dict               # new running statistics of the query norm, {} without any
     touched: Touched | None = None  # the rows that `delta` stands for, if given
     table_slots: TableSlots | None = None
+    query: Float[Array, 'T H 2 half'] | None = None     # after its norm: what searched
 
 
 class ProductKeyMemory(nnx.Module):
@@ -191,7 +192,7 @@ class ProductKeyMemory(nnx.Module):
         split, whole = cast(Any, tokens), cast(Any, P())
         specs = (jax.typeof(x).sharding.spec, MemoryReads(
             split, split, whole, None if delta is None else Touched(rows, rows),
-            TableSlots(len(self.values))))
+            TableSlots(len(self.values)), split))
 
         def run(state, *arrays):
             return nnx.merge(graph, state)._read(*arrays, axes=axes, **settings)
@@ -228,7 +229,7 @@ class ProductKeyMemory(nnx.Module):
         y = dropout(y, config.value_dropout, keys[2]).astype(self.dtype)
         y = self.output(y) if self.output else y
         return y.reshape(shape), MemoryReads(slots, weights, batch_stats, touched,
-                                             TableSlots(len(values)))
+                                             TableSlots(len(values)), query)
 
     def update_batch_stats(self, batch_stats: dict[str, Array]) -> None:
         """Writes what a `read` returned as `batch_stats`."""

@@ -6,6 +6,8 @@ from pathlib import Path
 
 from pkm_jax.data.files import expand
 from pkm_jax.refusal import Refusal, ends
+from pkm_jax.report.ablation import write_ablation
+from pkm_jax.report.cells import PLAN
 from pkm_jax.report.report import write_report
 
 
@@ -15,7 +17,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
         prog='python -m pkm_jax.report',
         description='Draws loss, memory usage and slots of one or several runs, finished or not, '
                     'and writes FOLDER/report/report.html: one file that needs no network, with '
-                    'its figures beside it as PNG files.')
+                    'its figures beside it as PNG files. Of an ablation it is '
+                    'FOLDER/ablation/report.md, unless runs are named.')
     parser.add_argument('folder', metavar='FOLDER',
                         help='the folder of a run (with config.json and metrics.jsonl), or one '
                              'whose subfolders are runs')
@@ -23,7 +26,9 @@ def main(arguments: Sequence[str] | None = None) -> None:
                         help='subfolders of FOLDER to report on; all of them by default')
     given = parser.parse_args(arguments)
     try:
-        print(write_report(Path(expand(given.folder)), given.runs))
+        folder = Path(expand(given.folder))
+        is_ablation = (folder / PLAN).exists() and not given.runs
+        print(write_ablation(folder) if is_ablation else write_report(folder, given.runs))
     except Refusal as refusal:
         raise ends(f'Not reported: {refusal}') from refusal
 

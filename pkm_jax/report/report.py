@@ -53,6 +53,8 @@ DEFINITIONS = (
     ('slots holding 50 / 90 / 99 %',
      'smallest share of the slots that together hold that much of z', 'Lample et al. 2019, code'),
     ('dead', 'share of the slots not selected during the last training steps', 'this project'),
+    ('drift, outdated', 'for each slot, 1 − the correlation of its scores now with those when its '
+     'value was last updated; outdated: above one half', 'this project'),
     ('loss, perplexity',
      'mean cross-entropy of the masked tokens in nats, and its exponential', ''),
 )

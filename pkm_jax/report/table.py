@@ -101,4 +101,6 @@ def _memory_rows(layer: str) -> list[tuple[str, Callable[[Run], str]]]:
         ('Gini', usage(lambda m: f'{m["gini"]:.3f}')),
         ('Slots holding 50 / 90 / 99 %', usage(holding)),
         ('Dead slots', usage(lambda m: f'{m["dead"]:.1%}' if m.get('dead') is not None else '–')),
+        ('Outdated slots · mean drift', usage(
+            lambda m: f'{m["outdated"]:.1%} · {m["drift"]:.3f}' if 'drift' in m else '–')),
     ]

@@ -32,6 +32,7 @@ from pkm_jax.processes.watch import Watch
 from pkm_jax.refusal import Refusal
 from pkm_jax.tasks.interface import Batch, Data
 from pkm_jax.training import divergence, start
+from pkm_jax.training.drift import DriftLog
 from pkm_jax.training.evaluation import evaluate, save_counts
 from pkm_jax.training.layout import Layout
 from pkm_jax.training.program import Program, abstract_batch, make_program
@@ -65,7 +66,7 @@ def train(run: Run, layout: Layout, data: Data | None = None) -> Path:
 def _train(run: Run, layout: Layout, changed: str, data: Data | None,
            still_ours: Callable[[], None]) -> Path:
     # 1. Prepare the data.
-    data = data or _prepared(run)
+    data = data or prepared(run)
     configured, run = run, run.with_vocabulary(data.vocab_size)
     mesh = make_mesh(layout.shards)
 
@@ -118,7 +119,8 @@ def _train(run: Run, layout: Layout, changed: str, data: Data | None,
     return run.folder
 
 
-def _prepared(run: Run) -> Data:
+def prepared(run: Run) -> Data:
+    """The data of a run, which the first process prepares."""
     with start.phase('preparing the data'), hosts.first_process_first('the prepared data'):
         return run.task.prepare(pretrained.vocabulary_of(run.init_from),
                                 functools.partial(print, flush=True))
@@ -305,15 +307,21 @@ def _evaluation(run: Run, program: Program, mesh: Mesh, data: Data,
     size, sites = run.train.micro_batch, run.model.memories
     examples = run.task.examples(data, EVALUATION_SEED)
 
-    def evaluate_now(state, step, progress):
-        batches = loader.evaluation_batches(
+    def batches():
+        return (to_devices(batch, mesh) for batch in loader.evaluation_batches(
             data, 'validation', examples, batch_size=size, n_batches=number, seed=EVALUATION_SEED,
-            buckets=run.task.buckets, **of_this_process())
+            buckets=run.task.buckets, **of_this_process()))
+
+    drift = (DriftLog(run, program, mesh, next(batches()))
+             if sites and run.tables.drift_tokens else None)
+
+    def evaluate_now(state, step, progress):
         values, counts, _ = evaluate(
-            state, (to_devices(batch, mesh) for batch in batches), program.count, run.task, sites,
-            data, 'validation', min(number * size, data.num_records('validation')),
-            run.tables.dead_after)
+            state, batches(), program.count, run.task, sites, data, 'validation',
+            min(number * size, data.num_records('validation')), run.tables.dead_after)
         divergence.check_evaluation(step, values['loss'], run)
+        for name, moved in (drift(state, step) if drift else {}).items():
+            values['memory'][name] |= moved
         log.write('eval', step, progress.tokens, **values)
         shown = ', '.join(f'{name} {value:.4f}' for name, value in values.items()
                           if isinstance(value, float) and name != 'perplexity')

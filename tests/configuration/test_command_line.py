@@ -39,7 +39,7 @@ def test_shipped_names_and_paths():
     assert command_line.locate('ablation:init=scratch') == (
         f'{command_line.SHIPPED}/ablation.py:init=scratch')
     assert command_line.locate(f'{ROOT}/configs/quickstart.py') == f'{ROOT}/configs/quickstart.py'
-    with pytest.raises(Refusal, match='there is no .*quicksart.py.* one of ablation, bert_base'):
+    with pytest.raises(Refusal, match='there is no .*quicksart.py.* one of ablation, ablation_grid, bert_base'):
         command_line.locate('quicksart')
     with pytest.raises(Refusal, match='there is no mine/other.py'):
         command_line.locate('mine/other.py')

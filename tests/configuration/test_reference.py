@@ -15,7 +15,7 @@ def test_the_page_is_as_the_code_says():
 
 def test_every_field_of_a_configuration_is_on_it():
     sections = {'model', 'memory', 'memory.shards', 'data', 'train', 'log', 'distributed',
-                'model.family'}
+                'model.family', 'ablation'}
     for model, task in (('bert', 'masked_lm'), ('causal', 'causal_lm')):
         fields = set(_fields(defaults(model, task))) - sections
         assert fields and not [field for field in fields if f'| `{field}` |' not in reference()]

@@ -13,6 +13,7 @@ from configs import (
     quickstart,
 )
 from pkm_jax.configuration import command_line
+from pkm_jax.configuration.ablation import Ablation
 from pkm_jax.configuration.resolve import MODELS, TASKS, described, resolve, runs_of
 from pkm_jax.configuration.run import Distributed, Log, Parts, Run, Tables, Train
 from pkm_jax.memory.layer import MemoryConfig
@@ -35,7 +36,8 @@ def test_shipped_configurations_pass(config):
 def test_every_file_in_configs_is_tested_here():
     assert set(command_line.shipped()) == {
         'ablation', 'bert_base_pkm', 'bert_base_pkm_pod', 'bert_large', 'causal_pkm', 'quickstart',
-        'text', 'glue', 'squad', 'conll'}      # the last four in test_finetuning.py
+        'ablation_grid',                        # in test_cells.py
+        'text', 'glue', 'squad', 'conll'}       # in test_finetuning.py
 
 
 def test_the_paper_in_numbers():
@@ -73,7 +75,7 @@ def test_a_run_described_resolves_to_itself(config):
 
 
 def test_every_field_says_what_it_is_for():
-    kinds = [Run, Tables, Parts, Train, Distributed, Log, MemoryConfig, *MODELS.values(),
+    kinds = [Run, Ablation, Tables, Parts, Train, Distributed, Log, MemoryConfig, *MODELS.values(),
              *TASKS.values()]
     without = [f'{kind.__name__}.{field.name}' for kind in kinds
                for field in dataclasses.fields(kind)
