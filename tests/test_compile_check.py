@@ -66,7 +66,7 @@ def test_cells_that_differ_in_their_seeds_alone_are_planned_once(tiny, monkeypat
         return types.SimpleNamespace(fits=run.model.memory.top_k < 3)
 
     monkeypatch.setattr(compile_check, 'estimate', estimate)
-    monkeypatch.setattr(compile_check, 'text_of', lambda found, name: name)
+    monkeypatch.setattr(compile_check, 'text_of', lambda found, name, price: name)
     tiny.ablation.update(seeds=(1, 2), axes=(('memory.top_k', (2, 3)),))
     assert not compile_check.run(tiny, 'h200:8')
     assert planned == [('top_k=2-seed1', 2), ('top_k=3-seed1', 3)]
