@@ -10,7 +10,8 @@ LEVELS = (
     ('refusal', 'console'), ('fields', 'mesh', 'dispatch'), ('ops', 'data'), ('memory',),
     ('models',), ('optimizers',), ('tasks',), ('configuration', 'convert', 'configs', 'report'),
     ('processes',), ('checkpoints',), ('training', 'prediction'), ('planning', 'inspection'),
-    ('pretrain', 'finetune', 'compile_check', 'convert_checkpoint', 'predict', 'inspect'))
+    ('pretrain', 'finetune', 'compile_check', 'convert_checkpoint', 'predict', 'inspect',
+     'replay'))
 LEVEL = {name: level for level, names in enumerate(LEVELS) for name in names}
 ROOT = Path(pkm_jax.__file__).parent
 

@@ -22,6 +22,7 @@ from pkm_jax.ops.elementwise import gelu, logits, split_qkv
 from pkm_jax.refusal import Refusal
 
 HEADS = ('mlm', 'pooler', 'nsp', 'classifier', 'span', 'token_classifier')
+FINE_TUNED = ('pooler', 'classifier', 'span', 'token_classifier')      # beside a frozen backbone
 
 
 @dataclasses.dataclass(frozen=True)
@@ -51,6 +52,10 @@ class BertConfig(TransformerConfig):
     def build(self, rngs: nnx.Rngs) -> 'Bert':
         """A BERT with fresh parameters."""
         return Bert(self, rngs)
+
+    def is_backbone(self, path: str) -> bool:
+        """Whether a parameter is part neither of a memory nor of a head for fine-tuning."""
+        return super().is_backbone(path) and path.partition('/')[0] not in FINE_TUNED
 
     def unseen(self) -> dict[str, Any]:
         """Settings that weights were trained with and that their shapes do not tell."""

@@ -8,6 +8,7 @@ Placement of a memory in a post-norm block (docs/method.md, section 2), LN being
 """
 
 import dataclasses
+import re
 from typing import Any
 
 import jax.numpy as jnp
@@ -82,6 +83,10 @@ class TransformerConfig:
     def word_embedding(self) -> Path:
         """Where it is among the parameters."""
         return 'embeddings', 'word', 'embedding'
+
+    def is_backbone(self, path: str) -> bool:
+        """Whether a parameter is part neither of a memory nor of a head for fine-tuning."""
+        return not re.match(r'layers/\d+/memory', path)
 
     def unseen(self) -> dict[str, Any]:
         """Settings that weights were trained with and that their shapes do not tell."""

@@ -8,6 +8,7 @@ import jax
 
 from pkm_jax.configuration.run import Run
 from pkm_jax.mesh import make_mesh
+from pkm_jax.models.interface import table_paths
 from pkm_jax.planning import device_memory
 from pkm_jax.planning.device_memory import DeviceMemory
 from pkm_jax.refusal import Refusal
@@ -90,7 +91,8 @@ def _plan(run: Run, layout: Layout | None = None) -> DeviceMemory:
     mesh = make_mesh(layout.shards)
     with jax.set_mesh(mesh):
         program = make_program(run, run.model, layout.sparse, mesh)
-        given = device_memory.arguments(program.abstract, abstract_batch(run, mesh))
+        given = device_memory.arguments(program.abstract, abstract_batch(run, mesh),
+                                        table_paths(run.model.memories))
     return DeviceMemory(device_memory.estimated(given, run, layout), available or 0)
 
 
