@@ -22,6 +22,14 @@ class MemorySite(NamedTuple):
     path: Path          # of the memory among the parameters
     table: Path         # of its value table
     value_width: int    # V
+    title: str          # what a person reads: 'layer 4'
+
+
+class Saving(NamedTuple):
+    """A field of a model, and its value with which a step keeps less memory."""
+    field: str
+    value: Any
+    same_results: bool
 
 
 @runtime_checkable
@@ -63,6 +71,9 @@ class ModelConfig(Protocol):
 
     def fast_paths(self, platform: str) -> list[str]:
         """Lines on what makes a step fast or slow on 'cpu', 'gpu' or 'tpu', and why."""
+
+    def savings(self) -> list[Saving]:
+        """What could be set for a step to keep less memory."""
 
     def forward_flops(self, length: int, predictions: int) -> int:
         """Floating-point operations of the matrix products of one sequence's forward pass, of

@@ -22,7 +22,8 @@ from pkm_jax.mesh import make_mesh
 from pkm_jax.models.interface import MemorySite, path_of
 from pkm_jax.planning import chips
 from pkm_jax.planning.estimate import estimate
-from pkm_jax.tasks.interface import Outcome
+from pkm_jax.report.report import write_report
+from pkm_jax.tasks.interface import LossName, Outcome
 from pkm_jax.training import loop
 from pkm_jax.training.layout import lay_out
 from pkm_jax.training.program import make_program
@@ -64,7 +65,8 @@ class ToyConfig:
 
     @property
     def memories(self):
-        return {'bank': MemorySite(self.memory, ('reader', 'memory'), ('bank',), WIDTH)}
+        return {'bank': MemorySite(self.memory, ('reader', 'memory'), ('bank',), WIDTH,
+                                   'the bank')}
 
     def is_backbone(self, path):
         return path.startswith(('encode', 'decode'))
@@ -73,6 +75,9 @@ class ToyConfig:
         return {}
 
     def fast_paths(self, platform):
+        return []
+
+    def savings(self):
         return []
 
     def forward_flops(self, length, predictions):
@@ -114,6 +119,8 @@ class Regression:
     buckets: tuple = (1,)
     workers: int = 0
     vocab_size: int = 0
+    loss_name = LossName('Squared error', '', 'mean square of the error')
+    lower_is_better = 'loss', 'mean_error'
 
     def check(self, model):
         pass
@@ -171,7 +178,7 @@ def weights(folder):
 
 
 @pytest.mark.parametrize('updates', ['dense', 'sparse'])
-def test_it_trains_evaluates_stops_and_resumes(updates, tmp_path, monkeypatch):
+def test_it_trains_evaluates_stops_and_resumes(updates, tmp_path, monkeypatch, capsys):
     straight = train(run(tmp_path / 'straight', updates=updates))
     lines = list(map(json.loads, (straight / 'metrics.jsonl').read_text().splitlines()))
     losses = [line['loss'] for line in lines if line['kind'] == 'train']
@@ -179,6 +186,10 @@ def test_it_trains_evaluates_stops_and_resumes(updates, tmp_path, monkeypatch):
     last = [line for line in lines if line['kind'] == 'eval'][-1]
     assert last['r'] > .8 and last['eval_tokens'] == 24
     assert 0 < last['memory']['bank']['top_k_usage'] <= 1 and 'dead' in last['memory']['bank']
+    assert '; the bank: top-1 usage' in capsys.readouterr().out
+    page = write_report(straight).read_text()
+    assert 'The bank: memory' in page and '<dt>Squared error</dt>' in page
+    assert 'nats' not in page.split('<tbody>')[1].split('KL')[0] and 'Masked' not in page
 
     taken = iter(range(25))
     real = loop.loader.BatchStream.__next__
