@@ -89,8 +89,8 @@ class Run:
 
     @property
     def placement(self) -> str:
-        """'none', 'add' or 'replace'."""
-        return self.config['memory']['placement'] if self.layers else 'none'
+        """'none', 'add' or 'replace'; '–' of a model that is built otherwise."""
+        return self.config.get('memory', {}).get('placement', '–') if self.layers else 'none'
 
 
 def read_runs(folder: Path, names: Sequence[str] | None = None) -> list[Run]:
@@ -214,7 +214,7 @@ def _in_order(names):
 def _read_config(file: Path) -> dict[str, Any]:
     try:
         config = json.loads(file.read_text(encoding='utf-8'))
-        config['init_from'], int(config['train']['steps']), config['memory']['placement']
+        config['init_from'], int(config['train']['steps'])
     except KeyError as error:
         raise Refusal(f'{file} is not the configuration of a training: no {error}') from error
     except (ValueError, TypeError) as error:

@@ -142,7 +142,6 @@ def test_damaged_slot_counts_are_named_and_left_out(small, caplog, damage):
 
 @pytest.mark.parametrize(('config', 'words'), [
     ('{"init_from": "", "memory": {"placement": "add"}}', "no 'train'"),
-    ('{"init_from": "", "memory": {}, "train": {"steps": 3}}', "no 'placement'"),
     ('{"init_from": "", "train": null}', 'NoneType'),
     ('[1]', 'list indices'),
     ('{"init', 'Unterminated string'),
