@@ -22,6 +22,7 @@ from absl import app, flags
 
 from pkm_jax.configs import bert_base_pkm, bert_large
 from pkm_jax.configuration.resolve import runs_of
+from pkm_jax.models.interface import table_paths
 from pkm_jax.optimizers.build import make_optimizer
 from pkm_jax.training.state import initial_state, model_graph
 from pkm_jax.training.step import train_step
@@ -70,7 +71,9 @@ def compiled(config):
     config.train.update(batch=BATCH.value)
     config.data.update(length=LENGTH.value, max_predictions=predictions)
     run = runs_of(config)[0].with_vocabulary(30522)
-    model, optimizer = run.model, make_optimizer(run.train, run.train.steps)
+    model = run.model
+    optimizer = make_optimizer(run.train, run.train.steps, table_paths(model.memories),
+                               model.is_backbone)
     initialise = jax.jit(functools.partial(initial_state, config=model, optimizer=optimizer,
                                            track_dead=False))
     step = jax.jit(functools.partial(

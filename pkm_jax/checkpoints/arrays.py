@@ -12,6 +12,7 @@ import orbax.checkpoint as ocp
 import tensorstore as ts
 
 from pkm_jax.checkpoints import checksums
+from pkm_jax.models.interface import path_of
 
 FILE_BYTES = 2**23  # of each file: Orbax holds one in memory until it is full
 
@@ -53,5 +54,5 @@ def open_model(checkpoint: Path) -> dict:
     with ocp.PyTreeCheckpointer() as reader:
         tree = reader.metadata(folder).item_metadata.tree
     return jax.tree_util.tree_map_with_path(
-        lambda path, _: StoredArray(folder, jax.tree_util.keystr(path, simple=True, separator='.')),
+        lambda path, _: StoredArray(folder, path_of(path).replace('/', '.')),
         tree)

@@ -17,7 +17,7 @@ from pkm_jax.convert import foreign, labels
 from pkm_jax.data import tokenizer
 from pkm_jax.data.files import expand
 from pkm_jax.models.bert import HEADS, BertConfig
-from pkm_jax.models.interface import ModelConfig, flatten
+from pkm_jax.models.interface import ModelConfig, flatten, path_of
 from pkm_jax.refusal import Refusal
 
 
@@ -135,7 +135,7 @@ def load_pretrained(
         say(f'{title}:\n{parameter_table(shapes)}' if names else f'{title}: nothing')
 
     def place(path, leaf):
-        name = jax.tree_util.keystr(path, simple=True, separator='/')
+        name = path_of(path)
         if name not in weights:
             return leaf
         array = weights[name]

@@ -2,7 +2,6 @@
 
 import dataclasses
 import functools
-from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -12,8 +11,21 @@ from flax import nnx
 from jaxtyping import Array, Float, Int, Key
 
 from pkm_jax.fields import setting
-from pkm_jax.memory.layer import MemoryReads, ProductKeyMemory
+from pkm_jax.memory.layer import MemoryReads
 from pkm_jax.memory.sharded import embedding_lookup
+from pkm_jax.models.blocks import (
+    FeedForward,
+    check_length,
+    layer_norm,
+    linear,
+    memory_of,
+    normal,
+    read_scaled,
+    scale_of,
+    split,
+    stack,
+    through,
+)
 from pkm_jax.models.transformer import TransformerConfig
 from pkm_jax.ops.add_norm import add_norm
 from pkm_jax.ops.attention import attend
@@ -22,6 +34,7 @@ from pkm_jax.ops.elementwise import gelu, logits, split_qkv
 from pkm_jax.refusal import Refusal
 
 HEADS = ('mlm', 'pooler', 'nsp', 'classifier', 'span', 'token_classifier')
+FINE_TUNED = ('pooler', 'classifier', 'span', 'token_classifier')      # beside a frozen backbone
 
 
 @dataclasses.dataclass(frozen=True)
@@ -52,6 +65,10 @@ class BertConfig(TransformerConfig):
         """A BERT with fresh parameters."""
         return Bert(self, rngs)
 
+    def is_backbone(self, path: str) -> bool:
+        """Whether a parameter is part neither of a memory nor of a head for fine-tuning."""
+        return super().is_backbone(path) and path.partition('/')[0] not in FINE_TUNED
+
     def unseen(self) -> dict[str, Any]:
         """Settings that weights were trained with and that their shapes do not tell."""
         return super().unseen() | {'tied': self.tied}
@@ -74,45 +91,31 @@ class Bert(nnx.Module):
     def __init__(self, config: BertConfig, rngs: nnx.Rngs):
         self.config = config
         self.embeddings = Embeddings(config, rngs)
-        blocks, values = [], None
-        for layer in range(config.layers):
-            blocks.append(Block(config, layer, values, rngs))
-            if config.shared_values and layer in config.memory_layers:
-                values = blocks[-1].memory.values
-        self.layers = nnx.List(blocks)
-        linear = functools.partial(_linear, config, rngs)
+        self.layers = nnx.List(stack(config, Block, rngs))
+        head = functools.partial(linear, config, rngs)
         if 'mlm' in config.output_heads:
             self.mlm = MaskedLMHead(config, rngs)
         if 'pooler' in config.output_heads:
-            self.pooler = linear(config.width, config.width)
+            self.pooler = head(config.width, config.width)
         if 'nsp' in config.output_heads:
-            self.nsp = linear(config.width, 2)
+            self.nsp = head(config.width, 2)
         if 'classifier' in config.output_heads:
-            self.classifier = linear(config.width, config.classes)
+            self.classifier = head(config.width, config.classes)
         if 'span' in config.output_heads:
-            self.span = linear(config.width, 2)
+            self.span = head(config.width, 2)
         if 'token_classifier' in config.output_heads:
-            self.token_classifier = linear(config.width, config.classes)
+            self.token_classifier = head(config.width, config.classes)
 
     def __call__(
         self, tokens: Int[Array, 'B L'], segments: Int[Array, 'B L'], lengths: Int[Array, 'B'],
         *, deterministic: bool = True, rngs: Key[Array, ''] | None = None,
         deltas: dict[int, Float[Array, 'rows V']] | None = None,
     ) -> tuple[Float[Array, 'B L D'], dict[int, MemoryReads]]:
-        if tokens.shape[1] > self.config.max_length:
-            raise Refusal(f'Sequences of {tokens.shape[1]} tokens, but model.max_length = '
-                          f'{self.config.max_length}: shorten them or enlarge it.')
-        keys = _split(self.config.key_of_call(deterministic, rngs), self.config.layers + 1)
+        check_length(self.config, tokens)
+        keys = split(self.config.key_of_call(deterministic, rngs), self.config.layers + 1)
         states = self.embeddings(tokens, segments, keys[0])
-        reads, deltas = {}, deltas or {}
-        for layer, block in enumerate(self.layers):
-            run: Callable = functools.partial(block, deterministic=deterministic)
-            run = jax.checkpoint(run) if self.config.remat else run
-            states, read = run(states, lengths, keys[layer + 1], deltas.get(layer))
-            if read is not None:
-                reads[layer] = read
-                block.memory.update_batch_stats(read.batch_stats)
-        return states, reads
+        return through(self.layers, self.config, states, lengths, keys=keys[1:], deltas=deltas,
+                       deterministic=deterministic)
 
     def mlm_logits(
         self, states: Float[Array, 'B L D'], positions: Int[Array, 'B P'],
@@ -154,11 +157,11 @@ class Embeddings(nnx.Module):
 
     def __init__(self, config: BertConfig, rngs: nnx.Rngs):
         embed = functools.partial(nnx.Embed, features=config.width, rngs=rngs,
-                                  embedding_init=_normal)
+                                  embedding_init=normal)
         self.word = embed(config.vocab_size)
         self.position = embed(config.max_length)
         self.segment = embed(config.segments)
-        self.norm = _layer_norm(config, rngs)
+        self.norm = layer_norm(config, rngs)
         self.rate = config.dropout
 
     def __call__(
@@ -180,42 +183,31 @@ class Block(nnx.Module):
     def __init__(self, config: BertConfig, layer: int, values: nnx.Param | None, rngs: nnx.Rngs):
         self.config = config
         self.attention = Attention(config, rngs)
-        self.attention_norm = _layer_norm(config, rngs)
+        self.attention_norm = layer_norm(config, rngs)
         self.feed_forward = FeedForward(config, rngs) if config.has_feed_forward(layer) else None
-        self.memory = ProductKeyMemory(
-            config.memory, config.width, dtype=config.dtype, values=values, rngs=rngs,
-        ) if layer in config.memory_layers else None
-        self.memory_scale = (nnx.Param(jnp.zeros(())) if self.memory and config.zero_start
-                             else None)
-        self.output_norm = _layer_norm(config, rngs)
+        self.memory = memory_of(config, layer, values, rngs)
+        self.memory_scale = scale_of(config, self.memory)
+        self.output_norm = layer_norm(config, rngs)
 
     def __call__(
         self, states: Float[Array, 'B L D'], lengths: Int[Array, 'B'], key: Key[Array, ''] | None,
         delta: Float[Array, 'rows V'] | None = None, *, deterministic: bool = True,
     ) -> tuple[Float[Array, 'B L D'], MemoryReads | None]:
-        rate, keys = self.config.dropout, _split(key, 4)
+        rate, keys = self.config.dropout, split(key, 4)
         attended = self.attention(states, lengths, keys[0])
         states = add_norm(self.attention_norm, states, self.attention.output, attended, rate,
                           keys[1])
         residual, reads = states, None
         if self.memory is not None:
-            # Summed in float32, so that a memory scaled by zero changes no bit in any dtype.
-            read, reads = self._read_memory(states, lengths, keys[3], delta, deterministic)
+            real = jnp.arange(states.shape[1])[None] < lengths[:, None]
+            read, reads = read_scaled(self.memory, self.memory_scale, states, real, keys[3], delta,
+                                      deterministic)
             residual = states.astype(jnp.float32) + read
         if self.feed_forward is None:
             return self.output_norm(residual), reads
         states = add_norm(self.output_norm, residual, self.feed_forward.down,
                           self.feed_forward(states), rate, keys[2])
         return states, reads
-
-    def _read_memory(self, states, lengths, key, delta, deterministic):
-        real = jnp.arange(states.shape[1])[None] < lengths[:, None]
-        read, reads = self.memory.read(states, real, deterministic=deterministic, rngs=key,
-                                       delta=delta)
-        read = read.astype(jnp.float32)
-        if self.memory_scale is not None:
-            read *= self.memory_scale[...]
-        return read, reads
 
 
 class Attention(nnx.Module):
@@ -224,7 +216,7 @@ class Attention(nnx.Module):
     def __init__(self, config: BertConfig, rngs: nnx.Rngs):
         self.config = config
         self.query, self.key, self.value, self.output = (
-            _linear(config, rngs, config.width, config.width) for _ in range(4))
+            linear(config, rngs, config.width, config.width) for _ in range(4))
 
     def __call__(
         self, states: Float[Array, 'B L D'], lengths: Int[Array, 'B'], key: Key[Array, ''] | None,
@@ -240,26 +232,15 @@ class Attention(nnx.Module):
         return rearrange(attended, 'b l h d -> b l (h d)')
 
 
-class FeedForward(nnx.Module):
-    """Two projections with a GELU between them; a call returns what the second, `down`, takes."""
-
-    def __init__(self, config: BertConfig, rngs: nnx.Rngs):
-        self.up = _linear(config, rngs, config.width, config.feed_forward_width)
-        self.down = _linear(config, rngs, config.feed_forward_width, config.width)
-
-    def __call__(self, states: Float[Array, 'B L D']) -> Float[Array, 'B L F']:
-        return gelu(self.up(states))
-
-
 class MaskedLMHead(nnx.Module):
     """Transform, then logits over the vocabulary with the word embedding (or an untied decoder)."""
 
     def __init__(self, config: BertConfig, rngs: nnx.Rngs):
-        self.transform = _linear(config, rngs, config.width, config.width)
-        self.norm = _layer_norm(config, rngs)
+        self.transform = linear(config, rngs, config.width, config.width)
+        self.norm = layer_norm(config, rngs)
         self.bias = nnx.Param(jnp.zeros(config.vocab_size))
         self.decoder = None if config.tied else nnx.Param(
-            _normal(rngs.params(), (config.vocab_size, config.width)))
+            normal(rngs.params(), (config.vocab_size, config.width)))
         self.dtype = config.dtype
 
     def __call__(
@@ -268,19 +249,3 @@ class MaskedLMHead(nnx.Module):
         states = self.norm(gelu(self.transform(states)))
         decoder = word_embedding.embedding if self.decoder is None else self.decoder
         return logits(states, decoder[...].astype(self.dtype), self.bias[...])
-
-
-_normal = nnx.initializers.truncated_normal(0.02)
-
-
-def _linear(config, rngs, inputs, outputs):
-    return nnx.Linear(inputs, outputs, kernel_init=_normal, dtype=config.dtype, rngs=rngs)
-
-
-def _layer_norm(config, rngs):
-    return nnx.LayerNorm(config.width, epsilon=config.norm_epsilon, dtype=config.dtype,
-                         use_fast_variance=False, rngs=rngs)
-
-
-def _split(key, count):
-    return [None] * count if key is None else jax.random.split(key, count)

@@ -10,22 +10,33 @@ Pre-norm blocks as in GPT-2 (Radford et al. 2019), tied head; a memory as in Lam
 
 import dataclasses
 import functools
-from collections.abc import Callable
 from typing import Any, NamedTuple
 
-import jax
 import jax.numpy as jnp
 from einops import rearrange
 from flax import nnx
 from jaxtyping import Array, Float, Int, Key
 
 from pkm_jax.fields import setting
-from pkm_jax.memory.layer import MemoryReads, ProductKeyMemory
+from pkm_jax.memory.layer import MemoryReads
 from pkm_jax.memory.sharded import embedding_lookup
+from pkm_jax.models.blocks import (
+    FeedForward,
+    check_length,
+    layer_norm,
+    linear,
+    memory_of,
+    normal,
+    read_scaled,
+    scale_of,
+    split,
+    stack,
+    through,
+)
 from pkm_jax.models.transformer import TransformerConfig
 from pkm_jax.ops.attention import attend, attend_to_cache
 from pkm_jax.ops.dropout import dropout
-from pkm_jax.ops.elementwise import gelu, logits, split_qkv
+from pkm_jax.ops.elementwise import logits, split_qkv
 from pkm_jax.refusal import Refusal
 
 
@@ -73,33 +84,20 @@ class Causal(nnx.Module):
     def __init__(self, config: CausalConfig, rngs: nnx.Rngs):
         self.config = config
         self.embeddings = Embeddings(config, rngs)
-        blocks, values = [], None
-        for layer in range(config.layers):
-            blocks.append(Block(config, layer, values, rngs))
-            if config.shared_values and layer in config.memory_layers:
-                values = blocks[-1].memory.values
-        self.layers = nnx.List(blocks)
-        self.norm = _layer_norm(config, rngs)
+        self.layers = nnx.List(stack(config, Block, rngs))
+        self.norm = layer_norm(config, rngs)
 
     def __call__(
         self, tokens: Int[Array, 'B L'], lengths: Int[Array, 'B'], *, deterministic: bool = True,
         rngs: Key[Array, ''] | None = None, deltas: dict[int, Float[Array, 'rows V']] | None = None,
     ) -> tuple[Float[Array, 'B L D'], dict[int, MemoryReads]]:
         config = self.config
-        if tokens.shape[1] > config.max_length:
-            raise Refusal(f'Sequences of {tokens.shape[1]} tokens, but model.max_length = '
-                          f'{config.max_length}: shorten them or enlarge it.')
-        keys = _split(config.key_of_call(deterministic, rngs), config.layers + 1)
+        check_length(config, tokens)
+        keys = split(config.key_of_call(deterministic, rngs), config.layers + 1)
         positions = jnp.arange(tokens.shape[1])[None]
         states = self.embeddings(tokens, positions, keys[0])
-        reads, deltas = {}, deltas or {}
-        for layer, block in enumerate(self.layers):
-            run: Callable = functools.partial(block, deterministic=deterministic)
-            run = jax.checkpoint(run) if config.remat else run
-            states, read = run(states, positions, lengths, keys[layer + 1], deltas.get(layer))
-            if read is not None:
-                reads[layer] = read
-                block.memory.update_batch_stats(read.batch_stats)
+        states, reads = through(self.layers, config, states, positions, lengths, keys=keys[1:],
+                                deltas=deltas, deterministic=deterministic)
         return self.norm(states), reads
 
     def empty_past(self, rows: int) -> list[Past]:
@@ -136,7 +134,7 @@ class Embeddings(nnx.Module):
 
     def __init__(self, config: CausalConfig, rngs: nnx.Rngs):
         embed = functools.partial(nnx.Embed, features=config.width, rngs=rngs,
-                                  embedding_init=_normal)
+                                  embedding_init=normal)
         self.word = embed(config.vocab_size)
         self.position = embed(config.max_length) if config.positions == 'learned' else None
         self.rate, self.dtype = config.dropout, config.dtype
@@ -156,22 +154,19 @@ class Block(nnx.Module):
 
     def __init__(self, config: CausalConfig, layer: int, values: nnx.Param | None, rngs: nnx.Rngs):
         self.rate = config.dropout
-        self.attention_norm = _layer_norm(config, rngs)
+        self.attention_norm = layer_norm(config, rngs)
         self.attention = Attention(config, rngs)
-        self.norm = _layer_norm(config, rngs)
+        self.norm = layer_norm(config, rngs)
         self.feed_forward = FeedForward(config, rngs) if config.has_feed_forward(layer) else None
-        self.memory = ProductKeyMemory(
-            config.memory, config.width, dtype=config.dtype, values=values, rngs=rngs,
-        ) if layer in config.memory_layers else None
-        self.memory_scale = (nnx.Param(jnp.zeros(())) if self.memory and config.zero_start
-                             else None)
+        self.memory = memory_of(config, layer, values, rngs)
+        self.memory_scale = scale_of(config, self.memory)
 
     def __call__(
         self, states: Float[Array, 'B L D'], positions: Int[Array, '#B L'],
         lengths: Int[Array, 'B'], key: Key[Array, ''] | None,
         delta: Float[Array, 'rows V'] | None = None, *, deterministic: bool = True,
     ) -> tuple[Float[Array, 'B L D'], MemoryReads | None]:
-        keys = _split(key, 4)
+        keys = split(key, 4)
         attended = self.attention(self.attention_norm(states), positions, lengths, keys[0])
         states += dropout(attended, self.rate, keys[1])
         real = jnp.arange(states.shape[1])[None] < lengths[:, None]
@@ -187,18 +182,13 @@ class Block(nnx.Module):
     def _after_attention(self, states, real, keys, delta, deterministic):
         normed, total, reads = self.norm(states), states.astype(jnp.float32), None
         if self.memory is not None:
-            # Summed in float32, so that a memory scaled by zero changes no bit in any dtype.
-            read, reads = self._read_memory(normed, real, keys[1], delta, deterministic)
+            read, reads = read_scaled(self.memory, self.memory_scale, normed, real, keys[1], delta,
+                                      deterministic)
             total += read
         if self.feed_forward is not None:
-            total += dropout(self.feed_forward(normed), self.rate, keys[0]).astype(jnp.float32)
+            fed = self.feed_forward.down(self.feed_forward(normed))
+            total += dropout(fed, self.rate, keys[0]).astype(jnp.float32)
         return total.astype(states.dtype), reads
-
-    def _read_memory(self, states, real, key, delta, deterministic):
-        read, reads = self.memory.read(states, real, deterministic=deterministic, rngs=key,
-                                       delta=delta)
-        read = read.astype(jnp.float32)
-        return read if self.memory_scale is None else read * self.memory_scale[...], reads
 
 
 class Attention(nnx.Module):
@@ -206,8 +196,8 @@ class Attention(nnx.Module):
 
     def __init__(self, config: CausalConfig, rngs: nnx.Rngs):
         self.config = config
-        self.qkv = _linear(config, rngs, config.width, 3 * config.width)
-        self.output = _linear(config, rngs, config.width, config.width)
+        self.qkv = linear(config, rngs, config.width, 3 * config.width)
+        self.output = linear(config, rngs, config.width, config.width)
 
     def __call__(
         self, states: Float[Array, 'B L D'], positions: Int[Array, '#B L'],
@@ -255,30 +245,3 @@ def rotated(
     first, second = jnp.split(x.astype(jnp.float32), 2, axis=-1)
     turned = jnp.concatenate([first * cos - second * sin, second * cos + first * sin], axis=-1)
     return turned.astype(x.dtype)
-
-
-class FeedForward(nnx.Module):
-    """Two projections with a GELU between them."""
-
-    def __init__(self, config: CausalConfig, rngs: nnx.Rngs):
-        self.up = _linear(config, rngs, config.width, config.feed_forward_width)
-        self.down = _linear(config, rngs, config.feed_forward_width, config.width)
-
-    def __call__(self, states: Float[Array, 'B L D']) -> Float[Array, 'B L D']:
-        return self.down(gelu(self.up(states)))
-
-
-_normal = nnx.initializers.truncated_normal(0.02)
-
-
-def _linear(config, rngs, inputs, outputs):
-    return nnx.Linear(inputs, outputs, kernel_init=_normal, dtype=config.dtype, rngs=rngs)
-
-
-def _layer_norm(config, rngs):
-    return nnx.LayerNorm(config.width, epsilon=config.norm_epsilon, dtype=config.dtype,
-                         use_fast_variance=False, rngs=rngs)
-
-
-def _split(key, count):
-    return [None] * count if key is None else jax.random.split(key, count)

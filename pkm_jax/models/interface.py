@@ -4,8 +4,10 @@ A model is described by a frozen dataclass that has what `ModelConfig` says, suc
 What the module it builds takes and returns is between the module and its task (tasks/interface.py).
 """
 
+from collections.abc import Collection
 from typing import Any, NamedTuple, Protocol, runtime_checkable
 
+import jax
 from flax import nnx
 from flax.traverse_util import flatten_dict, unflatten_dict
 
@@ -20,6 +22,14 @@ class MemorySite(NamedTuple):
     path: Path          # of the memory among the parameters
     table: Path         # of its value table
     value_width: int    # V
+    title: str          # what a person reads: 'layer 4'
+
+
+class Saving(NamedTuple):
+    """A field of a model, and its value with which a step keeps less memory."""
+    field: str
+    value: Any
+    same_results: bool
 
 
 @runtime_checkable
@@ -52,11 +62,18 @@ class ModelConfig(Protocol):
     def memories(self) -> dict[Any, MemorySite]:
         """The memories by a name of each: that of its reads, deltas and marks, and in reports."""
 
+    def is_backbone(self, path: str) -> bool:
+        """Whether the parameter at 'layers/0/attention/query/kernel' is part neither of a memory
+        nor of a head that fine-tuning adds."""
+
     def unseen(self) -> dict[str, Any]:
         """Settings that weights were trained with and that their shapes do not tell."""
 
     def fast_paths(self, platform: str) -> list[str]:
         """Lines on what makes a step fast or slow on 'cpu', 'gpu' or 'tpu', and why."""
+
+    def savings(self) -> list[Saving]:
+        """What could be set for a step to keep less memory."""
 
     def forward_flops(self, length: int, predictions: int) -> int:
         """Floating-point operations of the matrix products of one sequence's forward pass, of
@@ -64,6 +81,24 @@ class ModelConfig(Protocol):
 
     def activation_bytes(self, sequences: int, length: int, predictions: int) -> int:
         """An estimate of the bytes that a device keeps from the forward to the backward pass."""
+
+
+def table_paths(memories: dict[Any, MemorySite]) -> frozenset[str]:
+    """Where the value tables of a model's memories are: {'layers/0/memory/values'}."""
+    return frozenset('/'.join(map(str, site.table)) for site in memories.values())
+
+
+def path_of(keys: tuple) -> str:
+    """'layers/0/attention/query/kernel' of the keys that lead to a leaf of a tree."""
+    return jax.tree_util.keystr(keys, simple=True, separator='/')
+
+
+def parameter_of(path: str, parameters: Collection[str]) -> str:
+    """The parameter that an array of an optimizer's state belongs to, whose path ends its `path`;
+    '' of a count."""
+    parts = path.split('/')
+    ends = ('/'.join(parts[start:]) for start in range(len(parts)))
+    return next((end for end in ends if end in parameters), '')
 
 
 def at(tree: dict, path: Path) -> Any:

@@ -8,6 +8,7 @@ Placement of a memory in a post-norm block (docs/method.md, section 2), LN being
 """
 
 import dataclasses
+import re
 from typing import Any
 
 import jax.numpy as jnp
@@ -15,7 +16,7 @@ from jaxtyping import Array, Key
 
 from pkm_jax.fields import check_settings, setting
 from pkm_jax.memory.layer import MemoryConfig
-from pkm_jax.models.interface import MemorySite, Path
+from pkm_jax.models.interface import MemorySite, Path, Saving
 from pkm_jax.ops.dropout import HIGHEST_RATE
 from pkm_jax.refusal import Refusal
 
@@ -83,6 +84,10 @@ class TransformerConfig:
         """Where it is among the parameters."""
         return 'embeddings', 'word', 'embedding'
 
+    def is_backbone(self, path: str) -> bool:
+        """Whether a parameter is part neither of a memory nor of a head for fine-tuning."""
+        return not re.match(r'layers/\d+/memory', path)
+
     def unseen(self) -> dict[str, Any]:
         """Settings that weights were trained with and that their shapes do not tell."""
         return {'attention_heads': self.attention_heads, 'norm_epsilon': self.norm_epsilon}
@@ -137,7 +142,13 @@ class TransformerConfig:
         owner = {layer: min(self.memory_layers) if self.shared_values else layer
                  for layer in self.memory_layers}
         return {layer: MemorySite(self.memory, path(layer), (*path(owner[layer]), 'values'),
-                                  self.value_width) for layer in sorted(self.memory_layers)}
+                                  self.value_width, f'layer {layer}')
+                for layer in sorted(self.memory_layers)}
+
+    def savings(self) -> list[Saving]:
+        """Rematerialisation, and attention whose weights are never made, where they are not set."""
+        remat, dropout = Saving('remat', True, True), Saving('attention_dropout', 0., False)
+        return [remat] * (not self.remat) + [dropout] * bool(self.attention_dropout)
 
     def forward_flops(self, length: int, predictions: int) -> int:
         """Operations of one sequence's forward pass: matrix products alone, 2 per multiplication

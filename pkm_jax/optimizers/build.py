@@ -5,9 +5,8 @@ found from its `init` (`values_state_bytes`, layout.py).
 """
 
 import dataclasses
-import functools
 import math
-import re
+from collections.abc import Callable, Collection
 from typing import Any
 
 import jax
@@ -17,7 +16,8 @@ from optax.contrib import MuonDimensionNumbers, muon
 
 from pkm_jax.fields import check_settings, setting
 from pkm_jax.memory.sparse_rows import is_rows
-from pkm_jax.optimizers.groups import groups_of, path_of, schedule
+from pkm_jax.models.interface import path_of
+from pkm_jax.optimizers.groups import groups_of, schedule
 from pkm_jax.optimizers.skips import limit_loss
 from pkm_jax.optimizers.sparse import lazy_adam, on_rows, rowwise_adagrad, rowwise_adam, sparse_sgd
 from pkm_jax.refusal import Refusal
@@ -74,11 +74,6 @@ SPARSE_VALUES = {
 }
 
 
-# What `freeze` names, by patterns of paths.
-FROZEN = {'nothing': '', 'tables': r'memory/values$',
-          'backbone': r'^(embeddings|layers/\d+/(?!memory)|mlm|nsp)'}
-
-
 @dataclasses.dataclass(frozen=True)
 class OptimizerConfig:
     """How parameters change with their gradients.
@@ -107,19 +102,24 @@ class OptimizerConfig:
         'as those that are not finite are; 0: none', least=0.)
     freeze: str = setting('nothing', "what stays as it is: 'nothing', the value 'tables', or the "
                           "'backbone', which is all but memories and the heads of a fine-tuned "
-                          "model", choices=tuple(FROZEN))
+                          "model", choices=('nothing', 'tables', 'backbone'))
 
     def __post_init__(self) -> None:
         check_settings(self, 'train')
 
 
 def make_optimizer(
-    config: OptimizerConfig, steps: int, sparse: bool = False,
+    config: OptimizerConfig, steps: int, tables: Collection[str],
+    is_backbone: Callable[[str], bool], sparse: bool = False,
 ) -> optax.GradientTransformation:
     """Clipping by global norm, then each group of parameters by its optimizer; updates need params.
 
-    With `skip_loss_spikes` they need the `loss` too, see `skips.limit_loss`. `sparse`: gradients of
-    value tables come as SparseRows, to be applied by `sparse.apply_updates`.
+    With `skip_loss_spikes` they need the `loss` too, see `skips.limit_loss`.
+
+    Args:
+      tables: the paths of the value tables, see `models.interface.table_paths`.
+      is_backbone: of the path of a parameter, see `ModelConfig`.
+      sparse: gradients of value tables come as SparseRows, to be applied by `sparse.apply_updates`.
 
     Raises:
       Refusal: config.values_optimizer is not one of `values_optimizers(sparse)`.
@@ -127,40 +127,44 @@ def make_optimizer(
     rate = schedule(config.learning_rate, config.warmup, steps)
     values_rate = schedule(config.values_learning_rate, config.warmup, steps)
     decayed, undecayed = BACKBONE[config.optimizer]
-    pattern = FROZEN[config.freeze]
+    frozen = {'nothing': None, 'tables': tables.__contains__, 'backbone': is_backbone}[
+        config.freeze]
     groups = optax.partition({
         # Sparse optimizers need a table.
-        'values': (_zeroed('') if config.freeze == 'tables' else
+        'values': (_ZEROS if config.freeze == 'tables' else
                    _values_optimizer(config, values_rate, sparse)),
         'undecayed': undecayed(config, rate),
         'decayed': decayed(config, rate, config.weight_decay),
-        'frozen': _zeroed(''),
-    }, functools.partial(_labels, pattern))
+        'frozen': _ZEROS,
+    }, lambda params: _labels(params, tables, frozen))
     # What is frozen counts for nothing in clipping either.
-    before = [_zeroed(pattern)] if pattern else []
+    before = [_zeroed_where(frozen)] if frozen else []
     if config.clip:
         before.append(on_rows(optax.clip_by_global_norm(config.clip)))
     groups = optax.chain(*before, groups) if before else groups
     return limit_loss(groups, config.skip_loss_spikes) if config.skip_loss_spikes else groups
 
 
-def _labels(frozen: str, params: Any) -> Any:
-    """The group of each parameter, or 'frozen' where its path has that pattern."""
+def _labels(params: Any, tables: Collection[str], frozen: Callable[[str], bool] | None) -> Any:
+    """The group of each parameter, or 'frozen' where its path is."""
     return jax.tree_util.tree_map_with_path(
-        lambda path, group: 'frozen' if frozen and re.search(frozen, path_of(path)) else group,
-        groups_of(params))
+        lambda path, group: 'frozen' if frozen and frozen(path_of(path)) else group,
+        groups_of(params, tables))
 
 
-def _zeroed(pattern: str) -> optax.GradientTransformation:
-    """Zeros for the updates of the parameters whose path has the pattern."""
+def _zeroed_where(chosen: Callable[[str], bool]) -> optax.GradientTransformation:
+    """Zeros for the updates of the parameters whose paths are chosen."""
     def zero(path, leaf):
-        if not re.search(pattern, path_of(path)):
+        if not chosen(path_of(path)):
             return leaf
         return (leaf._replace(rows=jnp.zeros_like(leaf.rows)) if is_rows(leaf) else
                 jnp.zeros_like(leaf))
 
     return optax.stateless(lambda updates, _: jax.tree_util.tree_map_with_path(
         zero, updates, is_leaf=is_rows))
+
+
+_ZEROS = _zeroed_where(lambda path: True)
 
 
 def values_optimizers(sparse: bool) -> tuple[str, ...]:

@@ -1,6 +1,5 @@
 """How the state of an optimizer is split over a mesh: each array as the parameter it belongs to."""
 
-from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -8,11 +7,9 @@ import optax
 from jax.sharding import AbstractMesh, AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
 
-from pkm_jax.optimizers.groups import path_of
-
 
 def state_specs(
-    optimizer: optax.GradientTransformation, params: Any, param_spec: Callable[[str], P],
+    optimizer: optax.GradientTransformation, params: Any, param_specs: Any,
 ) -> Any:
     """A tree like `optimizer.init(params)`, of how each of its arrays is split.
 
@@ -26,11 +23,9 @@ def state_specs(
 
     Args:
       params: arrays or abstract arrays; SparseRows are for updates, not for `init`.
-      param_spec: from the path of a parameter, 'layers/0/memory/values', how it is split.
+      param_specs: a tree like the parameters, of how each is split.
     """
-    by_parameter = jax.tree_util.tree_map_with_path(
-        lambda path, _: param_spec(path_of(path)), params)
-    axes = sorted({axis for spec in jax.tree.leaves(by_parameter) for entry in spec
+    axes = sorted({axis for spec in jax.tree.leaves(param_specs) for entry in spec
                    for axis in _axes_of(entry)})
     mesh = AbstractMesh((1,) * len(axes), tuple(axes), axis_types=(AxisType.Explicit,) * len(axes))
 
@@ -40,7 +35,7 @@ def state_specs(
     # A mesh in use can be left for none, but not for one of another size.
     no_mesh = AbstractMesh((), ())
     with jax.sharding.use_abstract_mesh(no_mesh), jax.sharding.use_abstract_mesh(mesh):
-        state = jax.eval_shape(optimizer.init, jax.tree.map(typed, params, by_parameter))
+        state = jax.eval_shape(optimizer.init, jax.tree.map(typed, params, param_specs))
     return jax.tree.map(lambda leaf: _trimmed(leaf.sharding.spec) if leaf.sharding else P(), state)
 
 

@@ -1,23 +1,18 @@
 """What a training step keeps in the memory of one device, by kind."""
 
 import math
-import re
+from collections.abc import Collection
 from typing import NamedTuple
 
 import jax
 
 from pkm_jax.configuration.run import Run
+from pkm_jax.models.interface import flatten, parameter_of, path_of
 from pkm_jax.training.layout import Layout, compact_bytes, tables_of
+from pkm_jax.training.state import TrainState
 
-# The first pattern found in an array's path within (state, batch) names its kind.
-KINDS = (
-    (r'^0/params/.*memory/values$', 'value tables'),
-    (r'^0/params/', 'backbone parameters'),
-    (r'^0/optimizer/.*memory/values$', 'optimizer state of value tables'),
-    (r'^0/optimizer/', 'optimizer state of the backbone'),
-    (r'^1/', 'batch'),
-    (r'', 'statistics and marks'),
-)
+KINDS = ('value tables', 'backbone parameters', 'optimizer state of value tables',
+         'optimizer state of the backbone', 'batch', 'statistics and marks')
 TEMPORARY = 'temporaries: activations, gradients'
 PROGRAM = 'program and padding of arrays'
 
@@ -36,14 +31,31 @@ class DeviceMemory(NamedTuple):
         return self.total <= self.available
 
 
-def arguments(state, batch) -> dict[str, int]:
-    """Bytes per device of the arrays that a step is given, by kind; it returns as much."""
-    by_kind = dict.fromkeys(sorted({kind for _, kind in KINDS}, key=[k for _, k in KINDS].index), 0)
-    for path, leaf in jax.tree_util.tree_leaves_with_path((state, batch)):
-        name = jax.tree_util.keystr(path, simple=True, separator='/')
-        kind = next(kind for pattern, kind in KINDS if re.search(pattern, name))
-        by_kind[kind] += math.prod(leaf.sharding.shard_shape(leaf.shape)) * leaf.dtype.itemsize
+def arguments(state: TrainState, batch: dict[str, jax.ShapeDtypeStruct],
+              tables: Collection[str]) -> dict[str, int]:
+    """Bytes per device of the abstract arrays that a step is given, by kind; it returns as much.
+
+    `tables` are the paths of the value tables among the parameters.
+    """
+    parameters, by_kind = flatten(state.params), dict.fromkeys(KINDS, 0)
+    by_kind['value tables'] = sum(_bytes(parameters[path]) for path in tables)
+    by_kind['backbone parameters'] = _bytes_of(state.params) - by_kind['value tables']
+    for path, leaf in jax.tree_util.tree_leaves_with_path(state.optimizer):
+        of_table = parameter_of(path_of(path), parameters) in tables
+        by_kind[f'optimizer state of {"value tables" if of_table else "the backbone"}'] += (
+            _bytes(leaf))
+    by_kind['batch'] = _bytes_of(batch)
+    by_kind['statistics and marks'] = _bytes_of(
+        (state.step, state.batch_stats, state.last_selected))
     return by_kind
+
+
+def _bytes_of(arrays):
+    return sum(map(_bytes, jax.tree.leaves(arrays)))
+
+
+def _bytes(leaf):
+    return math.prod(leaf.sharding.shard_shape(leaf.shape)) * leaf.dtype.itemsize
 
 
 def of_compiled(given: dict[str, int], compiled: jax.stages.Compiled) -> dict[str, int]:

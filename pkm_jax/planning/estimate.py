@@ -11,7 +11,7 @@ from jax.experimental.compilation_cache import compilation_cache
 from pkm_jax.configuration.run import Run
 from pkm_jax.memory.embedding_bag import even_passes
 from pkm_jax.mesh import make_mesh, slice_of
-from pkm_jax.models.interface import ModelConfig
+from pkm_jax.models.interface import ModelConfig, table_paths
 from pkm_jax.planning import chips, device_memory, hlo
 from pkm_jax.planning.chips import GIB, Topology
 from pkm_jax.planning.device_memory import DeviceMemory
@@ -96,7 +96,8 @@ def estimate(run: Run, topology: Topology) -> Estimate:
     with jax.set_mesh(mesh):
         program = make_program(run, run.model, layout.sparse, mesh)
         batch = abstract_batch(run, mesh)
-        given = device_memory.arguments(program.abstract, batch)
+        given = device_memory.arguments(program.abstract, batch,
+                                        table_paths(run.model.memories))
         lowered = program.take_step.lower(program.abstract, batch, np.uint32(run.seed),
                                           all_norms=False)
     start = time.perf_counter()

@@ -8,6 +8,7 @@ import jax
 
 from pkm_jax.configuration.run import Run
 from pkm_jax.mesh import make_mesh
+from pkm_jax.models.interface import table_paths
 from pkm_jax.planning import device_memory
 from pkm_jax.planning.device_memory import DeviceMemory
 from pkm_jax.refusal import OutOfMemory, Refusal
@@ -63,9 +64,11 @@ def _changes(run: Run) -> Iterator[tuple[str, Run]]:
     def trained(**fields):
         return dataclasses.replace(run, train=dataclasses.replace(train, **fields))
 
-    if getattr(model, 'remat', True) is False:
-        yield 'model.remat=True', dataclasses.replace(
-            run, model=dataclasses.replace(model, remat=True))  # type: ignore[type-var]
+    def of_model(saving):
+        return f'model.{saving.field}={saving.value}', dataclasses.replace(
+            run, model=dataclasses.replace(model, **{saving.field: saving.value}))  # type: ignore[type-var]
+
+    yield from (of_model(saving) for saving in model.savings() if saving.same_results)
     for steps in range(train.gradient_accumulation_steps + 1, train.batch + 1):
         if train.batch % steps == 0 and train.batch // steps % jax.device_count() == 0:
             more = trained(gradient_accumulation_steps=steps)
@@ -81,6 +84,7 @@ def _changes(run: Run) -> Iterator[tuple[str, Run]]:
         yield ("train.values_optimizer='rowwise_adagrad' with memory.updates='sparse'",
                dataclasses.replace(trained(values_optimizer='rowwise_adagrad'),
                                    tables=dataclasses.replace(tables, updates='sparse')))
+    yield from (of_model(saving) for saving in model.savings() if not saving.same_results)
 
 
 def _plan(run: Run, layout: Layout | None = None) -> DeviceMemory:
@@ -90,7 +94,8 @@ def _plan(run: Run, layout: Layout | None = None) -> DeviceMemory:
     mesh = make_mesh(layout.shards)
     with jax.set_mesh(mesh):
         program = make_program(run, run.model, layout.sparse, mesh)
-        given = device_memory.arguments(program.abstract, abstract_batch(run, mesh))
+        given = device_memory.arguments(program.abstract, abstract_batch(run, mesh),
+                                        table_paths(run.model.memories))
     return DeviceMemory(device_memory.estimated(given, run, layout), available or 0)
 
 

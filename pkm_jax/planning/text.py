@@ -5,7 +5,6 @@ import collections
 import jax
 import numpy as np
 
-from pkm_jax.models.transformer import TransformerConfig
 from pkm_jax.planning import device_memory
 from pkm_jax.planning.estimate import Estimate
 
@@ -131,10 +130,7 @@ def advice(estimate: Estimate) -> str:
     changes = []
     if sizes.get(device_memory.TEMPORARY, 0) > max(tables, backbone):
         changes += ['a larger train.gradient_accumulation_steps or smaller train.batch']
-        if isinstance(model, TransformerConfig) and not model.remat:
-            changes += ['model.remat = True']
-        if isinstance(model, TransformerConfig) and model.attention_dropout:
-            changes += ['model.attention_dropout = 0']
+        changes += [f'model.{saving.field} = {saving.value}' for saving in model.savings()]
         if estimate.layout.sparse and estimate.layout.shards.data > 1:
             changes += ['more memory.shards, which split the rows of an update too']
     elif tables > backbone:

@@ -31,7 +31,7 @@ def score_figure(runs: Sequence[Run], theme: Theme) -> Figure:
         metric, (colour, line) = run.config['train']['best'], style(index)
         scores = column(run.evals, metric)
         ax.plot(column(run.evals, 'step'), scores, line, marker='o', color=colour, linewidth=2)
-        labels.append((scores.max(), f'{run.name}  {scores.max():.3f}', colour))
+        labels.append((run.best(metric), f'{run.name}  {run.best(metric):.3f}', colour))
         metrics.add(metric)
         majority = results_of(run).get(f'eval_majority_{metric}')
         if majority is not None:

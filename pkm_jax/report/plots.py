@@ -9,7 +9,17 @@ from matplotlib.figure import Figure
 
 from pkm_jax.memory.usage import uniform_ceiling
 from pkm_jax.report.finetuned import finetuned, predictions_figure, score_figure
-from pkm_jax.report.runs import Run, column, counted, smoothed, thousands, with_memory
+from pkm_jax.report.runs import (
+    Run,
+    column,
+    counted,
+    layers_of,
+    loss_of,
+    smoothed,
+    thousands,
+    titled,
+    with_memory,
+)
 from pkm_jax.report.slot_plots import access_figure, slots_figure
 from pkm_jax.report.theme import DASHED, Theme, count_axis, end_labels, panels, share_axis, style
 
@@ -24,7 +34,7 @@ def figures(runs: Sequence[Run], theme: Theme) -> dict[str, Figure]:
         for index, run in tuned:
             if figure := predictions_figure(run, theme):
                 drawn[f'predictions_{index}'] = figure
-        layers = sorted({layer for run in runs for layer in run.layers}, key=int)
+        layers = layers_of(runs)
         if layers:
             drawn['usage'] = usage_figure(runs, layers, theme)
             drawn['usage_training'] = usage_training_figure(runs, layers, theme)
@@ -61,8 +71,8 @@ def loss_figure(runs: Sequence[Run], theme: Theme) -> Figure:
         ax.axvline(start, color=theme.muted, linewidth=1.2, linestyle=DASHED)
         ax.annotate('memory added', (start, 1), xycoords=('data', 'axes fraction'), xytext=(6, -4),
                     textcoords='offset points', va='top', color=theme.muted)
-    name = 'Masked-LM loss' if all(run.is_masked_lm for run in runs) else 'Loss'
-    ax.set(xlabel='Training tokens', ylabel=f'{name} (nats)')
+    name, unit = loss_of(runs)
+    ax.set(xlabel='Training tokens', ylabel=f'{name}{unit}')
     count_axis(ax.xaxis)
     ax.set_title(f'{name}: training (line, smoothed) and evaluation (dots)')
     ax.set_xlim(left=0)
@@ -104,7 +114,7 @@ def _usage_panel(ax: Axes, runs: Sequence[Run], layer: str, kind: str, theme: Th
         formulas.append(f'dashed: 1−(1−{read}/S)^(T·H), {reads}H = {heads}, S = {slots:,}')
     ax.annotate('\n'.join(formulas), (0, 1.03), xycoords='axes fraction', va='bottom',
                 color=theme.muted, fontsize=9.5)
-    ax.set_title(f'Layer {layer}: {kind} usage', pad=14 + 14 * len(formulas))
+    ax.set_title(f'{titled(runs, layer)}: {kind} usage', pad=14 + 14 * len(formulas))
     ax.set(xlabel='Evaluation tokens T (log scale)', ylabel=f'Slots used, {kind}')
     count_axis(ax.xaxis)
     share_axis(ax)
@@ -136,7 +146,7 @@ def _usage_training_panel(ax: Axes, runs: Sequence[Run], layer: str, key: str, k
     count_axis(ax.xaxis)
     share_axis(ax)
     ax.set_xlim(left=0)
-    ax.set_title(f'Layer {layer}: {kind} usage, T = {" or ".join(sorted(evaluated))}')
+    ax.set_title(f'{titled(runs, layer)}: {kind} usage, T = {" or ".join(sorted(evaluated))}')
     end_labels(ax, labels)
 
 

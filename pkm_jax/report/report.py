@@ -2,7 +2,7 @@
 
 import base64
 import html
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 from pkm_jax.report.finetuned import finetuned, worst_errors
@@ -55,8 +55,6 @@ DEFINITIONS = (
     ('dead', 'share of the slots not selected during the last training steps', 'this project'),
     ('drift, outdated', 'for each slot, 1 − the correlation of its scores now with those when its '
      'value was last updated; outdated: above one half', 'this project'),
-    ('loss, perplexity',
-     'mean cross-entropy of the masked tokens in nats, and its exponential', ''),
 )
 
 
@@ -108,12 +106,22 @@ def _figure(target: Path, name: str, inches: float) -> str:
             f'<figcaption>{caption}</figcaption></figure>')
 
 
+def _losses(runs: Sequence[Run]) -> Iterator[tuple[str, str, str]]:
+    """Definitions of the losses that the runs have, each once, and of perplexity."""
+    losses = {run.loss_name['name']: run.loss_name for run in runs if run.loss_name['meaning']}
+    for name, loss in losses.items():
+        unit = f', in {loss["unit"]}' if loss['unit'] else ''
+        yield html.escape(name), html.escape(loss['meaning'] + unit), ''
+    if any('perplexity' in run.evals[-1] for run in runs if run.evals):
+        yield 'perplexity', 'exponential of the loss', ''
+
+
 def _page(folder: Path, runs: Sequence[Run], widths: dict[str, float]) -> str:
     notes = ''.join(f'<li><b>{html.escape(run.name)}</b>: {html.escape(note)}</li>'
                     for run in runs for note in run.notes)
     definitions = ''.join(
         f'<dt>{metric}</dt><dd>{meaning}{f" <span>[{source}]</span>" if source else ""}</dd>'
-        for metric, meaning, source in DEFINITIONS)
+        for metric, meaning, source in (*DEFINITIONS, *_losses(runs)))
     title = html.escape(folder.resolve().name)
     images = ''.join(_figure(folder / 'report', *item) for item in widths.items())
     errors = ''.join(worst_errors(run) for _, run in finetuned(runs))

@@ -38,7 +38,7 @@ class Run:
     evals: list[dict[str, Any]]
     access: dict[str, SlotAccess]
     notes: list[str]
-    parameters: int | None = None
+    started: dict[str, Any] = dataclasses.field(default_factory=dict)   # the line of its beginning
     parent: str | None = None
     start_step: int = 0
     start_tokens: int = 0
@@ -49,9 +49,22 @@ class Run:
         return self.config['init_from'] or None
 
     @property
-    def is_masked_lm(self) -> bool:
-        """Also of runs before there were other tasks."""
-        return self.config.get('task', 'masked_lm') == 'masked_lm'
+    def parameters(self) -> int | None:
+        return self.started.get('parameters')
+
+    @property
+    def loss_name(self) -> dict[str, str]:
+        """Its task's `LossName`; runs of before such names were written have a nameless one."""
+        return self.started.get('loss_name') or {'name': 'Loss', 'unit': '', 'meaning': ''}
+
+    def title(self, layer: str) -> str:
+        """What its memory of that name is called: 'layer 4'."""
+        return self.started.get('memories', {}).get(layer, f'layer {layer}')
+
+    def best(self, metric: str) -> float:
+        """Of all evaluations."""
+        choose = min if metric in self.started.get('lower_is_better', ()) else max
+        return choose(record[metric] for record in self.evals)
 
     @property
     def steps(self) -> int:
@@ -71,13 +84,13 @@ class Run:
 
     @property
     def layers(self) -> list[str]:
-        """The layers that hold a memory, in order."""
-        return sorted(self.memory_evals[-1]['memory'], key=int) if self.memory_evals else []
+        """The names of its memories, layers of most models, in order."""
+        return _in_order(self.memory_evals[-1]['memory']) if self.memory_evals else []
 
     @property
     def placement(self) -> str:
-        """'none', 'add' or 'replace'."""
-        return self.config['memory']['placement'] if self.layers else 'none'
+        """'none', 'add' or 'replace'; '–' of a model that is built otherwise."""
+        return self.config.get('memory', {}).get('placement', '–') if self.layers else 'none'
 
 
 def read_runs(folder: Path, names: Sequence[str] | None = None) -> list[Run]:
@@ -134,7 +147,7 @@ def read_run(folder: Path) -> Run:
             logging.warning('%s: %s', folder, notes[-1])
     started = records['start'][-1] if records['start'] else {}
     run = Run(folder.resolve().name, folder, config, records['train'], records['eval'], access,
-              notes, parameters=started.get('parameters'))
+              notes, started)
     if (run.train or run.evals) and run.steps < run.planned_steps:
         notes.append(f'unfinished: {run.steps:,} of {run.planned_steps:,} steps')
     return run
@@ -148,6 +161,24 @@ def with_memory(runs: Sequence[Run], layer: str) -> list[tuple[int, Run]]:
 def counted(runs: Sequence[Run], layer: str) -> list[tuple[int, Run]]:
     """Those of them whose slot counts can be read."""
     return [(index, run) for index, run in with_memory(runs, layer) if layer in run.access]
+
+
+def layers_of(runs: Sequence[Run]) -> list[str]:
+    """The names of the memories of all runs, in order."""
+    return _in_order({layer for run in runs for layer in run.layers})
+
+
+def titled(runs: Sequence[Run], layer: str) -> str:
+    """What the memory of that name is called, to begin a title: 'Layer 4'."""
+    title = with_memory(runs, layer)[0][1].title(layer)
+    return title[0].upper() + title[1:]
+
+
+def loss_of(runs: Sequence[Run]) -> tuple[str, str]:
+    """What the loss of the runs is called, and ', nats' if that is the unit of all."""
+    names, units = ({run.loss_name[part] for run in runs} for part in ('name', 'unit'))
+    unit = units.pop() if len(units) == 1 else ''
+    return names.pop() if len(names) == 1 else 'Loss', f', {unit}' if unit else ''
 
 
 def column(records: Sequence[dict[str, Any]], key: str) -> Float[np.ndarray, 'n']:
@@ -174,10 +205,16 @@ def smoothed(values: Float[np.ndarray, 'n'], share: float = 0.03) -> Float[np.nd
     return np.array(means)
 
 
+def _in_order(names):
+    """Numbers by size, then words."""
+    return sorted(names, key=lambda name: (not name.isdigit(), int(name) if name.isdigit() else 0,
+                                           name))
+
+
 def _read_config(file: Path) -> dict[str, Any]:
     try:
         config = json.loads(file.read_text(encoding='utf-8'))
-        config['init_from'], int(config['train']['steps']), config['memory']['placement']
+        config['init_from'], int(config['train']['steps'])
     except KeyError as error:
         raise Refusal(f'{file} is not the configuration of a training: no {error}') from error
     except (ValueError, TypeError) as error:

@@ -12,7 +12,7 @@ from matplotlib.figure import Figure
 from matplotlib.layout_engine import ConstrainedLayoutEngine
 from matplotlib.ticker import PercentFormatter
 
-from pkm_jax.report.runs import Run, counted, thousands
+from pkm_jax.report.runs import Run, counted, thousands, titled
 from pkm_jax.report.theme import DASHED, Theme, count_axis, panels, share_axis, style
 
 
@@ -45,7 +45,8 @@ def slots_figure(runs: Sequence[Run], layer: str, theme: Theme) -> Figure:
             count_axis(bar.ax.yaxis)
             bar.outline.set_visible(False)
     figure.suptitle(
-        f'Layer {layer}: every slot of the memory; the plain background shows slots never reached',
+        f'{titled(runs, layer)}: every slot of the memory; the plain background shows slots never '
+        f'reached',
         fontweight='bold', x=0.01, ha='left', fontsize=12)
     return figure
 
@@ -72,9 +73,10 @@ def access_figure(runs: Sequence[Run], layers: Sequence[str], theme: Theme) -> F
             reads.plot(slots[1:][thinned], count[thinned], line, color=colour, linewidth=2.2,
                        label=f'{run.name}: {never:.1%} of the slots never read')
         share_axis(held)
+        title = titled(runs, layer)
         held.set(ylabel='Share of the access mass',
-                 title=f'Layer {layer}: mass held by the most used slots')
-        reads.set(yscale='log', ylabel='Reads of the slot', title=f'Layer {layer}: reads per slot')
+                 title=f'{title}: mass held by the most used slots')
+        reads.set(yscale='log', ylabel='Reads of the slot', title=f'{title}: reads per slot')
         count_axis(reads.yaxis)
         for ax in (held, reads):
             ax.set(xlim=(0, 1), xlabel='Slots, most used first')

@@ -5,7 +5,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-from pkm_jax.report.runs import Run, column, smoothed, thousands
+from pkm_jax.report.runs import Run, column, layers_of, loss_of, smoothed, thousands, titled
 from pkm_jax.report.theme import style
 
 # Metrics of fine-tuned runs, by what they are called in the table.
@@ -14,16 +14,16 @@ SCORES = {
     'matthews_correlation': 'Matthews correlation', 'pearson': 'Pearson r',
     'spearmanr': 'Spearman ρ', 'rmse': 'Root mean square error', 'exact_match': 'Exact match',
 }
-KEY_ROWS = ('Evaluation loss (nats)', 'Top-1 usage')
+KEY_ROWS = ('Evaluation loss', 'Top-1 usage')       # and what follows in brackets
 
 
 def table(runs: Sequence[Run]) -> str:
     """The runs side by side as HTML; rows that hold for none of them are left out."""
     heads = ''.join(f'<th scope="col"><i style="background:{style(index)[0]}"></i>'
                     f'{html.escape(run.name)}</th>' for index, run in enumerate(runs))
-    layers = sorted({layer for run in runs for layer in run.layers}, key=int)
-    sections = [('', _run_rows()), *((f'Memory in layer {layer}, last evaluation',
-                                      _memory_rows(layer)) for layer in layers)]
+    sections = [('', _run_rows(loss_of(runs)[1])), *(
+        (f'{titled(runs, layer)}: memory at the last evaluation', _memory_rows(layer))
+        for layer in layers_of(runs))]
     body = ''
     for title, rows in sections:
         if title:
@@ -33,14 +33,14 @@ def table(runs: Sequence[Run]) -> str:
             if set(values) == {'–'}:
                 continue
             cells = ''.join(f'<td>{html.escape(value)}</td>' for value in values)
-            key = ' class=key' if label in KEY_ROWS else ''
+            key = ' class=key' if label.startswith(KEY_ROWS) else ''
             body += f'<tr{key}><th scope="row">{label}</th>{cells}</tr>'
     head = f'<thead><tr><td></td>{heads}</tr></thead>'
     return f'<div class="wide"><table>{head}<tbody>{body}</tbody></table></div>'
 
 
-def _run_rows() -> list[tuple[str, Callable[[Run], str]]]:
-    """Rows of the table that hold for a whole run."""
+def _run_rows(unit: str) -> list[tuple[str, Callable[[Run], str]]]:
+    """Rows of the table that hold for a whole run; `unit`: of the loss, see `loss_of`."""
 
     def last(key: str, form: str) -> Callable[[Run], str]:
         return lambda run: (format(run.evals[-1][key], form)
@@ -68,9 +68,9 @@ def _run_rows() -> list[tuple[str, Callable[[Run], str]]]:
         ('Training tokens', tokens),
         ('Parameters', lambda run: thousands(run.parameters) if run.parameters else '–'),
         ('Tokens per second (median)', speed),
-        ('Training loss (smoothed, nats)',
+        (f'Training loss, smoothed{unit}',
          lambda run: f'{smoothed(column(run.train, "loss"))[-1]:.3f}' if run.train else '–'),
-        ('Evaluation loss (nats)', last('loss', '.3f')),
+        (f'Evaluation loss{unit}', last('loss', '.3f')),
         ('Perplexity', last('perplexity', ',.1f')),
         ('Accuracy', last('accuracy', '.1%')),
         *((label, last(metric, '.4f')) for metric, label in SCORES.items()),

@@ -83,8 +83,8 @@ def _judge(ours: Run, a: dict, theirs: Run, b: dict, steps: str) -> Verdict:
     else:
         title = 'No: added + pretrained uses fewer of its slots'
         difference = f'{-gap * 100:.1f} percentage points fewer'
-    layers = ' and '.join(ours.layers)
-    where = f'mean of layers {layers}' if len(ours.layers) > 1 else f'layer {layers}'
+    where = ' and '.join(map(ours.title, ours.layers))
+    where = f'mean of {where}' if len(ours.layers) > 1 else where
     text = (f'{steps}, {ours.name} (memory added to pretrained weights) has {one:.1%} of its slots '
             f'in use by top-1 usage and {theirs.name} (memory in replacement, from scratch) '
             f'{two:.1%}: {difference}. Measured over T = {thousands(a["eval_tokens"])} evaluation '
@@ -96,11 +96,15 @@ def _judge(ours: Run, a: dict, theirs: Run, b: dict, steps: str) -> Verdict:
 def _compare_losses(ours: Run, a: float, theirs: Run, b: float) -> str:
     if not (math.isfinite(a) and math.isfinite(b)):
         return f'Their losses ({a:.3f} and {b:.3f}) cannot be compared.'
+    if ours.loss_name != theirs.loss_name:
+        return (f'Their losses cannot be compared: {ours.loss_name["name"]} and '
+                f'{theirs.loss_name["name"]}.')
+    unit = f' {ours.loss_name["unit"]}'.rstrip()
     if f'{a:.3f}' == f'{b:.3f}':
-        return (f'Their evaluation losses are the same ({a:.3f} nats). '
+        return (f'Their evaluation losses are the same ({a:.3f}{unit}). '
                 'One run of each: no error bars.')
     better, low, high = (ours, a, b) if a < b else (theirs, b, a)
-    return (f'{better.name} has the better evaluation loss, {low:.3f} against {high:.3f} nats. '
+    return (f'{better.name} has the better evaluation loss, {low:.3f} against {high:.3f}{unit}. '
             'One run of each: no error bars.')
 
 

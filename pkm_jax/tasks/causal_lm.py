@@ -13,7 +13,7 @@ from pkm_jax.data.examples import ArraySpec, TextExamples, token_arrays
 from pkm_jax.models.causal import Causal, CausalConfig
 from pkm_jax.models.interface import ModelConfig
 from pkm_jax.refusal import Refusal
-from pkm_jax.tasks.interface import Batch, Outcome
+from pkm_jax.tasks.interface import Batch, LossName, Outcome
 from pkm_jax.tasks.text import LanguageModelling
 
 
@@ -23,6 +23,8 @@ class CausalLM(LanguageModelling):
 
     Records are packed: a document runs on into the next record, and [SEP] stands between two.
     """
+    loss_name = LossName('Causal-LM loss', 'nats',
+                         'mean cross-entropy of all tokens but the first of a record')
 
     def check(self, model: ModelConfig) -> None:
         """Refuses a model that sees what it should predict, or of shorter sequences.

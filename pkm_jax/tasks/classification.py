@@ -22,7 +22,7 @@ from pkm_jax.models.bert import Bert, BertConfig
 from pkm_jax.refusal import Refusal
 from pkm_jax.tasks import scores
 from pkm_jax.tasks.finetuning import Labelling, file_of, in_order
-from pkm_jax.tasks.interface import Batch, Outcome
+from pkm_jax.tasks.interface import Batch, LossName, Outcome
 
 PROBLEMS = ('single_label', 'multi_label', 'regression')
 METRIC = {'single_label': 'accuracy', 'multi_label': 'micro_f1', 'regression': 'spearmanr'}
@@ -151,6 +151,14 @@ class TextClassification(Labelling):
             log(f'WARNING: no training example has the label {", ".join(unseen)}')
         log(f'labels of {len(targets):,} training examples: ' + ', '.join(
             f'{name} {count:,}' for name, count in zip(names, counts)))
+
+    @property
+    def loss_name(self) -> LossName:
+        """By what the problem is."""
+        if self.problem == 'regression':
+            return LossName('Squared error', '', 'mean square of what estimates are off')
+        return LossName('Label loss', 'nats', 'mean cross-entropy of the labels' + (
+            ', of each class on its own' if self.problem == 'multi_label' else ''))
 
     def outcome(
         self, model: Bert, batch: Batch, *, deterministic: bool,

@@ -3,7 +3,7 @@
 import dataclasses
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any, Protocol, runtime_checkable
+from typing import Any, ClassVar, Protocol, runtime_checkable
 
 import jax.numpy as jnp
 import numpy as np
@@ -67,6 +67,7 @@ class Labelling:
     vocab_size = 30_522     # of a plan
     head_name = ''          # of the model's heads the one that is read
     metric = ''             # by which the best weights are chosen
+    lower_is_better: ClassVar[tuple[str, ...]] = ('loss', 'rmse')
 
     def __post_init__(self) -> None:
         check_settings(self, 'data')

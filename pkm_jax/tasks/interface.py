@@ -26,6 +26,13 @@ class Outcome(NamedTuple):
     outputs: dict[str, Array]           # by example, for metrics of an evaluation that are no sums
 
 
+class LossName(NamedTuple):
+    """What a task's loss is called where a person reads of it."""
+    name: str       # 'Masked-LM loss'
+    unit: str       # 'nats', or ''
+    meaning: str    # 'mean cross-entropy of the masked tokens'
+
+
 @runtime_checkable
 class Data(Protocol):
     """Prepared records, and the vocabulary of their tokens."""
@@ -45,6 +52,11 @@ class Task(Protocol):
     buckets: tuple[int, ...]    # that batches are padded to, ascending; `length` alone: no others
     vocab_size: int     # words of a vocabulary that is not there yet, as plans assume
     workers: int        # processes that make batches; 0: threads of this one
+    lower_is_better: tuple[str, ...]    # of the metrics of an evaluation: those of errors
+
+    @property
+    def loss_name(self) -> LossName:
+        """Of its loss."""
 
     def check(self, model: ModelConfig) -> None:
         """Refuses what cannot work with this model, by name."""

@@ -15,7 +15,7 @@ from pkm_jax.fields import setting
 from pkm_jax.models.bert import Bert, BertConfig
 from pkm_jax.models.interface import ModelConfig
 from pkm_jax.refusal import Refusal
-from pkm_jax.tasks.interface import Batch, Outcome
+from pkm_jax.tasks.interface import Batch, LossName, Outcome
 from pkm_jax.tasks.text import LanguageModelling
 
 
@@ -29,6 +29,7 @@ class MaskedLM(LanguageModelling):
     mask_rate: float = setting(0.15, 'share of the tokens that is predicted', above=0, below=1)
     max_predictions: int = setting(80, 'of a sequence: at least what mask_rate masks', least=1)
     whole_word: bool = setting(False, "mask all pieces of a word together")
+    loss_name = LossName('Masked-LM loss', 'nats', 'mean cross-entropy of the masked tokens')
 
     def __post_init__(self) -> None:
         super().__post_init__()

@@ -21,7 +21,7 @@ from pkm_jax.models.bert import Bert, BertConfig
 from pkm_jax.refusal import Refusal
 from pkm_jax.tasks import answers
 from pkm_jax.tasks.finetuning import Labelling, file_of, in_order
-from pkm_jax.tasks.interface import Batch, Outcome
+from pkm_jax.tasks.interface import Batch, LossName, Outcome
 
 NOWHERE = -1e30     # logit of a token that is no candidate
 NAMED = 5           # questions of each kind that are named
@@ -50,6 +50,8 @@ class QuestionAnswering(Labelling):
     longest_answer: int = setting(30, 'tokens of an answer', least=1)
     null_threshold: float = setting(
         0., 'no answer is given where its score is better by more than this')
+    loss_name = LossName('Answer loss', 'nats',
+                         'mean cross-entropy of the first and the last token of the answers')
     head_name = 'span'
     metric = 'f1'
 

@@ -23,7 +23,7 @@ from pkm_jax.refusal import Refusal
 from pkm_jax.tasks import entities
 from pkm_jax.tasks import scores as metrics
 from pkm_jax.tasks.finetuning import Labelling, file_of, in_order
-from pkm_jax.tasks.interface import Batch, Outcome
+from pkm_jax.tasks.interface import Batch, LossName, Outcome
 
 NO_WORD = -1        # the label of a token that is not the first of a word
 
@@ -52,6 +52,7 @@ class TokenClassification(Labelling):
     label_column: int = setting(-1, 'column of the label')
     labels: tuple[str, ...] = setting((), 'names of the classes, in the order of the outputs; (): '
                                           'those in the training data')
+    loss_name = LossName('Label loss', 'nats', 'mean cross-entropy of the labels of words')
     head_name = 'token_classifier'
 
     @property

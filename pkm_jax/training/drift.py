@@ -14,7 +14,7 @@ from jaxtyping import Array, Float, Int32
 
 from pkm_jax.configuration.run import Run
 from pkm_jax.memory.drift import OUTDATED, drift_of_slots, sub_key_scores
-from pkm_jax.models.interface import MemorySite, at
+from pkm_jax.models.interface import MemorySite, at, table_paths
 from pkm_jax.tasks.interface import Batch, Task
 from pkm_jax.training.program import Program
 from pkm_jax.training.state import TrainState, gathered
@@ -71,8 +71,8 @@ def scores_of(
     `tokens`; and `last_selected`, to be read by every host."""
     real = task.real(batch)
     chosen = jnp.nonzero(real, size=min(tokens, real.size), fill_value=0)[0]
-    outcome = task.outcome(nnx.merge(graph, gathered(params), batch_stats), batch,
-                           deterministic=True)
+    model = nnx.merge(graph, gathered(params, table_paths(sites)), batch_stats)
+    outcome = task.outcome(model, batch, deterministic=True)
     scores = {name: sub_key_scores(outcome.reads[name].query[chosen],
                                    at(params, site.path)['codebooks'])
               for name, site in sites.items()}

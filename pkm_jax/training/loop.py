@@ -107,7 +107,10 @@ def _train(run: Run, layout: Layout, changed: str, data: Data | None,
         shapes = {path: leaf.shape for path, leaf in flatten(state.params).items()}
         log.say('\n'.join([pretrained.parameter_table(shapes), *start.summary(run, layout, mesh),
                            *filter(None, [room, changed])]))
-        log.begin(sum(map(math.prod, shapes.values())))
+        log.begin(parameters=sum(map(math.prod, shapes.values())),
+                  loss_name=run.task.loss_name._asdict(),
+                  lower_is_better=run.task.lower_is_better,
+                  memories={name: site.title for name, site in run.model.memories.items()})
         requests = closing.enter_context(StopRequests(mesh))
         with start.phase('compiling the step'), log.pause():
             steps = _compiled_steps(run, program, state, mesh, log)
@@ -253,7 +256,8 @@ def _is_best(run: Run, step: int, values: dict[str, Any], progress: Progress, lo
     if not isinstance(values.get(metric), float):
         raise Refusal(f'train.best = {metric!r} is none of the metrics of an evaluation: '
                       f'{", ".join(name for name in values if isinstance(values[name], float))}.')
-    is_best = progress.judge(step, metric, values, run.train.patience)
+    is_best = progress.judge(step, values[metric], metric in run.task.lower_is_better,
+                             run.train.patience)
     if progress.stopped:
         log.say(f'training stops at step {step:,}: {progress.worse} evaluations without a better '
                 f'{metric} than {progress.best:.4f} of step {progress.best_step:,} '
@@ -305,6 +309,7 @@ def _evaluation(run: Run, program: Program, mesh: Mesh, data: Data,
     """A function that evaluates a state on the same validation batches each time, and logs it."""
     number = run.log.eval_batches * run.train.gradient_accumulation_steps
     size, sites = run.train.micro_batch, run.model.memories
+    titles = {str(name): site.title for name, site in sites.items()}
     examples = run.task.examples(data, EVALUATION_SEED)
 
     def batches():
@@ -324,9 +329,9 @@ def _evaluation(run: Run, program: Program, mesh: Mesh, data: Data,
             values['memory'][name] |= moved
         log.write('eval', step, progress.tokens, **values)
         shown = ', '.join(f'{name} {value:.4f}' for name, value in values.items()
-                          if isinstance(value, float) and name != 'perplexity')
+                          if isinstance(value, float))
         log.say(f'evaluation at step {step:,}: {shown}' + ''.join(
-            f'; layer {name}: top-1 usage {use["top_1_usage"]:.1%}, top-{use["k"]} '
+            f'; {titles[name]}: top-1 usage {use["top_1_usage"]:.1%}, top-{use["k"]} '
             f'{use["top_k_usage"]:.1%} of {use["slots"]:,} slots over '
             f'{values["eval_tokens"]:,} tokens'
             for name, use in values.get('memory', {}).items()))

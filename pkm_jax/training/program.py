@@ -14,7 +14,7 @@ from jax.sharding import PartitionSpec as P
 from jax.stages import Wrapped
 
 from pkm_jax.configuration.run import Run
-from pkm_jax.models.interface import ModelConfig
+from pkm_jax.models.interface import ModelConfig, table_paths
 from pkm_jax.optimizers.build import make_optimizer
 from pkm_jax.training.state import (
     TrainState,
@@ -43,17 +43,18 @@ def make_program(run: Run, model: ModelConfig, sparse: bool, mesh: Mesh) -> Prog
     Raises:
       Refusal: a size does not divide over the devices.
     """
-    optimizer = make_optimizer(run.train, run.train.steps, sparse)
+    tables = table_paths(model.memories)
+    optimizer = make_optimizer(run.train, run.train.steps, tables, model.is_backbone, sparse)
     initialise = functools.partial(initial_state, config=model, optimizer=optimizer,
                                    track_dead=run.tables.dead_after > 0)
     abstract = laid_out(jax.eval_shape(initialise, np.uint32(run.seed)), optimizer, mesh,
-                        run.train.fsdp)
+                        tables, run.train.fsdp)
     layout = jax.tree.map(lambda leaf: leaf.sharding, abstract)
     graph = model_graph(model)
     step = functools.partial(
         train_step, task=run.task, graph=graph, sites=model.memories, optimizer=optimizer,
         accumulation_steps=run.train.gradient_accumulation_steps, sparse=sparse)
-    count = functools.partial(eval_step, task=run.task, graph=graph)
+    count = functools.partial(eval_step, task=run.task, graph=graph, sites=model.memories)
     return Program(graph, abstract, jax.jit(initialise, out_shardings=layout),
                    jax.jit(step, donate_argnums=0, out_shardings=(layout, None),
                            static_argnames='all_norms'),

@@ -2,9 +2,6 @@
 
 import dataclasses
 import math
-from typing import Any
-
-LOWER_IS_BETTER = ('loss', 'perplexity')
 
 
 @dataclasses.dataclass
@@ -16,14 +13,9 @@ class Progress:
     worse: int = 0              # evaluations since then
     stopped: bool = False       # before its last step, for want of better ones
 
-    def judge(self, step: int, metric: str, values: dict[str, Any], patience: int) -> bool:
-        """Takes note of an evaluation; whether it is the best so far.
-
-        Raises:
-          KeyError: the evaluation has no such metric.
-        """
-        value = values[metric]
-        sign = -1 if metric in LOWER_IS_BETTER else 1
+    def judge(self, step: int, value: float, lower_is_better: bool, patience: int) -> bool:
+        """Takes note of an evaluation by its metric; whether it is the best so far."""
+        sign = -1 if lower_is_better else 1
         if self.best is None or sign * value > sign * self.best and math.isfinite(value):
             self.best, self.best_step, self.worse = value, step, 0
             return True

@@ -19,7 +19,7 @@ from pkm_jax.memory.drift import OUTDATED, fall_by_slot
 from pkm_jax.memory.layer import MemoryReads
 from pkm_jax.memory.usage import SlotCounts, count_slots, host_counts, no_counts
 from pkm_jax.mesh import make_mesh
-from pkm_jax.models.interface import MemorySite, at, replaced
+from pkm_jax.models.interface import MemorySite, at, replaced, table_paths
 from pkm_jax.tasks.interface import Batch, Data, Task
 from pkm_jax.training.layout import Layout
 from pkm_jax.training.loop import EVALUATION_SEED, of_this_process, prepared, to_devices
@@ -129,8 +129,8 @@ def _loss(
     """The summed loss; its terms, and what each memory read."""
     for name, table in tables.items():
         params = replaced(params, sites[name].table, table)
-    outcome = task.outcome(nnx.merge(graph, gathered(params), batch_stats), batch,
-                           deterministic=True)
+    model = nnx.merge(graph, gathered(params, table_paths(sites)), batch_stats)
+    outcome = task.outcome(model, batch, deterministic=True)
     return outcome.loss, (task.terms(batch), outcome.reads)
 
 

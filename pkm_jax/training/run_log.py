@@ -87,10 +87,10 @@ class RunLog:
         self._board.write_event(_event(line))
         self._board.flush()
 
-    def begin(self, parameters: int) -> None:
+    def begin(self, **values) -> None:
         """Adds the line of a run's beginning, unless there is one."""
         if self._writes and not any(line['kind'] == 'start' for line in self._file.lines):
-            self.write('start', 0, 0, parameters=parameters)
+            self.write('start', 0, 0, **values)
 
     def show(self, step: int, loss: float, tokens_per_second: float) -> None:
         """Moves the progress on."""

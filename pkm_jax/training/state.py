@@ -1,6 +1,6 @@
 """What training changes, and where it lives."""
 
-import re
+from collections.abc import Collection
 from typing import Any, NamedTuple
 
 import jax
@@ -14,18 +14,9 @@ from jaxtyping import Array, Int32, Integer
 
 from pkm_jax.memory.usage import NEVER
 from pkm_jax.mesh import OWN
-from pkm_jax.models.interface import ModelConfig
+from pkm_jax.models.interface import ModelConfig, path_of
 from pkm_jax.optimizers.layout import state_specs
 from pkm_jax.refusal import Refusal
-
-# How the axes of a parameter are split: by the first pattern found in its path. What no pattern
-# names is on every device. States of the optimizer lie beside their parameters.
-TABLES = ((r'memory/values$', OWN.table),)
-# Fully sharded data parallelism: a matrix by its inputs, an embedding by its features.
-FSDP = (
-    (r'kernel$', P('data')),
-    (r'(embedding|decoder)$', P(None, 'data')),
-)
 
 
 class TrainState(NamedTuple):
@@ -60,47 +51,52 @@ def model_graph(config: ModelConfig) -> nnx.GraphDef:
 
 
 def laid_out(
-    abstract: TrainState, optimizer: optax.GradientTransformation, mesh: Mesh, fsdp: bool = False,
+    abstract: TrainState, optimizer: optax.GradientTransformation, mesh: Mesh,
+    tables: Collection[str], fsdp: bool = False,
 ) -> TrainState:
     """An abstract state, each array with its sharding over the mesh.
+
+    Value tables, at the paths `tables`, are split by rows and columns, with `fsdp` the matrices of
+    the backbone over the replicas; everything else is on every device. States of the optimizer lie
+    beside their parameters.
 
     Raises:
       Refusal: the size of an array does not divide over the devices; it is named.
     """
-    def spec(path: str) -> P:
-        return _spec(path, TABLES + (FSDP if fsdp else ()))
+    def spec(path, leaf):
+        if path_of(path) in tables:
+            return OWN.table
+        return _fsdp(path_of(path), leaf) if fsdp else P()
 
     def lay_out(name, leaf, spec):
         _check_divides(name, leaf.shape, spec, mesh)
         return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=NamedSharding(mesh, spec))
 
-    def by_path(path, leaf):
-        name = jax.tree_util.keystr(path, simple=True, separator='/')
-        return lay_out(name, leaf, P(*spec(name)[:leaf.ndim]))
-
     def whole(leaf):
         return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=NamedSharding(mesh, P()))
 
+    specs = jax.tree_util.tree_map_with_path(spec, abstract.params)
     return TrainState(
         step=whole(abstract.step),
-        params=jax.tree_util.tree_map_with_path(by_path, abstract.params),
+        params=jax.tree_util.tree_map_with_path(
+            lambda path, leaf, spec: lay_out(path_of(path), leaf, spec), abstract.params, specs),
         batch_stats=jax.tree.map(whole, abstract.batch_stats),
         optimizer=jax.tree.map(
             lambda leaf, spec: lay_out('state of the optimizer', leaf, spec), abstract.optimizer,
-            state_specs(optimizer, abstract.params, spec)),
+            state_specs(optimizer, abstract.params, specs)),
         last_selected=jax.tree.map(
             lambda leaf: lay_out('last_selected', leaf, P(*OWN.table[:1])),
             abstract.last_selected))
 
 
-def gathered(params: dict) -> dict:
+def gathered(params: dict, tables: Collection[str]) -> dict:
     """Parameters to compute with: what FSDP split is gathered, never a value table."""
     if jax.sharding.get_abstract_mesh().empty:
         return params
 
     def gather(path, leaf):
-        name = jax.tree_util.keystr(path, simple=True, separator='/')
-        is_split = _spec(name, FSDP) != P()
+        name = path_of(path)
+        is_split = name not in tables and _fsdp(name, leaf) != P()
         return jax.lax.with_sharding_constraint(leaf, P()) if is_split else leaf
 
     return jax.tree_util.tree_map_with_path(gather, params)
@@ -111,8 +107,12 @@ def batch_sharding(mesh: Mesh) -> NamedSharding:
     return NamedSharding(mesh, OWN.tokens)
 
 
-def _spec(path, rules):
-    return next((spec for pattern, spec in rules if re.search(pattern, path)), P())
+def _fsdp(path, leaf):
+    """Fully sharded data parallelism: a matrix by its inputs, an embedding, which has a row for
+    each word, by its features."""
+    if leaf.ndim != 2:
+        return P()
+    return P(None, 'data') if path.endswith(('embedding', 'decoder')) else P('data')
 
 
 def _check_divides(name, shape, spec, mesh):

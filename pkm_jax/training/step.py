@@ -13,7 +13,7 @@ from jaxtyping import Array, Bool, Float, Int32, UInt32
 from pkm_jax.memory.sharded import merge, no_delta, put_rows
 from pkm_jax.memory.sparse_rows import SparseRows, rows_of
 from pkm_jax.memory.usage import SlotCounts, count_slots, mark_selected
-from pkm_jax.models.interface import MemorySite, at, replaced
+from pkm_jax.models.interface import MemorySite, at, replaced, table_paths
 from pkm_jax.optimizers.groups import group_norms
 from pkm_jax.optimizers.skips import is_sound, params_if, rows_if, state_if
 from pkm_jax.optimizers.sparse import apply_updates
@@ -51,8 +51,10 @@ def train_step(
     terms = jnp.maximum(task.terms(batch), 1)
     deltas = _no_deltas(sites, task.real(batch).size // accumulation_steps) if sparse else {}
 
+    tables = table_paths(sites)
+
     def loss_of(params, deltas, batch_stats, batch, key):
-        model = nnx.merge(graph, gathered(params), batch_stats)
+        model = nnx.merge(graph, gathered(params, tables), batch_stats)
         outcome = task.outcome(model, batch, deterministic=False, rngs=key, deltas=deltas)
         stats = nnx.to_pure_dict(nnx.state(model, nnx.BatchStat))
         loss = outcome.loss / terms
@@ -97,9 +99,9 @@ def train_step(
         rows_if(sound, gradient, state.params), state.optimizer, state.params, loss=loss)
     params = apply_updates(state.params, updates, rounding)
     metrics = {**task.metrics({**sums, 'terms': terms}), 'skipped': (~sound).astype(jnp.int32),
-               'grad_norm': norm, 'norms': {'grad_norm': group_norms(gradient)}}
+               'grad_norm': norm, 'norms': {'grad_norm': group_norms(gradient, tables)}}
     if all_norms:
-        metrics['norms'] |= _norms_of_change(updates, params, sparse)
+        metrics['norms'] |= _norms_of_change(updates, params, tables, sparse)
     if sparse:
         last_selected = {name: _mark_rows(last, rows[name].ids, state.step, sound)
                          for name, last in state.last_selected.items()}
@@ -113,11 +115,11 @@ def train_step(
 
 def eval_step(
     params: dict, batch_stats: dict, batch: Batch, totals: Totals, *, task: Task,
-    graph: nnx.GraphDef,
+    graph: nnx.GraphDef, sites: Sites,
 ) -> tuple[Totals, dict[str, Array]]:
     """`totals` with one batch added, and the task's outputs by example; no dropout, running
     statistics."""
-    model = nnx.merge(graph, gathered(params), batch_stats)
+    model = nnx.merge(graph, gathered(params, table_paths(sites)), batch_stats)
     outcome = task.outcome(model, batch, deterministic=True)
     sums = {'loss': outcome.loss, 'terms': task.terms(batch), **outcome.sums}
     real = task.real(batch)
@@ -177,14 +179,14 @@ def _summed(rows: dict[Any, SparseRows], sites: Sites, params: dict) -> dict[Any
     return summed
 
 
-def _norms_of_change(updates, params, sparse):
+def _norms_of_change(updates, params, tables, sparse):
     """Norms of an update and of the parameters after it, by group.
 
     They take 3 to 6 % of a step of BERT-base on an H100, since a dense update has to be written to
     be summed. Of a table of which few rows change there is no norm: to pass over it would take
     longer than the step.
     """
-    norms = {'update_norm': group_norms(updates), 'param_norm': group_norms(params)}
+    norms = {'update_norm': group_norms(updates, tables), 'param_norm': group_norms(params, tables)}
     if sparse:
         del norms['param_norm']['values']
     return norms

@@ -13,6 +13,7 @@ from pkm_jax.checkpoints import arrays, checksums, store
 from pkm_jax.checkpoints.store import Checkpoints
 from pkm_jax.memory.layer import MemoryConfig
 from pkm_jax.models.bert import BertConfig
+from pkm_jax.models.interface import table_paths
 from pkm_jax.optimizers.build import OptimizerConfig, make_optimizer
 from pkm_jax.refusal import Refusal
 from pkm_jax.training.state import initial_state
@@ -57,7 +58,8 @@ def found(folder):
 @pytest.fixture(scope='module', params=[False, True], ids=['dense', 'sparse'])
 def checkpoint(request, tmp_path_factory):
     """One of a whole training state."""
-    optimizer = make_optimizer(OptimizerConfig(), 100, sparse=request.param)
+    optimizer = make_optimizer(OptimizerConfig(), 100, table_paths(MODEL.memories),
+                               MODEL.is_backbone, sparse=request.param)
     state = jax.jit(lambda: initial_state(0, MODEL, optimizer, track_dead=True))()
     folder = tmp_path_factory.mktemp('run')
     written(folder, state)

@@ -11,7 +11,7 @@ from pkm_jax.checkpoints import pretrained as loading
 from pkm_jax.convert import huggingface
 from pkm_jax.memory.layer import MemoryConfig
 from pkm_jax.models.bert import BertConfig
-from pkm_jax.models.interface import flatten
+from pkm_jax.models.interface import flatten, table_paths
 from pkm_jax.optimizers.build import OptimizerConfig, make_optimizer
 from pkm_jax.refusal import Refusal
 from pkm_jax.training.state import initial_state
@@ -24,7 +24,9 @@ WITH_MEMORY = BertConfig(
 
 
 def fresh(config):
-    return initial_state(0, config, make_optimizer(OptimizerConfig(), 100), track_dead=False)
+    optimizer = make_optimizer(OptimizerConfig(), 100, table_paths(config.memories),
+                               config.is_backbone)
+    return initial_state(0, config, optimizer, track_dead=False)
 
 
 @pytest.mark.parametrize('kind', ['hugging_face', 'run'])

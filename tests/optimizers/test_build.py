@@ -8,6 +8,7 @@ import pytest
 from optax.contrib import MuonDimensionNumbers, muon
 
 from pkm_jax.memory.sparse_rows import SparseRows
+from pkm_jax.models.interface import path_of
 from pkm_jax.optimizers.build import (
     BACKBONE,
     OptimizerConfig,
@@ -15,10 +16,10 @@ from pkm_jax.optimizers.build import (
     values_optimizers,
     values_state_bytes,
 )
-from pkm_jax.optimizers.groups import path_of, schedule
+from pkm_jax.optimizers.groups import schedule
 from pkm_jax.optimizers.sparse import apply_updates
 from pkm_jax.refusal import Refusal
-from tests.optimizers.toy import loss, parameters
+from tests.optimizers.toy import PARTS, loss, parameters
 
 RATE, DECAY, STEPS = .01, .1, 9
 BETAS = .8, .95, 1e-4
@@ -72,7 +73,7 @@ def of_optax(name, rate):
 def test_backbone_is_updated_as_by_optax(name):
     """Each group alone, over three steps of the schedule; and the loss falls."""
     params = parameters()
-    ours = after_steps(make_optimizer(config(optimizer=name), STEPS), params)
+    ours = after_steps(make_optimizer(config(optimizer=name), STEPS, *PARTS), params)
     assert loss(ours) < .99 * loss(params)
     undecayed = {path: leaf for path, leaf in named(params).items() if path.endswith('bias')}
     decayed = {path: leaf for path, leaf in named(params).items()
@@ -86,7 +87,7 @@ def test_backbone_is_updated_as_by_optax(name):
 
 
 def test_no_backbone_optimizers_are_the_same():
-    kernels = [after_steps(make_optimizer(config(optimizer=name), STEPS),
+    kernels = [after_steps(make_optimizer(config(optimizer=name), STEPS, *PARTS),
                            parameters())['layers'][0]['query']['kernel'] for name in BACKBONE]
     for number, kernel in enumerate(kernels):
         for other in kernels[:number]:
@@ -97,7 +98,7 @@ def test_no_backbone_optimizers_are_the_same():
 def test_dense_values_are_updated_as_by_optax(name):
     rate, params = schedule(.02, 2, STEPS), parameters()
     optimizer = {'adam': lambda: optax.adam(rate, *BETAS), 'sgd': lambda: optax.sgd(rate)}[name]()
-    ours = after_steps(make_optimizer(config(values_optimizer=name), STEPS), params)
+    ours = after_steps(make_optimizer(config(values_optimizer=name), STEPS, *PARTS), params)
     table = params['layers'][0]['memory']['values']
     np.testing.assert_array_equal(ours['layers'][0]['memory']['values'],
                                   after_steps(optimizer, table))
@@ -107,7 +108,8 @@ def test_dense_values_are_updated_as_by_optax(name):
 def test_sparse_values_are_changed_where_they_were_read(name):
     """The loss falls, and rows that were not read keep every bit."""
     params, read = parameters(), jnp.arange(3, 200, 7, dtype=jnp.int32)
-    optimizer = make_optimizer(config(values_optimizer=name, warmup=0, clip=1.), STEPS, sparse=True)
+    optimizer = make_optimizer(config(values_optimizer=name, warmup=0, clip=1.), STEPS, *PARTS,
+                               sparse=True)
     gradient = jax.grad(loss)(params)
     memory = gradient['layers'][0]['memory']
     memory['values'] = SparseRows(read, memory['values'][read], jnp.asarray([len(read)]))
@@ -126,7 +128,7 @@ def test_first_update_by_hand():
     params = {'layers': {0: {'memory': {'values': jnp.full(2, 3.)}}},
               'pooler': {'kernel': jnp.full(2, 3.), 'bias': jnp.full(2, 3.)}}
     gradient = jax.tree.map(lambda _: jnp.asarray([2., -1.]), params)
-    optimizer = make_optimizer(settings, steps=10)
+    optimizer = make_optimizer(settings, 10, *PARTS)
     updates, _ = optimizer.update(gradient, optimizer.init(params), params)
     np.testing.assert_allclose(updates['layers'][0]['memory']['values'], [-.5, .5], rtol=1e-5)
     np.testing.assert_allclose(updates['pooler']['bias'], [-.1, .1], rtol=1e-5)
@@ -135,7 +137,8 @@ def test_first_update_by_hand():
 
 def test_clipping_is_by_the_norm_of_all_groups():
     # So large an epsilon makes updates proportional to gradients.
-    optimizer = make_optimizer(config(warmup=0, clip=1., epsilon=1e9), STEPS)
+    optimizer = make_optimizer(config(warmup=0, clip=1., epsilon=1e9), STEPS, {'memory/values'},
+                               lambda path: False)
 
     def updates(values, bias):
         params = {'memory': {'values': jnp.zeros(1)}, 'bias': jnp.zeros(1)}
@@ -162,7 +165,8 @@ def test_checkpoints_name_the_state_as_they_did(sparse, values):
         *(f'undecayed/inner_state/{name.format("bias")}' for name in adamw),
         *(f'values/{name}' for name in values)]
     for clip, prefix in ((1., '1/inner_states/'), (0., 'inner_states/')):
-        state = make_optimizer(config(clip=clip), STEPS, sparse).init(params)
+        state = make_optimizer(config(clip=clip), STEPS, {'memory/values'},
+                               lambda path: False, sparse).init(params)
         assert paths(state) == [prefix + name for name in expected]
 
 
@@ -176,7 +180,7 @@ def test_bytes_of_state_per_number(sparse, expected):
 
 def test_row_wise_optimizers_need_sparse_updates():
     settings = config(values_optimizer='rowwise_adam')
-    for use in (lambda: make_optimizer(settings, STEPS),
+    for use in (lambda: make_optimizer(settings, STEPS, *PARTS),
                 lambda: values_state_bytes(settings, sparse=False, width=64)):
         with pytest.raises(Refusal, match=r"'rowwise_adam' is none of \('adam', 'sgd'\).*"
                                           r"memory.updates = 'sparse'"):
@@ -201,7 +205,7 @@ def test_what_is_frozen_stays_and_counts_for_nothing_in_clipping(freeze, still, 
     if sparse:
         rows = SparseRows(jnp.arange(4, dtype=jnp.int32), jnp.ones((4, 160)), jnp.array([4]))
         gradient['layers'][0]['memory']['values'] = rows
-    optimizer = make_optimizer(config(freeze=freeze, clip=1., warmup=0), STEPS, sparse)
+    optimizer = make_optimizer(config(freeze=freeze, clip=1., warmup=0), STEPS, *PARTS, sparse)
     state = optimizer.init(params)
     updates, _ = optimizer.update(gradient, state, params)
     changed = apply_updates(params, updates, jax.random.key(0))
@@ -214,7 +218,7 @@ def test_what_is_frozen_stays_and_counts_for_nothing_in_clipping(freeze, still, 
         lambda path, leaf: leaf * alone[path_of(path)] if path_of(path) in alone else leaf,
         gradient)
     if freeze == 'backbone' and not sparse:
-        whole = make_optimizer(config(clip=1., warmup=0), STEPS, sparse)
+        whole = make_optimizer(config(clip=1., warmup=0), STEPS, *PARTS, sparse)
         expected, _ = whole.update(rest, whole.init(params), params)
         for name in set(before) - still:
             np.testing.assert_allclose(named(updates)[name], named(expected)[name], rtol=1e-6)

@@ -8,6 +8,8 @@ import pytest
 from pkm_jax.memory.sparse_rows import SparseRows
 from pkm_jax.optimizers.groups import group_norms, group_of, schedule
 
+TABLES = frozenset({'layers/0/memory/values', 'layers/1/memory/values'})
+
 
 @pytest.mark.parametrize('path, group', [
     ('layers/3/memory/values', 'values'),
@@ -22,7 +24,12 @@ from pkm_jax.optimizers.groups import group_norms, group_of, schedule
     ('mlm/bias', 'undecayed'),
 ])
 def test_groups(path, group):
-    assert group_of(path) == group
+    assert group_of(path, {'layers/3/memory/values'}) == group
+
+
+def test_a_table_is_one_by_its_path_alone():
+    assert group_of('bank', {'bank'}) == 'values'
+    assert group_of('memory/bank', {'bank'}) == group_of('memory/values', {'bank'}) == 'decayed'
 
 
 def test_schedule():
@@ -40,11 +47,11 @@ def test_norms_by_group():
             'query': {'kernel': jnp.full((63, 65), 1 + 2 ** -7, jnp.bfloat16),
                       'bias': jnp.asarray([6., 8.])},
             'word': {'embedding': jnp.asarray([[2.]])}}
-    norms = jax.jit(group_norms)(tree)
+    norms = jax.jit(group_norms, static_argnums=1)(tree, TABLES)
     assert {norm.dtype for norm in norms.values()} == {jnp.dtype('float32')}
     np.testing.assert_allclose([norms[group] for group in ('values', 'undecayed', 'decayed')],
                                [37 ** .5, 10., (63 * 65 * (1 + 2 ** -7) ** 2 + 4) ** .5], rtol=1e-6)
 
 
 def test_groups_that_are_not_there_have_no_norm():
-    assert list(group_norms({'query': {'kernel': jnp.ones(2)}})) == ['decayed']
+    assert list(group_norms({'query': {'kernel': jnp.ones(2)}}, TABLES)) == ['decayed']

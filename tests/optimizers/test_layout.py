@@ -9,16 +9,18 @@ from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from pkm_jax.mesh import Shards, make_mesh
+from pkm_jax.models.interface import path_of
 from pkm_jax.optimizers.build import BACKBONE, OptimizerConfig, make_optimizer, values_optimizers
-from pkm_jax.optimizers.groups import path_of
 from pkm_jax.optimizers.layout import state_specs
-from tests.optimizers.toy import loss, parameters
+from tests.optimizers.toy import PARTS, loss, parameters
 
 
-def param_spec(path):
+def specs_of(params):
     """Tables by rows and columns, matrices by their inputs, the embedding by its features."""
-    return {'values': P('rows', 'columns'), 'kernel': P('data'),
-            'embedding': P(None, ('data', 'rows'))}.get(path.rsplit('/')[-1], P())
+    by_name = {'values': P('rows', 'columns'), 'kernel': P('data'),
+               'embedding': P(None, ('data', 'rows'))}
+    return jax.tree_util.tree_map_with_path(
+        lambda path, _: by_name.get(path_of(path).rsplit('/')[-1], P()), params)
 
 
 def by_path(tree):
@@ -29,7 +31,7 @@ def test_factored_moments_have_the_axes_that_are_left():
     """The larger axis of a matrix is the row moment's to lose, of a square one the second."""
     spec = {'wide': P('rows', 'columns'), 'tall': P('rows', 'columns'),
             'square': P('rows', 'columns'), 'stack': P('data', 'rows', 'columns'),
-            'small': P('rows', 'columns'), 'bias': P(('data', 'rows'))}.get
+            'small': P('rows', 'columns'), 'bias': P(('data', 'rows'))}
     shapes = dict(wide=(128, 256), tall=(256, 128), square=(128, 128), stack=(2, 256, 128),
                   small=(64, 32), bias=(128,))
     params = {name: jax.ShapeDtypeStruct(shape, jnp.float32) for name, shape in shapes.items()}
@@ -48,9 +50,9 @@ def test_factored_moments_have_the_axes_that_are_left():
 @pytest.mark.parametrize('name', values_optimizers(sparse=True))
 def test_moments_of_tables_lie_beside_them(name):
     """Each number by rows and columns, each row's by rows; nothing of a table's length is whole."""
-    optimizer = make_optimizer(OptimizerConfig(values_optimizer=name), 20_000, sparse=True)
+    optimizer = make_optimizer(OptimizerConfig(values_optimizer=name), 20_000, *PARTS, sparse=True)
     params = jax.eval_shape(parameters)
-    specs = by_path(state_specs(optimizer, params, param_spec))
+    specs = by_path(state_specs(optimizer, params, specs_of(params)))
     state = by_path(jax.eval_shape(optimizer.init, params))
     assert specs.keys() == state.keys()
     tables = [(state[path].ndim, spec) for path, spec in specs.items() if path.endswith('values')]
@@ -62,7 +64,8 @@ def test_moments_of_tables_lie_beside_them(name):
 @pytest.mark.parametrize('name', BACKBONE)
 def test_steps_over_eight_devices_are_those_of_one(name):
     """Two dense steps with parameters and state split; everything ends as it was laid out."""
-    optimizer = make_optimizer(OptimizerConfig(optimizer=name, learning_rate=.01, warmup=0), 9)
+    optimizer = make_optimizer(OptimizerConfig(optimizer=name, learning_rate=.01, warmup=0), 9,
+                               *PARTS)
     params = parameters()
     state = optimizer.init(params)
 
@@ -71,8 +74,7 @@ def test_steps_over_eight_devices_are_those_of_one(name):
         return optax.apply_updates(params, updates), state
 
     mesh = make_mesh(Shards(2, 2, 2))
-    specs = (jax.tree_util.tree_map_with_path(lambda path, _: param_spec(path_of(path)), params),
-             state_specs(optimizer, params, param_spec))
+    specs = (specs_of(params), state_specs(optimizer, params, specs_of(params)))
     shardings = jax.tree.map(lambda spec: NamedSharding(mesh, spec), specs)
     for leaf, sharding in zip(jax.tree.leaves((params, state)), jax.tree.leaves(shardings)):
         sharding.shard_shape(leaf.shape)    # raises where a size does not divide
@@ -87,8 +89,8 @@ def test_steps_over_eight_devices_are_those_of_one(name):
 
 
 def test_a_mesh_in_use_does_not_matter():
-    optimizer = optax.adam(1e-3)
+    optimizer, params = optax.adam(1e-3), jax.eval_shape(parameters)
     with jax.set_mesh(make_mesh(Shards(2, 2, 2))):
-        inside = state_specs(optimizer, jax.eval_shape(parameters), param_spec)
-    assert inside == state_specs(optimizer, jax.eval_shape(parameters), param_spec)
+        inside = state_specs(optimizer, params, specs_of(params))
+    assert inside == state_specs(optimizer, params, specs_of(params))
     assert by_path(inside)['0/mu/layers/0/memory/values'] == P('rows', 'columns')

@@ -5,6 +5,8 @@ import jax.numpy as jnp
 import numpy as np
 
 TABLE = 'layers/0/memory/values'
+# Of `make_optimizer`: which parameters are tables, and which of the backbone.
+PARTS = {TABLE}, lambda path: not path.startswith('layers/0/memory')
 
 
 def parameters(seed=0):

@@ -10,6 +10,8 @@ from pkm_jax.memory.usage import SlotCounts, uniform_ceiling, usage_metrics
 from pkm_jax.report.runs import SlotAccess, read_run
 
 EVAL_TOKENS = 8192
+MASKED = {'name': 'Masked-LM loss', 'unit': 'nats',
+          'meaning': 'mean cross-entropy of the masked tokens'}
 
 
 class SlotDraws:
@@ -73,6 +75,7 @@ def make_run(
     tokens=EVAL_TOKENS,
     evals=4,
     planned=None,
+    loss_name=MASKED,
 ):
     """Writes a run folder as training does; `skews` are those of each evaluation."""
     folder.mkdir(parents=True)
@@ -84,7 +87,9 @@ def make_run(
     }
     (folder / 'config.json').write_text(json.dumps(config))
     start = 1.7e9 + seed
-    lines = [{'kind': 'start', 'step': 0, 'tokens': 0, 'time': start, 'parameters': 4_712_345}]
+    lines = [{'kind': 'start', 'step': 0, 'tokens': 0, 'time': start, 'parameters': 4_712_345,
+              'loss_name': loss_name, 'lower_is_better': ['loss', 'perplexity'],
+              'memories': {layer: f'layer {layer}' for layer in layers}}]
     first, last = losses
 
     def loss(step):

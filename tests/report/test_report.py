@@ -27,7 +27,7 @@ def test_a_folder_and_a_run_in_it_of_the_same_name_are_both_reported(tmp_path):
     outer = make_run(tmp_path / 'run', losses=(9.0, 6.4))
     make_run(outer / 'run', losses=(9.0, 5.5), seed=1)
     page = write_report(outer).read_text()
-    assert cells(page, 'Evaluation loss (nats)') == ['6.418', '5.524']
+    assert cells(page, 'Evaluation loss, nats') == ['6.418', '5.524']
     assert f'{tmp_path.name}/run</th>' in page and '</i>run/run</th>' in page
 
 
@@ -38,7 +38,7 @@ def test_table(quickstart, page):
     assert cells(page, 'Training tokens') == ['205k', '205k (after 205k)', '205k']
     assert cells(page, 'Parameters') == ['4.71M'] * 3
     assert cells(page, 'Tokens per second (median)') == ['8.12k'] * 3
-    assert cells(page, 'Evaluation loss (nats)') == ['6.418', '5.606', '6.318']
+    assert cells(page, 'Evaluation loss, nats') == ['6.418', '5.606', '6.318']
     assert cells(page, 'Perplexity')[0] == f'{math.exp(6.4 + 2.6 * math.exp(-5)):.1f}'
     assert cells(page, 'Slots S · heads H · reads K') == ['–', '576 · 2 · 4', '576 · 2 · 4']
     assert cells(page, 'Evaluation tokens T') == ['–', '8.19k', '8.19k']
@@ -69,12 +69,38 @@ def test_single_run_without_memory(tmp_path):
     assert cells(page, 'Placement of the memory') == ['none']
 
 
+CAUSAL = {'name': 'Causal-LM loss', 'unit': 'nats', 'meaning': 'mean cross-entropy of all tokens'}
+SQUARES = {'name': 'Squared error', 'unit': '', 'meaning': 'mean square of what estimates are off'}
+
+
+def test_losses_are_called_as_their_tasks_call_them(tmp_path):
+    page = write_report(make_run(tmp_path / 'causal', loss_name=CAUSAL)).read_text()
+    assert '<dt>Causal-LM loss</dt><dd>mean cross-entropy of all tokens, in nats</dd>' in page
+    assert 'asked' not in page.split('</style>')[1] and cells(page, 'Evaluation loss, nats')
+    make_run(tmp_path / 'both/causal', loss_name=CAUSAL)
+    make_run(tmp_path / 'both/squares', loss_name=SQUARES)
+    page = write_report(tmp_path / 'both').read_text()
+    assert '<dt>Causal-LM loss</dt>' in page and '<dt>Squared error</dt>' in page
+    assert len(cells(page, 'Evaluation loss')) == 2
+
+
+def test_memories_are_called_as_their_models_call_them(tmp_path):
+    run = make_run(tmp_path / 'run', placement='add', skews=(0.5,), side=12, tokens=256)
+    lines = (run / 'metrics.jsonl').read_text()
+    (run / 'metrics.jsonl').write_text(
+        lines.replace('"2": "layer 2"', '"bank": "the bank"').replace('"2": {', '"bank": {'))
+    (run / 'slot_counts_2.npz').rename(run / 'slot_counts_bank.npz')
+    page = write_report(run).read_text()
+    assert 'The bank: memory at the last evaluation' in page and 'Layer' not in page
+    assert (run / 'report' / 'slots_layer_bank.png').exists()
+
+
 def test_several_layers_have_a_row_and_an_image_each(tmp_path):
     run = make_run(
         tmp_path / 'run', placement='add', skews=(0.5,), layers=('2', '10'), side=12, tokens=256
     )
     page = write_report(run).read_text()
-    assert page.index('Memory in layer 2,') < page.index('Memory in layer 10,')
+    assert page.index('Layer 2: memory') < page.index('Layer 10: memory')
     assert (run / 'report' / 'slots_layer_10.png').exists()
     expected = [f'{usage(tmp_path, "run", layer=layer):.1%}' for layer in ('2', '10')]
     assert cells(page, 'Top-1 usage') == expected
@@ -116,7 +142,6 @@ def test_damaged_slot_counts_are_named_and_left_out(small, caplog, damage):
 
 @pytest.mark.parametrize(('config', 'words'), [
     ('{"init_from": "", "memory": {"placement": "add"}}', "no 'train'"),
-    ('{"init_from": "", "memory": {}, "train": {"steps": 3}}', "no 'placement'"),
     ('{"init_from": "", "train": null}', 'NoneType'),
     ('[1]', 'list indices'),
     ('{"init', 'Unterminated string'),
@@ -139,7 +164,7 @@ def test_a_tilde_is_expanded(tmp_path, monkeypatch, capsys):
 def test_run_that_never_evaluated(small):
     edit_evals(small / 'add', lambda record: None)
     page = write_report(small).read_text()
-    assert cells(page, 'Evaluation loss (nats)')[1] == '–'
+    assert cells(page, 'Evaluation loss, nats')[1] == '–'
     assert cells(page, 'Top-1 usage')[1] == '–'
 
 

@@ -103,4 +103,4 @@ def test_every_pair_with_the_same_layers_has_its_verdict(small):
 def test_verdict_names_no_winner_between_losses_that_are_not_finite(small):
     edit_evals(small / 'add', lambda record: record | {'loss': math.nan})
     assert '(nan and 6.318) cannot be compared' in verdict(read_runs(small)).text
-    assert 'nan' in cells(write_report(small).read_text(), 'Evaluation loss (nats)')
+    assert 'nan' in cells(write_report(small).read_text(), 'Evaluation loss, nats')

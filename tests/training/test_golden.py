@@ -10,7 +10,7 @@ import pytest
 
 from pkm_jax.memory.layer import MemoryConfig
 from pkm_jax.models.bert import BertConfig
-from pkm_jax.models.interface import flatten
+from pkm_jax.models.interface import flatten, table_paths
 from pkm_jax.optimizers.build import OptimizerConfig, make_optimizer
 from pkm_jax.tasks.masked_lm import MaskedLM
 from pkm_jax.training.state import initial_state, model_graph
@@ -32,7 +32,8 @@ def first_steps(updates: str) -> dict[str, float]:
             sub_keys=5, heads=2, top_k=2, query_width=6, input_dropout=.1, query_dropout=.1,
             value_dropout=.1))
     task, sparse = MaskedLM(length=8, max_predictions=3), updates == 'sparse'
-    optimizer = make_optimizer(OptimizerConfig(warmup=2), 10, sparse)
+    optimizer = make_optimizer(OptimizerConfig(warmup=2), 10, table_paths(model.memories),
+                               model.is_backbone, sparse)
     state = jax.jit(functools.partial(initial_state, config=model, optimizer=optimizer,
                                       track_dead=False))(np.uint32(3))
     step = jax.jit(functools.partial(

@@ -13,6 +13,7 @@ from pkm_jax.checkpoints.store import Checkpoints
 from pkm_jax.memory.layer import MemoryConfig
 from pkm_jax.mesh import OWN, Shards
 from pkm_jax.models.bert import BertConfig
+from pkm_jax.models.interface import table_paths
 from pkm_jax.optimizers.build import OptimizerConfig, make_optimizer
 from pkm_jax.tasks.masked_lm import MaskedLM
 from pkm_jax.training.state import batch_sharding, initial_state, laid_out, model_graph
@@ -57,11 +58,14 @@ class Training:
         devices = jax.devices()[:np.prod(shards)]
         self.mesh = jax.make_mesh(shards, OWN.names, devices=devices,
                                   axis_types=(jax.sharding.AxisType.Auto,) * 3)
-        optimizer = make_optimizer(OptimizerConfig(warmup=1, clip=.5, **optimizer), 6, sparse)
+        tables = table_paths(model.memories)
+        optimizer = make_optimizer(OptimizerConfig(warmup=1, clip=.5, **optimizer), 6, tables,
+                                   model.is_backbone, sparse)
         self.initialise = functools.partial(initial_state, config=model, optimizer=optimizer,
                                             track_dead=True)
         with jax.set_mesh(self.mesh):
-            self.abstract = laid_out(jax.eval_shape(self.initialise, 0), optimizer, self.mesh, fsdp)
+            self.abstract = laid_out(jax.eval_shape(self.initialise, 0), optimizer, self.mesh,
+                                     tables, fsdp)
         self.layout = jax.tree.map(lambda leaf: leaf.sharding, self.abstract)
         self.step = functools.partial(
             train_step, task=TASK, graph=model_graph(model), sites=model.memories,

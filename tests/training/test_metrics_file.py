@@ -82,7 +82,7 @@ def test_a_checkpoint_of_before_knows_the_last_step_alone(tmp_path):
 def test_kills_before_the_first_checkpoint_leave_one_beginning(tmp_path, capsys):
     for _ in range(3):
         log = RunLog(tmp_path, 'run', 0, 10)
-        log.begin(123)
+        log.begin(parameters=123)
         log.write('train', 1, 10, loss=1.)
         log.close()
     assert steps(tmp_path / 'metrics.jsonl', 'start') == [0]
@@ -94,7 +94,7 @@ def test_kills_before_the_first_checkpoint_leave_one_beginning(tmp_path, capsys)
 def test_tensorboard_says_what_the_lines_say_whatever_was_lost(tmp_path):
     """Killed without a word after each few steps, and its own file cut short."""
     random, log, known = np.random.default_rng(0), RunLog(tmp_path, 'run', 0, 40), None
-    log.begin(123)
+    log.begin(parameters=123)
     step = saved = 0
     while step < 40:
         step += 1
@@ -107,7 +107,7 @@ def test_tensorboard_says_what_the_lines_say_whatever_was_lost(tmp_path):
             event_file, = (tmp_path / 'tensorboard').iterdir()
             event_file.write_bytes(event_file.read_bytes()[:random.integers(1, 99)])
             log, step = RunLog(tmp_path, 'run', saved, 40, 1, known), saved
-            log.begin(123)
+            log.begin(parameters=123)
     log.close()
     wanted = [('start/parameters', 0, 123.)]
     for step in range(1, 41):

@@ -40,7 +40,8 @@ def setup(query_norm='layer', rate=0., track_dead=False):
 
 
 def evaluate(state, batches, config, **options):
-    count = jax.jit(functools.partial(step.eval_step, task=TASK, graph=model_graph(config)))
+    count = jax.jit(functools.partial(step.eval_step, task=TASK, graph=model_graph(config),
+                                      sites=config.memories))
     examples = sum(len(batch['tokens']) for batch in batches)
     values, counts, _ = evaluation.evaluate(state, batches, count, TASK, config.memories, NO_DATA,
                                             'validation', examples, **options)

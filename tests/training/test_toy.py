@@ -12,34 +12,40 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax import nnx
+from jax.sharding import PartitionSpec as P
 
 from pkm_jax.checkpoints import store
-from pkm_jax.configuration.run import Log, Run, Tables, Train
+from pkm_jax.configuration.run import Log, Parts, Run, Tables, Train
 from pkm_jax.data.examples import ArraySpec
 from pkm_jax.memory.layer import MemoryConfig, ProductKeyMemory
-from pkm_jax.models.interface import MemorySite
+from pkm_jax.mesh import make_mesh
+from pkm_jax.models.interface import MemorySite, path_of
 from pkm_jax.planning import chips
 from pkm_jax.planning.estimate import estimate
-from pkm_jax.tasks.interface import Outcome
+from pkm_jax.report.report import write_report
+from pkm_jax.tasks.interface import LossName, Outcome
 from pkm_jax.training import loop
 from pkm_jax.training.layout import lay_out
+from pkm_jax.training.program import make_program
+from pkm_jax.training.state import batch_sharding
 
 pytestmark = pytest.mark.usefixtures('compile_once')
 WIDTH = 4
 
 
 class Toy(nnx.Module):
-    """Ten lines of somebody's model, with a memory under a name of their own."""
+    """Ten lines of somebody's model, with memory and table under names of their own."""
 
     def __init__(self, config, rngs):
         self.encode = nnx.Linear(1, WIDTH, rngs=rngs)
-        self.bank = nnx.Dict(memory=ProductKeyMemory(config.memory, WIDTH, rngs=rngs))
+        self.reader = nnx.Dict(memory=ProductKeyMemory(config.memory, WIDTH, rngs=rngs))
+        self.bank = self.reader.memory.values
         self.decode = nnx.Linear(WIDTH, 1, rngs=rngs)
 
     def __call__(self, x, deterministic, delta):
         states = self.encode(x)
-        read, reads = self.bank.memory.read(states, deterministic=deterministic, delta=delta)
-        self.bank.memory.update_batch_stats(reads.batch_stats)
+        read, reads = self.reader.memory.read(states, deterministic=deterministic, delta=delta)
+        self.reader.memory.update_batch_stats(reads.batch_stats)
         return self.decode(states + read), reads
 
 
@@ -59,13 +65,19 @@ class ToyConfig:
 
     @property
     def memories(self):
-        path = 'bank', 'memory'
-        return {'bank': MemorySite(self.memory, path, (*path, 'values'), WIDTH)}
+        return {'bank': MemorySite(self.memory, ('reader', 'memory'), ('bank',), WIDTH,
+                                   'the bank')}
+
+    def is_backbone(self, path):
+        return path.startswith(('encode', 'decode'))
 
     def unseen(self):
         return {}
 
     def fast_paths(self, platform):
+        return []
+
+    def savings(self):
         return []
 
     def forward_flops(self, length, predictions):
@@ -107,6 +119,8 @@ class Regression:
     buckets: tuple = (1,)
     workers: int = 0
     vocab_size: int = 0
+    loss_name = LossName('Squared error', '', 'mean square of the error')
+    lower_is_better = 'loss', 'mean_error'
 
     def check(self, model):
         pass
@@ -164,7 +178,7 @@ def weights(folder):
 
 
 @pytest.mark.parametrize('updates', ['dense', 'sparse'])
-def test_it_trains_evaluates_stops_and_resumes(updates, tmp_path, monkeypatch):
+def test_it_trains_evaluates_stops_and_resumes(updates, tmp_path, monkeypatch, capsys):
     straight = train(run(tmp_path / 'straight', updates=updates))
     lines = list(map(json.loads, (straight / 'metrics.jsonl').read_text().splitlines()))
     losses = [line['loss'] for line in lines if line['kind'] == 'train']
@@ -172,6 +186,10 @@ def test_it_trains_evaluates_stops_and_resumes(updates, tmp_path, monkeypatch):
     last = [line for line in lines if line['kind'] == 'eval'][-1]
     assert last['r'] > .8 and last['eval_tokens'] == 24
     assert 0 < last['memory']['bank']['top_k_usage'] <= 1 and 'dead' in last['memory']['bank']
+    assert '; the bank: top-1 usage' in capsys.readouterr().out
+    page = write_report(straight).read_text()
+    assert 'The bank: memory' in page and '<dt>Squared error</dt>' in page
+    assert 'nats' not in page.split('<tbody>')[1].split('KL')[0] and 'Masked' not in page
 
     taken = iter(range(25))
     real = loop.loader.BatchStream.__next__
@@ -187,11 +205,39 @@ def test_it_trains_evaluates_stops_and_resumes(updates, tmp_path, monkeypatch):
             train(run(tmp_path / 'killed', updates=updates))
     assert store.newest(tmp_path / 'killed').name == '20'
     ours, theirs = weights(train(run(tmp_path / 'killed', updates=updates))), weights(straight)
-    assert 'statistics/bank/memory/query_norm/var' in ours and ours.keys() == theirs.keys()
+    assert 'statistics/reader/memory/query_norm/var' in ours and ours.keys() == theirs.keys()
     for name in ours:
         np.testing.assert_array_equal(ours[name], theirs[name], err_msg=name)
 
 
+@pytest.mark.parametrize('updates', ['dense', 'sparse'])
+def test_its_table_is_split_does_not_decay_and_is_updated_by_rows(updates, tmp_path):
+    """By the path that the model gives, at which no other model here has one."""
+    one = run(tmp_path, updates=updates, shards=Parts(rows=2, columns=2))
+    one = dataclasses.replace(one, train=dataclasses.replace(one.train, weight_decay=.5))
+    layout = lay_out(one, jax.device_count())
+    mesh = make_mesh(layout.shards)
+    with jax.set_mesh(mesh):
+        program = make_program(one, one.model, layout.sparse, mesh)
+        state = program.initialise(np.uint32(0))
+        before = jax.device_get(state.params)
+        assert state.params['bank'].sharding.spec == P('rows', 'columns')
+        moments = [leaf for path, leaf in jax.tree_util.tree_leaves_with_path(state.optimizer)
+                   if path_of(path).endswith('/bank')]
+        assert [moment.sharding.spec for moment in moments] == 2 * [P('rows', 'columns')]
+        batch = jax.device_put(
+            {'x': np.full((16, 1), .5, np.float32), 'y': np.ones((16, 1), np.float32),
+             'known': np.ones(16, np.float32)}, batch_sharding(mesh))
+        for _ in range(2):      # the first rate of the schedule is 0
+            state, metrics = program.take_step(state, batch, all_norms=True)
+    assert ('values' in metrics['norms']['param_norm']) == (updates == 'dense')
+    touched = np.any(np.asarray(state.params['bank']) != before['bank'], axis=1)
+    assert 0 < sum(touched) <= 4        # one input, two heads of two reads
+    codebooks = np.asarray(state.params['reader']['memory']['codebooks'])
+    assert np.all(codebooks != before['reader']['memory']['codebooks'])     # they do decay
+
+
 def test_it_can_be_planned(tmp_path):
-    found = estimate(run(tmp_path), chips.parse('h200:8'))
+    found = estimate(run(tmp_path, updates='sparse'), chips.parse('h200:8'))
     assert found.fits and found.memory.bytes['value tables'] == 64 * WIDTH * 4
+    assert found.memory.bytes['optimizer state of value tables'] == 2 * 64 * WIDTH * 4
