@@ -23,6 +23,12 @@ need() {        # a tool, and where it comes from
     [[ $dry ]] || command -v "$1" > /dev/null || die "there is no $1 on PATH: $2"
 }
 
+# Sets `words`: the run's, with what one needs that nobody watches: where it hangs it ends.
+unattended() {
+    words=("$@")
+    [[ " $* " == *' --config.log.hang_exit'* ]] || words+=(--config.log.hang_exit=True)
+}
+
 # Says whether a run fits, how long it takes and what it costs, before anything is paid for.
 plan_first() {  # topology, slices, the run's words
     [[ $plan ]] || return 0

@@ -113,7 +113,7 @@ def _on(name: str, action: str, rules: str) -> dict[str, Any]:
             'onJobFailureMessagePatterns': [f'matching FailJob rule at index {rules}$']}
 
 
-def _exits(statuses: list[int]) -> dict[str, Any]:
+def _exits(statuses: Sequence[int]) -> dict[str, Any]:
     return {'action': 'FailJob', 'onExitCodes': {
         'containerName': 'train', 'operator': 'In', 'values': sorted(map(int, statuses))}}
 
@@ -170,6 +170,8 @@ def _arguments(given: argparse.Namespace, topology: Topology, nodes: Nodes, word
             own += [f'--config.distributed.coordinator={first}',
                     f'--config.distributed.processes={nodes.number}',
                     '--config.distributed.process=$(JOB_COMPLETION_INDEX)']
+    if not any(word.startswith('--config.log.hang_exit') for word in words):
+        own.append('--config.log.hang_exit=True')       # nobody watches it
     return [*words, *own]
 
 

@@ -62,6 +62,7 @@ if [[ $what != tpu-* ]]; then
     topology=${topology/-80gb/}
 fi
 plan_first "$topology" 1 "$@"
+unattended "$@"
 do_it sky jobs launch --yes "--name=$name" "--gpus=$what" "$spot" --env "ACCELERATOR=$accelerator" \
-    --env "BUCKET=$bucket" --env "FOLDER=runs/$name" --env "WORDS=$(quoted "$@")" \
+    --env "BUCKET=$bucket" --env "FOLDER=runs/$name" --env "WORDS=$(quoted "${words[@]}")" \
     ${options[@]+"${options[@]}"} "$here/sky.yaml"

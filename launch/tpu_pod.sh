@@ -202,15 +202,16 @@ mountpoint -q %q || gcsfuse --implicit-dirs --rename-dir-limit=1000000 %q %q' \
 }
 
 run() {
-    local folder mount words
+    local folder mount words line
     place
     if [[ $secrets ]]; then
         [[ -r $secrets ]] || die "--secrets=$secrets cannot be read."
         on_workers 'install -m 600 /dev/null secrets.env'
         tpu scp "$secrets" "$name:secrets.env" "${all[@]}"
     fi
-    printf -v words ' %q' "$@" --config.distributed.enabled=True "--config.workdir=$folder" \
-        "--config.data.cache=${folder%/*}/data"
+    unattended "$@"
+    line=$(quoted "${words[@]}" --config.distributed.enabled=True "--config.workdir=$folder" \
+        "--config.data.cache=${folder%/*}/data")
     on_workers "set -e
 if pgrep -F pretrain.pid &> /dev/null; then
     echo 'a run is under way: stop it first' >&2
@@ -221,7 +222,7 @@ rm -f pretrain.pid pretrain.status pretrain.stop
 if [ -e secrets.env ]; then set -a; . ./secrets.env; set +a; fi
 cd pkm_jax
 (   set +e
-    nohup .venv/bin/python -m pkm_jax.pretrain$words &
+    nohup .venv/bin/python -m pkm_jax.pretrain $line &
     echo \$! > ../pretrain.pid
     wait \$!
     echo \$? > ../pretrain.status ) >> ../pretrain.log 2>&1 < /dev/null &

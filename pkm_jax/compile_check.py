@@ -4,7 +4,7 @@
     python -m pkm_jax.compile_check --config=bert_base_pkm --topology=h200:8 --config.seed=1
 
 Compiles the real training step for a TPU topology, on any machine (pip install 'jax[tpu]'), and
-prints what a device would hold, compute and send, and how long all steps take at least. For GPUs
+prints what a device would hold, compute and send, and how long all steps would take. For GPUs
 ('h200:8') it estimates. The exit status is 5 where the step does not fit, 2 where it cannot be
 planned. Minutes for BERT-base. The first state and evaluations are programs of their own, which are
 not compiled.

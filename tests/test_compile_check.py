@@ -44,8 +44,8 @@ def test_the_whole_run_has_its_days_and_its_price(tiny, capsys):
     tiny.train.update(batch=2 ** 20, steps=10 ** 8)
     compile_check.run(tiny, 'h200:8', price=2.5)
     step, days, hours, money = (float(number.replace(',', '')) for number in re.search(
-        r'estimate +([\d.]+) ms.*all 100,000,000 steps: ([\d,.]+) days at least.*'
-        r': ([\d,]+) chip hours, ([\d,]+) at 2.5 for each', capsys.readouterr().out, re.S).groups())
+        r'estimate +([\d.]+) ms.*all 100,000,000 steps by this estimate: ([\d,.]+) days, '
+        r'([\d,]+) chip hours, ([\d,]+) at 2.5 for each', capsys.readouterr().out, re.S).groups())
     assert days == pytest.approx(step / 1e3 * 1e8 / 86400, rel=.01)
     assert hours == pytest.approx(days * 24 * 8, rel=.01) and money == pytest.approx(2.5 * hours, rel=.01)
 

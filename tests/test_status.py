@@ -15,11 +15,14 @@ from pkm_jax.refusal import ExitStatus, Refusal
 from pkm_jax.training import divergence
 from pkm_jax.training.run_log import RunLog
 
-NOW = time.time()
+
+@pytest.fixture
+def now():
+    return time.time()
 
 
 @pytest.fixture
-def a_run(tmp_path):
+def a_run(tmp_path, now):
     """Makes a folder as a run leaves it: lines at these seconds ago, every 10 steps of 50."""
     def make(name, lines=(), **running):
         folder = tmp_path / name
@@ -30,13 +33,13 @@ def a_run(tmp_path):
             log.write('train', 10 * number, 1000 * number, loss=4 / number, tokens_per_second=5e4)
         log.close()
         path = folder / 'metrics.jsonl'
-        records = [json.loads(line) | {'time': NOW - ago}
+        records = [json.loads(line) | {'time': now - ago}
                    for line, ago in zip(path.read_text().splitlines(), lines)]
         path.write_text(''.join(f'{json.dumps(record)}\n' for record in records))
         if running:
             held = folder / 'running.json'
-            held.write_text(json.dumps({'host': 'pod-3', 'process': 7, 'since': NOW - running['began']}))
-            os.utime(held, (NOW - running['beat'],) * 2)
+            held.write_text(json.dumps({'host': 'pod-3', 'process': 7, 'since': now - running['began']}))
+            os.utime(held, (now - running['beat'],) * 2)
         return folder
     return make
 
@@ -51,27 +54,27 @@ def a_run(tmp_path):
     ('dead', (60, 30), {'began': 100, 'beat': lock.SILENT + 1}),
     ('stopped', (60, 30), {}), ('stopped', (), {}),
     ('finished', (50, 40, 30, 20, 10), {})])
-def test_the_state_of_a_run(a_run, state, lines, running):
-    found = status.status_of(a_run('one', lines, **running), NOW)
+def test_the_state_of_a_run(a_run, state, lines, running, now):
+    found = status.status_of(a_run('one', lines, **running), now)
     assert (found.state, found.step, found.steps) == (state, 10 * len(lines), 50)
     assert found.host == ('pod-3' if running else '')
 
 
-def test_a_run_that_says_where_it_hangs_is_stalled(a_run):
+def test_a_run_that_says_where_it_hangs_is_stalled(a_run, now):
     folder = a_run('one', (60, 30), began=100, beat=10)
     (folder / 'stacks-2.txt').write_text('…')
-    assert status.status_of(folder, NOW).state == 'stalled'
-    os.utime(folder / 'stacks-2.txt', (NOW - 40,) * 2)      # it has taken steps since
-    assert status.status_of(folder, NOW).state == 'running'
+    assert status.status_of(folder, now).state == 'stalled'
+    os.utime(folder / 'stacks-2.txt', (now - 40,) * 2)      # it has taken steps since
+    assert status.status_of(folder, now).state == 'running'
 
 
-def test_a_run_that_gave_up_is_diverged(a_run):
+def test_a_run_that_gave_up_is_diverged(a_run, now):
     assert status.DIVERGED == divergence.FOLDER
     folder = a_run('one', (60, 30))
     (folder / 'diverged').mkdir()
-    assert status.status_of(folder, NOW).state == 'diverged'
-    os.utime(folder / 'diverged', (NOW - 40,) * 2)          # it has gone on since
-    assert status.status_of(folder, NOW).state == 'stopped'
+    assert status.status_of(folder, now).state == 'diverged'
+    os.utime(folder / 'diverged', (now - 40,) * 2)          # it has gone on since
+    assert status.status_of(folder, now).state == 'stopped'
 
 
 def test_a_living_run_is_seen_and_left_as_it_is(a_run):
@@ -83,22 +86,22 @@ def test_a_living_run_is_seen_and_left_as_it_is(a_run):
         assert sorted(folder.rglob('*')) == before
 
 
-def test_the_newest_finished_checkpoint_is_named(a_run):
+def test_the_newest_finished_checkpoint_is_named(a_run, now):
     folder = a_run('one', (60, 30))
     for step in (10, 20, 30):
         (folder / 'checkpoints' / str(step)).mkdir(parents=True)
         for name in (*checksums.MARKERS, checksums.CHECKSUMS)[:None if step < 30 else 1]:
             (folder / 'checkpoints' / str(step) / name).write_text('{}')
-    assert status.status_of(folder, NOW).checkpoint[0] == 20
+    assert status.status_of(folder, now).checkpoint[0] == 20
 
 
-def test_a_line_that_is_being_written_does_no_harm(a_run, monkeypatch):
+def test_a_line_that_is_being_written_does_no_harm(a_run, monkeypatch, now):
     folder = a_run('one', (60, 30))
     with (folder / 'metrics.jsonl').open('a') as file:
         file.write('{"kind": "train", "st')
-    assert status.status_of(folder, NOW).step == 20
+    assert status.status_of(folder, now).step == 20
     monkeypatch.setattr(status, 'TAIL', (folder / 'metrics.jsonl').stat().st_size - 5)
-    assert status.status_of(folder, NOW).step == 20     # nor does one that is cut
+    assert status.status_of(folder, now).step == 20     # nor does one that is cut
 
 
 def test_a_table_of_all_runs_below(a_run, tmp_path, capsys, monkeypatch):
@@ -122,9 +125,9 @@ def test_the_exit_status_says_whether_all_is_well(a_run, tmp_path):
     assert ran.returncode == ExitStatus.REFUSED and 'holds no run' in ran.stderr
 
 
-def test_a_folder_that_is_no_run_is_named(tmp_path):
+def test_a_folder_that_is_no_run_is_named(tmp_path, now):
     (tmp_path / 'config.json').write_text('{"model": 1}')
     with pytest.raises(Refusal, match=r'config.json: KeyError'):
-        status.status_of(tmp_path, NOW)
+        status.status_of(tmp_path, now)
     with pytest.raises(Refusal, match='mount its bucket'):
         status.runs_in(tmp_path / 'gs:/bucket')

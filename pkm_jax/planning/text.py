@@ -96,8 +96,8 @@ def _step(estimate):
 def _whole_run(estimate, price):
     hours, chips = estimate.hours, estimate.topology.chips
     money = f', {hours * chips * price:,.0f} at {price:g} for each' if price else ''
-    return (f'  all {estimate.run.train.steps:,} steps: {_days(hours)} at least, as no run keeps '
-            f'up peak rates: {hours * chips:,.0f} chip hours{money}')
+    return (f'  all {estimate.run.train.steps:,} steps by this estimate: {_days(hours)}, '
+            f'{hours * chips:,.0f} chip hours{money}')
 
 
 def _days(hours):

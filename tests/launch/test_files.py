@@ -64,6 +64,14 @@ def test_images_copy_what_is_there_and_not_left_out():
 
 
 def test_no_flags_are_set_that_nothing_measured_asks_for():
-    """XLA's and libtpu's own are what plans compile with: docs/scaling.md."""
+    """XLA's and libtpu's own are what plans compile with: docs/launch.md."""
     for path in [*SCRIPTS, *(ROOT / 'launch' / name for name in ('gke.py', 'sky.yaml', 'Dockerfile'))]:
         assert not re.search('XLA_FLAGS|LIBTPU_INIT_ARGS|--xla_', path.read_text()), path
+
+
+@pytest.mark.parametrize('words, added', [
+    (['--config=a'], ['--config.log.hang_exit=True']), (['--config=a', '--config.log.hang_exit=False'], [])])
+def test_runs_that_nobody_watches_end_where_they_hang(words, added):
+    code = f'source {ROOT}/launch/common.sh; unattended "$@"; printf "%s\\n" "${{words[@]}}"'
+    done = subprocess.run(['bash', '-c', code, 'x', *words], text=True, capture_output=True, check=True)
+    assert done.stdout.split() == words + added

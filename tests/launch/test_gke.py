@@ -94,14 +94,14 @@ def test_slices_are_jobs_of_as_many_pods_as_they_have_hosts(made):
     command = pod['containers'][0]['command']
     assert command == ['python', '-m', 'pkm_jax.pretrain', *WORDS, '--config.workdir=/bucket/runs/one',
                        '--config.data.cache=/bucket/data', '--config.compilation_cache=/bucket/compiled',
-                       '--config.distributed.enabled=True']
+                       '--config.distributed.enabled=True', '--config.log.hang_exit=True']
     assert manifest['metadata']['annotations']      # a slice is a node pool
 
 
 def test_gpu_nodes_are_told_of_each_other(made):
     manifest = made('--topology=h100:16')
     pod = pod_of(manifest)
-    assert pod['containers'][0]['command'][-4:] == [
+    assert pod['containers'][0]['command'][-5:-1] == [
         '--config.distributed.enabled=True',
         '--config.distributed.coordinator=one-train-0-0.one:8476',
         '--config.distributed.processes=2', '--config.distributed.process=$(JOB_COMPLETION_INDEX)']
@@ -109,6 +109,13 @@ def test_gpu_nodes_are_told_of_each_other(made):
     assert not manifest['metadata']['annotations']
     alone = pod_of(made('--topology=h200:8'))['containers'][0]['command']
     assert not any('distributed' in word for word in alone)
+
+
+def test_a_run_that_hangs_ends_unless_it_is_told_not_to(made, program):
+    given, words = program._options([*COMMON, '--topology=h200:8', *WORDS, '--config.log.hang_exit=False'])
+    topology = chips.parse(given.topology)
+    told = program._arguments(given, topology, program.nodes_of(topology), words)
+    assert [word for word in told if 'hang_exit' in word] == ['--config.log.hang_exit=False']
 
 
 @pytest.mark.parametrize('ended, restarts', [
@@ -182,7 +189,7 @@ def test_the_same_by_cluster_toolkit(gke, read):
         '--restarts': '3', '--restart-on-exit-codes': '1,4,129,134,137,138,143',
         '--service-account': 'default', '--command': options['--command']}
     command = shlex.split(options['--command'])
-    assert command[3:5] == list(WORDS) and command[-1].endswith('=$JOB_COMPLETION_INDEX')
+    assert command[3:5] == list(WORDS) and command[-2].endswith('=$JOB_COMPLETION_INDEX')
     assert "$JOB_COMPLETION_INDEX'" not in options['--command']     # the shell puts it in
 
 

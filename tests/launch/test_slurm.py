@@ -11,7 +11,7 @@ from jax._src.clusters.slurm_cluster import SlurmCluster
 ROOT = Path(__file__).parents[2]
 ARGUMENTS = ('--config=configs/bert_base_pkm.py', "--config.data.corpus=/a b/*.txt,it's")
 SRUN = ['srun', '--cpus-per-task=8', '--gpu-bind=none', '--kill-on-bad-exit=0', 'bash', '-m',
-        'pkm_jax.pretrain', *ARGUMENTS, '--config.distributed.enabled=True']
+        'pkm_jax.pretrain', *ARGUMENTS, '--config.log.hang_exit=True', '--config.distributed.enabled=True']
 SHOW, REQUEUE = ['scontrol', 'show', 'job', '77'], ['scontrol', 'requeue', '77']
 RUNNING = {'scontrol show': 'echo "JobId=77 JobState=RUNNING Reason=None"'}
 

@@ -131,7 +131,7 @@ def test_run_starts_the_same_command_on_all_workers(pod, worker, workdir, folder
     done = worker(started(pod, f'--workdir={workdir}'), STATUS='3')
     assert done.returncode == 0, done.stderr
     assert (worker.home / 'pretrain.log').read_text().split('\n')[:-2] == [
-        '-m', 'pkm_jax.pretrain', *RUN, '--config.distributed.enabled=True',
+        '-m', 'pkm_jax.pretrain', *RUN, '--config.log.hang_exit=True', '--config.distributed.enabled=True',
         f'--config.workdir={folder}', f'--config.data.cache={folder[:-4]}/data']
     assert (worker.home / 'pretrain.pid').read_text().strip().isdigit()
     assert (worker.home / 'pretrain.status').read_text() == '3\n'
