@@ -46,12 +46,13 @@ def dense(values, slots, weights, direction):
     return read, *pull(direction)
 
 
-def sparse(values, slots, weights, direction):
+def sparse(values, slots, weights, direction, implementation=None):
     """The same, the gradient of the values as SparseRows."""
     delta = sharded.no_delta(*values.shape, slots.size)
     read, pull, touched = jax.vjp(
-        lambda d, w: sharded.sparse_embedding_bag(values, d, slots, w), delta, weights,
-        has_aux=True)
+        lambda d, w: sharded.sparse_embedding_bag(values, d, slots, w,
+                                                  implementation=implementation),
+        delta, weights, has_aux=True)
     rows, by_weight = pull(direction)
     return read, SparseRows(touched.ids, rows, touched.count), by_weight
 
@@ -97,6 +98,17 @@ def test_compact_gradients_equal_the_dense_ones_of_one_device(shards):
     exchanged = replica_exchange(shards, TOKENS, READS, SLOTS, WIDTH, 4, 4).what
     if exchanged != 'rows' and shards.rows == 1:        # every sum in the order of one device
         np.testing.assert_array_equal(spread(rows), theirs[1])
+
+
+@pytest.mark.parametrize('shards', [Shards(2, 4, 1), Shards(1, 2, 4)])
+def test_kernels_for_tpus_read_what_is_a_shards_own(shards):
+    """Interpreted; replicas exchange tokens in one of the layouts, and rows in none."""
+    with jax.set_mesh(make_mesh(shards)):
+        read, rows, by_weight = jax.jit(functools.partial(sparse, implementation='tpu'))(*draw())
+    used = draw()[2] != 0
+    np.testing.assert_allclose(read, expected()[0], atol=1e-5)
+    np.testing.assert_allclose(spread(rows), expected()[1], atol=1e-5)
+    np.testing.assert_allclose(by_weight[used], expected()[2][used], atol=1e-5)
 
 
 def test_both_exchanges_occur_in_these_tests():

@@ -64,10 +64,12 @@ def test_sums_agree_with_float64(case):
 
 
 @pytest.mark.parametrize('share', [0., .5, .9, 1.])
-def test_of_reads_made_elsewhere_none_is_added(share):
+@pytest.mark.parametrize('reads', [1, 6])
+def test_of_reads_made_elsewhere_none_is_added(share, reads):
     """From none to all of them; the sums of a token keep their order: the reference's bits."""
-    away = np.random.default_rng(2).random((19, 6)) < share
-    values, slots, weights, _ = make(np.where(away, 30, random_slots(19, 6, 30)), 30, 128, 'float32')
+    away = np.random.default_rng(2).random((19, reads)) < share
+    values, slots, weights, _ = make(np.where(away, 30, random_slots(19, reads, 30)), 30, 128,
+                                     'float32')
     weights = jnp.where(away, 0, weights)
     want = embedding_bag(values, slots, weights, elsewhere=True)
     np.testing.assert_array_equal(bag(values, slots, weights, elsewhere=True), want)

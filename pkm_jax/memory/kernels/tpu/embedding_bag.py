@@ -34,6 +34,9 @@ def forward(
     elsewhere: bool = False, interpret: Interpret,
 ) -> Float[Array, 'T V']:
     """The sum, in the dtype of `values`; of reads that are mostly elsewhere a token's own alone."""
+    if slots.shape[1] == 1 and not elsewhere:       # a gather
+        rows = values[slots[:, 0]].astype(jnp.float32)
+        return (rows * weights.astype(jnp.float32)).astype(values.dtype)
     if elsewhere:
         slots, weights, counts = _own_first(slots, weights, len(values))
     else:

@@ -10,6 +10,8 @@ numbers of a row two vector instructions in float32, and those that widen bfloat
 over the memory bandwidth.
 """
 
+import functools
+
 import jax
 import jax.numpy as jnp
 from jax.experimental import pallas as pl
@@ -37,27 +39,27 @@ def sum_rows(
     tile = tokens_of_program(reads)
     table = as_rows(values)
     pieces, lanes = table.shape[1:]
-    slots, weights = padded_tokens(slots, tile), padded_tokens(weights.astype(jnp.float32), tile)
-    counts = padded_tokens(counts, tile, fill=1)
-    tiles = len(slots) // tile
-    scalars = pl.BlockSpec((tile, reads), lambda n: (n, 0), memory_space=pltpu.SMEM)
+    scalars = [padded_tokens(array, tile, fill).reshape(-(-tokens // tile), 1, -1)
+               for array, fill in ((slots, 0), (weights.astype(jnp.float32), 0), (counts, 1))]
+    tiles = len(scalars[0])
     sums = pl.pallas_call(
-        _sum_tile, grid=(tiles,), name='read_rows', interpret=interpret,
-        in_specs=[scalars, scalars,
-                  pl.BlockSpec((1, 1, tile), lambda n: (n, 0, 0), memory_space=pltpu.SMEM),
+        functools.partial(_sum_tile, reads=reads), grid=(tiles,), name='read_rows',
+        interpret=interpret,
+        in_specs=[*(pl.BlockSpec((1, *array.shape[1:]), lambda n: (n, 0, 0),
+                                 memory_space=pltpu.SMEM) for array in scalars),
                   pl.BlockSpec(memory_space=pl.ANY)],
         out_specs=pl.BlockSpec((tile, pieces, lanes), lambda n: (n, 0, 0)),
         out_shape=jax.ShapeDtypeStruct((tiles * tile, pieces, lanes), values.dtype),
         scratch_shapes=[pltpu.VMEM((IN_FLIGHT, pieces, lanes), values.dtype),
                         pltpu.SemaphoreType.DMA((IN_FLIGHT,))],
         compiler_params=pltpu.CompilerParams(dimension_semantics=('parallel',)),
-    )(slots, weights, counts.reshape(tiles, 1, tile), table)
+    )(*scalars, table)
     return sums.reshape(tiles * tile, -1)[:tokens, :values.shape[1]]
 
 
-def _sum_tile(slots, weights, counts, table, sums, rows, arrived):
+def _sum_tile(slots, weights, counts, table, sums, rows, arrived, *, reads):
     """One program: see the module."""
-    tokens = slots.shape[0]
+    tokens = sums.shape[0]
 
     def copy(slot, place):
         return pltpu.make_async_copy(table.at[slot], rows.at[place], arrived.at[place])
@@ -68,7 +70,7 @@ def _sum_tile(slots, weights, counts, table, sums, rows, arrived):
 
         @pl.when(token < tokens)
         def _():
-            copy(slots[token, read], place).start()
+            copy(slots[0, 0, token * reads + read], place).start()
 
         last = read + 1 == counts[0, 0, jnp.minimum(token, tokens - 1)]
         return token + last.astype(jnp.int32), jnp.where(last, 0, read + 1)
@@ -76,7 +78,7 @@ def _sum_tile(slots, weights, counts, table, sums, rows, arrived):
     def add_read(token, read, carry):
         total, place, ahead = carry
         copy(0, place).wait()
-        total += weights[token, read] * rows[place].astype(jnp.float32)
+        total += weights[0, 0, token * reads + read] * rows[place].astype(jnp.float32)
         return total, (place + 1) & IN_FLIGHT - 1, start_next(ahead, place)
 
     def sum_token(token, carry):
