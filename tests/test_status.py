@@ -104,8 +104,7 @@ def test_a_line_that_is_being_written_does_no_harm(a_run, monkeypatch, now):
     assert status.status_of(folder, now).step == 20     # nor does one that is cut
 
 
-def test_a_table_of_all_runs_below(a_run, tmp_path, capsys, monkeypatch):
-    monkeypatch.setattr(status.time, 'time', lambda: NOW)     # others' tests may take minutes before
+def test_a_table_of_all_runs_below(a_run, tmp_path, capsys):
     a_run('sweep/a', (60, 30), began=100, beat=10)
     a_run('sweep/b', (500, 400))
     status.main([str(tmp_path)])
