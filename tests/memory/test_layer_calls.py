@@ -124,11 +124,6 @@ def test_a_mask_of_another_shape_is_refused():
         build()(inputs(2, 9), jnp.ones(9, bool))
 
 
-def test_implementations_that_do_not_exist_are_refused_when_the_layer_is_made():
-    with pytest.raises(Refusal, match="implementation = 'cuda' is none of"):
-        ProductKeyMemory(MemoryConfig(**SIZES), WIDTH, implementation='cuda', rngs=nnx.Rngs(0))
-
-
 def test_nnx_jit_and_grad_update_batch_statistics():
     memory, plain, x = build(), build(), inputs(2, 9)
 
