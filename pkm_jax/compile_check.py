@@ -15,6 +15,7 @@ import jax
 import ml_collections
 from absl import app, flags, logging
 
+from pkm_jax.accelerators import CHIPS
 from pkm_jax.configuration import command_line
 from pkm_jax.configuration.resolve import runs_of
 from pkm_jax.console import survive_any_console
@@ -54,6 +55,6 @@ if __name__ == '__main__':      # defined here: pretrain.py has a flag of the sa
     command_line.define_config()
     flags.DEFINE_string(
         'topology', None, 'chips along each dimension, or number of GPUs, of '
-        f'{", ".join(chips.CHIPS)}: v5e:16x16, v5p:4x4x4, h200:8')
+        f'{", ".join(CHIPS)}: v5e:16x16, v5p:4x4x4, h200:8')
     flags.mark_flags_as_required(['config', 'topology'])
     app.run(main, flags_parser=command_line.parse)

@@ -7,7 +7,7 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import ml_collections
-from absl import app, flags
+from absl import flags
 from ml_collections import config_flags
 from ml_collections.config_flags.config_flags import ConfigFileFlagParser
 
@@ -24,9 +24,9 @@ def define_config() -> flags.FlagHolder:
 
 
 def parse(argv: Sequence[str]) -> list[str]:
-    """Parses a command line, for `app.run(main, flags_parser=parse)`; returns what no flag took.
+    """Parses a command line with --config, for `app.run(main, flags_parser=parse)`; see `parsed`.
 
-    Ends the program with one line where the configuration is not there or has no such field.
+    Ends the program with one line too where the configuration is not there or has no such field.
     """
     try:
         arguments = _with_paths(argv)
@@ -38,7 +38,32 @@ def parse(argv: Sequence[str]) -> list[str]:
         # Of one that a configuration raised, ml_collections makes a message with its traceback.
         sys.exit(f'Not started: {str(refusal).rpartition("Refusal: ")[2].strip()}')
     sys.argv[:] = arguments     # where ml_collections looks for what was set
-    return app.parse_flags_with_usage(arguments)
+    return parsed(arguments)
+
+
+def parsed(argv: Sequence[str]) -> list[str]:
+    """Parses a command line of flags alone, for `app.run(main, flags_parser=parsed)`; returns the
+    program's name.
+
+    Ends the program with one line where a flag is unknown or of a wrong type, or where something is
+    no flag.
+    """
+    try:
+        rest = flags.FLAGS(argv)
+    except flags.Error as error:
+        sys.exit(f'Not started: {_in_words(error)}')
+    if rest[1:]:
+        sys.exit(f'Not started: {" ".join(rest[1:])}: no option takes this; options begin with "--".')
+    return rest
+
+
+def _in_words(error):
+    """What was wrong with a flag: its name, its value, and what kind of value it takes."""
+    wrong = re.match(r'flag (--[\w.]+)=(.*?): ', str(error), re.DOTALL)
+    name = wrong[1].removeprefix('--') if wrong else ''
+    if name not in flags.FLAGS or wrong[2] == 'None':       # of what is required and not there
+        return ' '.join(str(error).split())
+    return f'{wrong[1]}={wrong[2]}: {wrong[2]!r} is no {flags.FLAGS[name].flag_type()}.'
 
 
 def _configuration(config):
