@@ -53,7 +53,8 @@ def parsed(argv: Sequence[str]) -> list[str]:
     except flags.Error as error:
         sys.exit(f'Not started: {_in_words(error)}')
     if rest[1:]:
-        sys.exit(f'Not started: {" ".join(rest[1:])}: no option takes this; options begin with "--".')
+        sys.exit(f'Not started: {" ".join(rest[1:])}: no option takes this; options begin with '
+                 f'"--".')
     return rest
 
 
