@@ -24,10 +24,11 @@ import jax.numpy as jnp
 from absl import app, flags, logging
 from jax.sharding import SingleDeviceSharding
 
+from pkm_jax import accelerators
 from pkm_jax.memory.kernels.tpu import embedding_bag, embedding_bag_backward, retrieval
 from pkm_jax.planning import chips
 
-CHIPS = flags.DEFINE_list('chips', ['v4', 'v5e', 'v5p', 'v6e'], 'See pkm_jax.planning.chips.')
+CHIPS = flags.DEFINE_list('chips', ['v4', 'v5e', 'v5p', 'v6e'], 'See pkm_jax.accelerators.')
 DTYPES = flags.DEFINE_list('dtypes', ['bfloat16', 'float32'], 'Of values, queries and codebooks.')
 
 TOKENS, HEADS, HALF, SLOTS = 16_384, 4, 256, 2 ** 18
@@ -169,7 +170,7 @@ def _registers(aval):
 def floor(case: Case, chip: str, flops: float, vectors: float) -> str:
     """Milliseconds at peak rates, and what takes them."""
     rate, cores = VECTOR[chip]
-    peaks = chips.CHIPS[chip]
+    peaks = accelerators.CHIPS[chip]
     times = {'b': case.bytes / peaks.bandwidth, 'm': flops / peaks.flops,
              'v': vectors / (rate * min(cores, case.cores))}
     longest = max(times, key=times.__getitem__)
@@ -178,7 +179,7 @@ def floor(case: Case, chip: str, flops: float, vectors: float) -> str:
 
 def compile_seconds(case: Case, chip: str) -> float:
     """The time that the compiler takes for the kernel on one chip."""
-    shape = 'x'.join(['1'] * chips.CHIPS[chip].dimensions)
+    shape = 'x'.join(['1'] * accelerators.CHIPS[chip].dimensions)
     device = chips.devices(chips.parse(f'{chip}:{shape}'))[0]
     whole = SingleDeviceSharding(device)
     arguments = [jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=whole) for a in case.compiled]

@@ -18,6 +18,7 @@ import jax
 import ml_collections
 from absl import app, flags, logging
 
+from pkm_jax.accelerators import CHIPS
 from pkm_jax.configuration import command_line
 from pkm_jax.configuration.cells import every_run
 from pkm_jax.console import survive_any_console
@@ -64,7 +65,7 @@ if __name__ == '__main__':      # defined here: pretrain.py has a flag of the sa
     command_line.define_config()
     flags.DEFINE_string(
         'topology', None, 'chips along each dimension, or number of GPUs, of '
-        f'{", ".join(chips.CHIPS)}: v5e:16x16, v5p:4x4x4, h200:8; or as clouds name slices: '
+        f'{", ".join(CHIPS)}: v5e:16x16, v5p:4x4x4, h200:8; or as clouds name slices: '
         'v5litepod-256, v5p-128')
     flags.DEFINE_integer('slices', 1, 'TPU slices of that topology')
     flags.DEFINE_float('price', 0., 'of a chip for an hour, in any currency: what the run costs')

@@ -17,12 +17,13 @@ from absl import app, flags, logging
 
 from pkm_jax.checkpoints import arrays, store
 from pkm_jax.checkpoints.pretrained import model_of_weights
+from pkm_jax.configuration import command_line
 from pkm_jax.configuration.folder import read_description
 from pkm_jax.configuration.resolve import described_model, model_of
 from pkm_jax.console import survive_any_console
 from pkm_jax.convert import foreign, huggingface, labels, memories
 from pkm_jax.convert.folders import appearing
-from pkm_jax.convert.tensors import ConversionLog, Pretrained
+from pkm_jax.convert.tensors import ConversionLog, ForeignModel
 from pkm_jax.data import tokenizer
 from pkm_jax.data.files import expand
 from pkm_jax.data.vocabulary import Vocabulary
@@ -49,17 +50,17 @@ def main(argv: list[str]) -> None:
     try:
         if (source / 'checkpoints').is_dir() or source.parent.name in store.FOLDERS:
             _refuse('when a run is exported', ALLOW_UNUSED, MEMORIES, *OF_MEMORIES)
-            report = export(source, target)
+            log = export(source, target)
         else:
             _refuse('unless a run is exported', HEADS_KEPT)
             if not MEMORIES.value:
                 _refuse('without --memories', *OF_MEMORIES)
             pretrained = read(source)
             write_run(target, pretrained, source)
-            report = pretrained.report
+            log = pretrained.log
     except (Refusal, OSError) as error:
         raise ends(f'Not converted: {error}') from error
-    print(report)
+    print(log)
 
 
 def _refuse(when: str, *without_meaning: flags.FlagHolder) -> None:
@@ -68,7 +69,7 @@ def _refuse(when: str, *without_meaning: flags.FlagHolder) -> None:
         raise Refusal(f'Leave out {" and ".join(given)}: of no use {when}.')
 
 
-def read(folder: Path) -> Pretrained:
+def read(folder: Path) -> ForeignModel:
     """A Hugging Face or TensorFlow folder, with the memories of `--memories` if given."""
     pretrained = foreign.load(folder, ALLOW_UNUSED.value)
     if MEMORIES.value:
@@ -80,7 +81,7 @@ def read(folder: Path) -> Pretrained:
     return pretrained
 
 
-def write_run(folder: Path, pretrained: Pretrained, source: Path) -> None:
+def write_run(folder: Path, pretrained: ForeignModel, source: Path) -> None:
     """A run of ours at step 0, for `--config.init_from`: config.json, vocab.txt, a checkpoint."""
     vocabulary = _vocabulary(source)
     if vocabulary and len(vocabulary.tokens) > pretrained.config.vocab_size:
@@ -119,4 +120,4 @@ def _vocabulary(folder: Path) -> Vocabulary | None:
 
 
 if __name__ == '__main__':
-    app.run(main)
+    app.run(main, flags_parser=command_line.parsed)

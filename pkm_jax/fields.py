@@ -2,6 +2,7 @@
 
 import dataclasses
 import math
+import typing
 from typing import Any
 
 from pkm_jax.refusal import Refusal
@@ -27,15 +28,34 @@ def check_settings(section: Any, name: str = '') -> None:
     """Refuses the first field of a dataclass that is out of its range, as `name`.field.
 
     Raises:
-      Refusal: a value is not one of the choices, no number where one is due, or out of range.
+      Refusal: a value is not one of the choices, no number or tuple where one is due, or out of
+        range.
     """
+    hints = typing.get_type_hints(type(section))
     for field in dataclasses.fields(section):
         value, limits = getattr(section, field.name), field.metadata
         called = f'{name}.{field.name}' if name else field.name
+        if isinstance(field.default, tuple) and not _is_tuple(value, hints[field.name]):
+            raise Refusal(f'{called} = {value!r} must be {_in_words(hints[field.name])}.')
         if limits.get('choices') and value not in limits['choices']:
             raise Refusal(f'{called} = {value!r} is none of {limits["choices"]}.')
         if {'least', 'most', 'above', 'below'} & limits.keys() and not _within(value, limits):
             raise Refusal(f'{called} = {value!r} must be {bounds(limits)}.')
+
+
+def _is_tuple(value, hint):
+    """Whether a value is a tuple as `tuple[int, ...]` or `tuple[int, int]` say."""
+    kinds = typing.get_args(hint)
+    if not isinstance(value, tuple) or Ellipsis not in kinds and len(value) != len(kinds):
+        return False
+    kinds = kinds if Ellipsis not in kinds else kinds[:1] * len(value)
+    return all(isinstance(one, (int, float) if kind is float else kind)
+               for one, kind in zip(value, kinds))
+
+
+def _in_words(hint):
+    kinds = ('…' if kind is Ellipsis else kind.__name__ for kind in typing.get_args(hint))
+    return f'({", ".join(kinds)})'
 
 
 def _within(value, limits):

@@ -24,9 +24,9 @@ def define_config() -> flags.FlagHolder:
 
 
 def parse(argv: Sequence[str]) -> list[str]:
-    """Parses a command line, for `app.run(main, flags_parser=parse)`; returns what no flag took.
+    """Parses a command line with --config, for `app.run(main, flags_parser=parse)`; see `parsed`.
 
-    Ends the program with one line where the configuration is not there or has no such field.
+    Ends the program with one line too where the configuration is not there or has no such field.
     """
     try:
         arguments = _with_paths(argv)
@@ -39,10 +39,33 @@ def parse(argv: Sequence[str]) -> list[str]:
         said = str(refusal).rpartition('Refusal: ')[2].strip()
         raise ends(f'Not started: {said}') from refusal
     sys.argv[:] = arguments     # where ml_collections looks for what was set
+    return parsed(arguments)
+
+
+def parsed(argv: Sequence[str]) -> list[str]:
+    """Parses a command line of flags alone, for `app.run(main, flags_parser=parsed)`; returns the
+    program's name.
+
+    Ends the program with one line where a flag is unknown or of a wrong type, or where something is
+    no flag.
+    """
     try:
-        return flags.FLAGS(arguments)
+        rest = flags.FLAGS(argv)
     except flags.Error as error:
-        raise ends(f'Not started: {error}') from error
+        raise ends(f'Not started: {_in_words(error)}') from error
+    if rest[1:]:
+        raise ends(f'Not started: {" ".join(rest[1:])}: no option takes this; options begin with '
+                   f'"--".')
+    return rest
+
+
+def _in_words(error):
+    """What was wrong with a flag: its name, its value, and what kind of value it takes."""
+    wrong = re.match(r'flag (--[\w.]+)=(.*?): ', str(error), re.DOTALL)
+    name = wrong[1].removeprefix('--') if wrong else ''
+    if name not in flags.FLAGS or wrong[2] == 'None':       # of what is required and not there
+        return ' '.join(str(error).split())
+    return f'{wrong[1]}={wrong[2]}: {wrong[2]!r} is no {flags.FLAGS[name].flag_type()}.'
 
 
 def _configuration(config):

@@ -3,11 +3,11 @@
 from pathlib import Path
 
 from pkm_jax.convert import huggingface, tensorflow
-from pkm_jax.convert.tensors import Pretrained
+from pkm_jax.convert.tensors import ForeignModel
 from pkm_jax.convert.weights import find_weights
 
 
-def load(folder: str | Path, allow_unused: bool = False) -> Pretrained:
+def load(folder: str | Path, allow_unused: bool = False) -> ForeignModel:
     """The model in a folder: from PyTorch's or safetensors' weights, else TensorFlow's.
 
     Raises:

@@ -22,7 +22,7 @@ from pkm_jax.convert.model_card import model_card
 from pkm_jax.convert.tensors import (
     ConversionLog,
     Entry,
-    Pretrained,
+    ForeignModel,
     StoredTensor,
     assemble,
     expected,
@@ -44,7 +44,7 @@ DECODER = 'cls.predictions.decoder.'
 MODELING = Path(__file__).with_name('modeling_pkm_bert.py')
 
 
-def load(folder: str | Path, allow_unused: bool = False) -> Pretrained:
+def load(folder: str | Path, allow_unused: bool = False) -> ForeignModel:
     """The model in a Hugging Face BERT folder, with those heads whose weights it holds.
 
     Reads old names (`gamma`, `beta`) and names with or without their `bert.` prefix, and those that
@@ -153,7 +153,7 @@ def save(folder: str | Path, config: BertConfig, params: dict, statistics: dict,
         has its heads.
     """
     folder = Path(folder)
-    leaves, report = _leaves(config, params, statistics)
+    leaves, log = _leaves(config, params, statistics)
     stored, table_rows = {}, []
     for path, leaf in leaves.items():
         if path.endswith('/memory/values'):
@@ -176,9 +176,9 @@ def save(folder: str | Path, config: BertConfig, params: dict, statistics: dict,
             vocabulary.save(partial, config.max_length)
         (partial / 'README.md').write_text(model_card(content, run or {}), encoding='utf-8')
         write_weights(partial, stored, shard_bytes)
-        report.taken += [Entry.of(path, names.huggingface(path), leaf)
+        log.taken += [Entry.of(path, names.huggingface(path), leaf)
                          for path, leaf in leaves.items()]
-    return report
+    return log
 
 
 def _leaves(config: BertConfig, params: dict, statistics: dict,
@@ -195,8 +195,8 @@ def _leaves(config: BertConfig, params: dict, statistics: dict,
     others = [path for path in found if path not in shapes]
     if strange := [path for path in others if path.split('/')[0] not in HEADS]:
         raise Refusal(f'The configuration knows no parameters {strange[:5]}.')
-    report = ConversionLog(left=dict.fromkeys(others, 'of a head that was not asked for'))
-    return {path: found[path] for path in shapes}, report
+    log = ConversionLog(left=dict.fromkeys(others, 'of a head that was not asked for'))
+    return {path: found[path] for path in shapes}, log
 
 
 def _outward(path: str, leaf: Any) -> StoredTensor:

@@ -22,7 +22,7 @@ from pkm_jax.convert import names
 from pkm_jax.convert.tensors import (
     ConversionLog,
     Entry,
-    Pretrained,
+    ForeignModel,
     StoredTensor,
     expected,
     flatten,
@@ -37,8 +37,8 @@ BATCH_NORM = {'scale': 'weight', 'bias': 'bias', 'mean': 'running_mean', 'var': 
 STACKED = re.compile(r'.*/memory/(codebooks|query_norm/.*)')  # stored flat by some
 
 
-def add_memories(backbone: Pretrained, path: Path, placement: str, top_k: int,
-                 layers: Sequence[int] = ()) -> Pretrained:
+def add_memories(backbone: ForeignModel, path: Path, placement: str, top_k: int,
+                 layers: Sequence[int] = ()) -> ForeignModel:
     """`backbone` with the memories of the state dict in `path`, each on one layer.
 
     Layers are counted from 0, in the order of the memories in the file; by default each memory
@@ -110,8 +110,8 @@ def _understand(prefix: str, stored: dict[str, StoredTensor],
                    'query_norm': 'batch' if batch else 'none'}
 
 
-def _join(config: BertConfig, backbone: Pretrained, stored: dict[str, StoredTensor],
-          origins: dict[str, str]) -> Pretrained:
+def _join(config: BertConfig, backbone: ForeignModel, stored: dict[str, StoredTensor],
+          origins: dict[str, str]) -> ForeignModel:
     params, statistics = expected(config)
     memory = {path: leaf for path, leaf in (params | statistics).items() if '/memory/' in path}
     made = {path: np.zeros(leaf.shape, np.float32) for path, leaf in memory.items()
@@ -123,13 +123,13 @@ def _join(config: BertConfig, backbone: Pretrained, stored: dict[str, StoredTens
     taken, entries = take(wanted, stored, lambda path: origins.get(path, path), names.is_kernel)
     taken |= made | flatten(backbone.params)
     replaced = [path for path in taken if path not in params and path not in statistics]
-    report = ConversionLog(backbone.report.taken + entries,
+    log = ConversionLog(backbone.log.taken + entries,
                     [Entry.of(path, '', array) for path, array in made.items()],
-                    backbone.report.left | dict.fromkeys(stored, 'not of a memory')
+                    backbone.log.left | dict.fromkeys(stored, 'not of a memory')
                     | dict.fromkeys(replaced, 'a memory is in its place'))
-    report.taken = [entry for entry in report.taken if entry.path not in replaced]
-    return Pretrained(config, unflatten({path: taken[path] for path in params}),
-                      unflatten({path: taken[path] for path in statistics}), report)
+    log.taken = [entry for entry in log.taken if entry.path not in replaced]
+    return ForeignModel(config, unflatten({path: taken[path] for path in params}),
+                      unflatten({path: taken[path] for path in statistics}), log)
 
 
 def _reshaped(tensor: StoredTensor, shape: tuple[int, ...]) -> StoredTensor:

@@ -11,7 +11,7 @@ from pathlib import Path
 import numpy as np
 
 from pkm_jax.convert import configuration, names
-from pkm_jax.convert.tensors import Pretrained, StoredTensor, assemble
+from pkm_jax.convert.tensors import ForeignModel, StoredTensor, assemble
 from pkm_jax.data.files import refuse_pointer
 from pkm_jax.refusal import Refusal
 
@@ -20,7 +20,7 @@ OPTIMIZER = re.compile(r'global_step|.*/(adam_m|adam_v)')
 TRANSPOSED = ('nsp/kernel', 'classifier/kernel', 'span/kernel')
 
 
-def load(folder: str | Path, allow_unused: bool = False) -> Pretrained:
+def load(folder: str | Path, allow_unused: bool = False) -> ForeignModel:
     """The model in a folder of google-research/bert, with those heads whose weights it holds.
 
     The state of its optimizer is left.

@@ -70,12 +70,12 @@ class ConversionLog:
 
 
 @dataclasses.dataclass(frozen=True)
-class Pretrained:
+class ForeignModel:
     """A model read from elsewhere: plain nested dicts of numpy arrays, as `nnx.to_pure_dict`."""
     config: BertConfig
     params: dict
     statistics: dict
-    report: ConversionLog
+    log: ConversionLog
 
 
 def expected(config: BertConfig) -> tuple[dict[str, Any], dict[str, Any]]:
@@ -87,7 +87,7 @@ def expected(config: BertConfig) -> tuple[dict[str, Any], dict[str, Any]]:
 
 def assemble(config: BertConfig, stored: dict[str, StoredTensor], name_of: Callable[[str], str],
              transposed: Callable[[str], bool], left: dict[str, str],
-             allow_unused: bool) -> Pretrained:
+             allow_unused: bool) -> ForeignModel:
     """The parameters of `Bert(config)` taken from `stored`; `left` was set aside before, and why.
 
     Raises:
@@ -105,7 +105,7 @@ def assemble(config: BertConfig, stored: dict[str, StoredTensor], name_of: Calla
                       f'{sorted(unused)[:10]}. To go on without them, convert with `python -m '
                       f'pkm_jax.convert_checkpoint --allow_unused`.')
     left = left | dict.fromkeys(unused, 'not understood')
-    return Pretrained(config, unflatten({path: taken[path] for path in params}),
+    return ForeignModel(config, unflatten({path: taken[path] for path in params}),
                       unflatten({path: taken[path] for path in statistics}),
                       ConversionLog(entries, left=left))
 

@@ -56,6 +56,8 @@ class TransformerConfig:
     def __post_init__(self) -> None:
         if self.placement not in PLACEMENTS:
             raise Refusal(f'memory.placement = {self.placement!r} is none of {PLACEMENTS}.')
+        if not all(isinstance(layer, int) for layer in self.memory_layers):
+            raise Refusal(f'memory.layers = {self.memory_layers}: each must be an int.')
         check_settings(self, 'model')
         if self.width % self.attention_heads:
             raise Refusal(f'model.width = {self.width} does not divide into '

@@ -1,5 +1,6 @@
 """Scaled dot-product attention, fused where the device has it."""
 
+import functools
 import logging
 import math
 
@@ -30,11 +31,17 @@ def attend(
     lengths = jnp.maximum(lengths, 1).astype(jnp.int32)
     if rate and dropout_key is not None:
         return _with_dropout(query, key, value, lengths, rate, dropout_key, causal)
-    # Of this process's devices: cuDNN's can be traced only where there are GPUs.
-    fused = jax.default_backend() == 'gpu' and query.dtype == jnp.bfloat16
+    plain, fused = (functools.partial(_attend, causal=causal, implementation=implementation)
+                    for implementation in ('xla', 'cudnn'))
+    # By the platform of the lowering, but cuDNN's can be traced only where there are GPUs.
+    if jax.default_backend() != 'gpu' or query.dtype != jnp.bfloat16:
+        return plain(query, key, value, lengths)
+    return jax.lax.platform_dependent(query, key, value, lengths, cuda=fused, default=plain)
+
+
+def _attend(query, key, value, lengths, *, causal, implementation):
     return jax.nn.dot_product_attention(query, key, value, key_value_seq_lengths=lengths,
-                                        is_causal=causal,
-                                        implementation='cudnn' if fused else 'xla')
+                                        is_causal=causal, implementation=implementation)
 
 
 def attend_to_cache(

@@ -1,4 +1,4 @@
-"""The devices that a plan can be made for: what their makers publish, and their links."""
+"""The devices that a plan can be made for, and how fast some of them reach others."""
 
 import math
 import os
@@ -9,38 +9,12 @@ from typing import Any, NamedTuple
 import jax
 from jax.experimental import topologies
 
+from pkm_jax.accelerators import CHIPS, Chip
 from pkm_jax.refusal import Refusal
 
-GIB = 2 ** 30
 GPUS_PER_HOST = 8
 
 
-class Chip(NamedTuple):
-    """Published numbers of one device; rates are peaks, per second."""
-    memory: int         # bytes of HBM
-    flops: float        # bfloat16, dense
-    bandwidth: float    # bytes between HBM and the chip
-    links: float        # bytes sent to other devices over all links (ICI, or NVLink)
-    dimensions: int     # of the torus of a slice; 0: GPUs behind a switch
-    network: float = 0.     # bytes sent to another slice or, of GPUs, to another host; 0: not known
-    cores: int = 1      # devices that JAX makes of a chip: the other numbers are one's
-
-
-# TPUs: cloud.google.com/tpu/docs/{v5e,v6e,v5p,v4,tpu7x}, which give links in both directions
-# together, and the network of a pod or a chip in bits;
-# those of v4 from Jouppi et al. 2023 (arXiv 2304.01433): 6 links of 50 GB/s. GPUs: NVIDIA's data
-# sheets of the SXM modules, half of what they give for both directions of NVLink, and one port a
-# GPU of the DGX's network (400 Gb/s, A100: 200 Gb/s).
-CHIPS = {
-    'v5e': Chip(16 * GIB, 197e12, 819e9, 200e9, 2, 3.125e9),
-    'v6e': Chip(32 * GIB, 918e12, 1638e9, 400e9, 2, 12.5e9),
-    'v5p': Chip(95 * GIB, 459e12, 2765e9, 600e9, 3, 6.25e9),
-    'v4': Chip(32 * GIB, 275e12, 1200e9, 300e9, 3),
-    'tpu7x': Chip(96 * GIB, 1153.5e12, 3690e9, 300e9, 3, 6.25e9, cores=2),
-    'h200': Chip(141 * 10 ** 9, 989e12, 4.8e12, 450e9, 0, 50e9),
-    'h100': Chip(80 * 10 ** 9, 989e12, 3.35e12, 450e9, 0, 50e9),
-    'a100': Chip(80 * 10 ** 9, 312e12, 2.039e12, 300e9, 0, 25e9),
-}
 # The TPU compiler asks the machine what it is. It need not be one with a TPU.
 NO_TPU_HERE = {'TPU_SKIP_MDS_QUERY': '1', 'ALLOW_MULTIPLE_LIBTPU_LOAD': '1',
                'TPU_WORKER_HOSTNAMES': 'localhost', 'TPU_ACCELERATOR_TYPE': 'v5litepod-4'}

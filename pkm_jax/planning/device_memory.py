@@ -15,6 +15,7 @@ KINDS = ('value tables', 'backbone parameters', 'optimizer state of value tables
          'optimizer state of the backbone', 'batch', 'statistics and marks')
 TEMPORARY = 'temporaries: activations, gradients'
 PROGRAM = 'program and padding of arrays'
+NORMS = 'more in steps with norms of updates'
 
 
 class DeviceMemory(NamedTuple):
@@ -58,8 +59,17 @@ def _bytes(leaf):
     return math.prod(leaf.sharding.shard_shape(leaf.shape)) * leaf.dtype.itemsize
 
 
-def of_compiled(given: dict[str, int], compiled: jax.stages.Compiled) -> dict[str, int]:
-    """All of a step's memory, from what its compiler says."""
+def of_compiled(
+    given: dict[str, int], usual: jax.stages.Compiled, with_norms: jax.stages.Compiled,
+) -> dict[str, int]:
+    """All memory of the usual step and what the one with all norms needs beyond it, from what
+    their compiler says."""
+    needed = _of_one(given, usual)
+    beyond = sum(_of_one(given, with_norms).values()) - sum(needed.values())
+    return needed | {NORMS: max(beyond, 0)}
+
+
+def _of_one(given, compiled):
     said = compiled.memory_analysis()
     returned = said.output_size_in_bytes - said.alias_size_in_bytes
     return {**given, TEMPORARY: said.temp_size_in_bytes,
@@ -69,10 +79,12 @@ def of_compiled(given: dict[str, int], compiled: jax.stages.Compiled) -> dict[st
 
 def estimated(given: dict[str, int], run: Run, layout: Layout) -> dict[str, int]:
     """All of a step's memory where it cannot be compiled: the model's activations of a micro-batch,
-    and `gradients`."""
+    and `gradients`. Norms need the updates, as large as gradients, when activations are gone."""
     sequences = run.train.micro_batch // math.prod(layout.shards)
     activations = run.model.activation_bytes(sequences, run.task.length, run.task.predictions())
-    return {**given, TEMPORARY: activations + gradients(given, run, layout)}
+    changes = gradients(given, run, layout)
+    return {**given, TEMPORARY: activations + changes,
+            NORMS: max(changes - activations, 0) if run.log.norms_every else 0}
 
 
 def gradients(given: dict[str, int], run: Run, layout: Layout) -> int:

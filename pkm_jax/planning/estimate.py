@@ -2,18 +2,21 @@
 
 import re
 import time
+from concurrent.futures import ThreadPoolExecutor
 from typing import NamedTuple
 
 import jax
 import numpy as np
 from jax.experimental.compilation_cache import compilation_cache
+from jax.stages import Lowered
 
+from pkm_jax.accelerators import GIB
 from pkm_jax.configuration.run import Run
 from pkm_jax.memory.embedding_bag import even_passes
 from pkm_jax.mesh import make_mesh, slice_of
 from pkm_jax.models.interface import ModelConfig, table_paths
 from pkm_jax.planning import chips, device_memory, hlo
-from pkm_jax.planning.chips import GIB, Topology
+from pkm_jax.planning.chips import Topology
 from pkm_jax.planning.device_memory import DeviceMemory
 from pkm_jax.planning.hlo import Collective
 from pkm_jax.training.layout import Layout, lay_out, tables_of
@@ -82,7 +85,8 @@ class Estimate(NamedTuple):
 def estimate(run: Run, topology: Topology) -> Estimate:
     """The step that `loop.train` would take in this run on that topology.
 
-    For a TPU it is compiled by the TPU's compiler, and what that says is passed on. For GPUs it is
+    For a TPU it is compiled by the TPU's compiler, with and without norms of updates, and what that
+    says is passed on. For GPUs it is
     compiled for as many CPU devices: collectives are read from that, memory is estimated.
 
     Raises:
@@ -98,8 +102,11 @@ def estimate(run: Run, topology: Topology) -> Estimate:
         batch = abstract_batch(run, mesh)
         given = device_memory.arguments(program.abstract, batch,
                                         table_paths(run.model.memories))
-        lowered = program.take_step.lower(program.abstract, batch, np.uint32(run.seed),
-                                          all_norms=False)
+        # Which steps of the two there are; time and traffic are those of the first.
+        norms = {0: [False], 1: [True]}.get(run.log.norms_every, [False, True])
+        lowered = [program.take_step.lower(program.abstract, batch, np.uint32(run.seed),
+                                           all_norms=all_norms)
+                   for all_norms in (norms if topology.is_tpu else norms[:1])]
     start = time.perf_counter()
     compiled, refusal = _compile(lowered)
     seconds, flops = time.perf_counter() - start, run.flops_per_step / count
@@ -107,11 +114,11 @@ def estimate(run: Run, topology: Topology) -> Estimate:
         given = given | {device_memory.TEMPORARY: _refused_bytes(refusal)}
         return Estimate(topology, run, layout, DeviceMemory(given, available), refusal, flops, 0.,
                         0., 0., 0., 0, None, (), (), seconds)
-    needed = (device_memory.of_compiled(given, compiled) if topology.is_tpu else
+    needed = (device_memory.of_compiled(given, compiled[0], compiled[-1]) if topology.is_tpu else
               device_memory.estimated(given, run, layout))
     own_reads = _own_reads(run, layout)
-    text = hlo.Program(compiled.as_text(), own_reads, topology.slices)
-    costs = compiled.cost_analysis()
+    text = hlo.Module(compiled[0].as_text(), own_reads, topology.slices)
+    costs = compiled[0].cost_analysis()
     transfers = _transfers(text, topology, mesh)
     return Estimate(topology, run, layout, DeviceMemory(needed, available), '', flops,
                     costs['flops'], costs['bytes accessed'], text.waited_bytes(),
@@ -130,7 +137,7 @@ def _own_reads(run, layout):
 
 
 def _compile(lowered):
-    """The compiled step, or what its compiler said for want of memory.
+    """The compiled steps, or what their compiler said for want of memory.
 
     Without JAX's cache: programs for other machines cannot be read back from it.
     """
@@ -138,11 +145,12 @@ def _compile(lowered):
     jax.config.update('jax_compilation_cache_dir', None)
     compilation_cache.reset_cache()
     try:
-        return lowered.compile(), ''
+        with ThreadPoolExecutor() as pool:
+            return list(pool.map(Lowered.compile, lowered)), ''
     except jax.errors.JaxRuntimeError as error:
         if 'RESOURCE_EXHAUSTED' not in str(error):
             raise
-        return None, str(error)
+        return [], str(error)
     finally:
         jax.config.update('jax_compilation_cache_dir', cache)
         compilation_cache.reset_cache()

@@ -79,8 +79,8 @@ class Collective(NamedTuple):
         return f'{len(self.groups[0])} devices'
 
 
-class Program:
-    """The computations of a module's text, as `compiled.as_text()` gives it.
+class Module:
+    """The computations of a compiled program, from its text as `compiled.as_text()` gives it.
 
     `own_reads`: iterations of the loops that `embedding_bag.OWN_READS` names, which data decides.
     With several slices it is the program of one, whose devices have the first numbers of the mesh.

@@ -27,12 +27,14 @@ def only_run_in(folder: Path, say: Callable[[str], None] = print) -> Iterator[Ca
     clock of the file system, whatever the clocks of the machines say.
 
     Yields a function that raises Refusal where another run has taken over since, as it would if
-    this process had been suspended for long.
+    this process had been suspended for long. A folder that was made for this, and in which
+    nothing was left, is removed again.
 
     Raises:
       Refusal: another run is under way in the folder; host, process and start are named. The
         folder cannot be made.
     """
+    is_new = not Path(folder).exists()
     make_folder(folder, 'workdir')
     path = folder / 'running.json'
     mine = _take(path, say)
@@ -53,6 +55,9 @@ def only_run_in(folder: Path, say: Callable[[str], None] = print) -> Iterator[Ca
         beating.join()
         if _read(path) == mine:
             path.unlink(missing_ok=True)
+        if is_new:
+            with contextlib.suppress(OSError):      # it is not empty
+                folder.rmdir()
 
 
 class Holder(NamedTuple):

@@ -11,7 +11,7 @@ import math
 from pathlib import Path
 from typing import Any
 
-from pkm_jax.report.runs import Run, read_run
+from pkm_jax.report.runs import RunRecord, read_run
 
 PLAN, CELL = 'ablation.json', 'cell.json'
 
@@ -21,7 +21,7 @@ class Cell:
     """A cell; `run` is None of one that has no metrics, `before` the cell that it starts from."""
     name: str
     described: dict[str, Any]
-    run: Run | None
+    run: RunRecord | None
     before: 'Cell | None' = None
 
     @property

@@ -10,20 +10,20 @@ import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-from pkm_jax.report.runs import Run, column
+from pkm_jax.report.runs import RunRecord, column
 from pkm_jax.report.theme import DASHED, Theme, count_axis, end_labels, style
 
 MOST_CLASSES = 20       # of a confusion matrix that can be read
 WORST = 10              # errors that are shown
 
 
-def finetuned(runs: Sequence[Run]) -> list[tuple[int, Run]]:
+def finetuned(runs: Sequence[RunRecord]) -> list[tuple[int, RunRecord]]:
     """The runs that kept their best weights by a metric, each with its index among all."""
     return [(index, run) for index, run in enumerate(runs)
             if run.evals and run.config['train'].get('best') in run.evals[-1]]
 
 
-def score_figure(runs: Sequence[Run], theme: Theme) -> Figure:
+def score_figure(runs: Sequence[RunRecord], theme: Theme) -> Figure:
     """The metric that counts at every evaluation; dashed what the commonest class would reach."""
     figure = Figure(figsize=(9.6, 4.8), layout='constrained')
     ax, labels, metrics = figure.add_subplot(), [], set()
@@ -45,7 +45,7 @@ def score_figure(runs: Sequence[Run], theme: Theme) -> Figure:
     return figure
 
 
-def predictions_figure(run: Run, theme: Theme) -> Figure | None:
+def predictions_figure(run: RunRecord, theme: Theme) -> Figure | None:
     """A confusion matrix of classes, or estimates against numbers; None for other predictions."""
     rows = [row for row in predictions_of(run) if row.get('label') is not None]
     draw = _scatter if rows and isinstance(rows[0].get('prediction'), float) else _confusion
@@ -85,7 +85,7 @@ def _scatter(ax: Axes, rows: list[dict[str, Any]], theme: Theme) -> None:
                                           else ''))
 
 
-def worst_errors(run: Run) -> str:
+def worst_errors(run: RunRecord) -> str:
     """The predictions that were surest and wrong, or farthest off, as an HTML table; '' of none."""
     rows = [row for row in predictions_of(run) if row.get('label') is not None and _error(row) > 0]
     lines = ''
@@ -113,13 +113,13 @@ def _error(row: dict[str, Any]) -> float:
     return shares[said] - shares.get(str(label), 0.)
 
 
-def results_of(run: Run) -> dict[str, Any]:
+def results_of(run: RunRecord) -> dict[str, Any]:
     """The eval_results.json of a finished run; {} where there is none yet."""
     path = run.folder / 'eval_results.json'
     return json.loads(path.read_text(encoding='utf-8')) if path.exists() else {}
 
 
-def predictions_of(run: Run) -> list[dict[str, Any]]:
+def predictions_of(run: RunRecord) -> list[dict[str, Any]]:
     """The predictions over the validation data of a finished run; [] where there are none yet."""
     path = run.folder / 'predictions_validation.jsonl'
     if not path.exists():

@@ -10,7 +10,7 @@ from matplotlib.figure import Figure
 from pkm_jax.memory.usage import uniform_ceiling
 from pkm_jax.report.finetuned import finetuned, predictions_figure, score_figure
 from pkm_jax.report.runs import (
-    Run,
+    RunRecord,
     column,
     counted,
     layers_of,
@@ -24,7 +24,7 @@ from pkm_jax.report.slot_plots import access_figure, slots_figure
 from pkm_jax.report.theme import DASHED, Theme, count_axis, end_labels, panels, share_axis, style
 
 
-def figures(runs: Sequence[Run], theme: Theme) -> dict[str, Figure]:
+def figures(runs: Sequence[RunRecord], theme: Theme) -> dict[str, Figure]:
     """All figures that the runs have the numbers for, by file name without suffix."""
     with matplotlib.rc_context(theme.look):
         drawn = {'loss': loss_figure(runs, theme)}
@@ -46,7 +46,7 @@ def figures(runs: Sequence[Run], theme: Theme) -> dict[str, Figure]:
     return drawn
 
 
-def loss_figure(runs: Sequence[Run], theme: Theme) -> Figure:
+def loss_figure(runs: Sequence[RunRecord], theme: Theme) -> Figure:
     """Loss against training tokens; a continued run starts where its parent ended."""
     figure = Figure(figsize=(9.6, 4.8), layout='constrained')
     ax = figure.add_subplot()
@@ -80,7 +80,7 @@ def loss_figure(runs: Sequence[Run], theme: Theme) -> Figure:
     return figure
 
 
-def usage_figure(runs: Sequence[Run], layers: Sequence[str], theme: Theme) -> Figure:
+def usage_figure(runs: Sequence[RunRecord], layers: Sequence[str], theme: Theme) -> Figure:
     """Top-1 and top-K usage against the number of evaluation tokens, one row a memory layer."""
     figure, grid = panels(runs, len(layers))
     for (top_1, top_k), layer in zip(grid, layers, strict=True):
@@ -89,7 +89,7 @@ def usage_figure(runs: Sequence[Run], layers: Sequence[str], theme: Theme) -> Fi
     return figure
 
 
-def _usage_panel(ax: Axes, runs: Sequence[Run], layer: str, kind: str, theme: Theme) -> None:
+def _usage_panel(ax: Axes, runs: Sequence[RunRecord], layer: str, kind: str, theme: Theme) -> None:
     """The curves of all runs with this layer, and what uniform picks would reach."""
     column = 1 if kind == 'top-1' else 2
     labels = []
@@ -123,7 +123,7 @@ def _usage_panel(ax: Axes, runs: Sequence[Run], layer: str, kind: str, theme: Th
     end_labels(ax, labels)
 
 
-def usage_training_figure(runs: Sequence[Run], layers: Sequence[str], theme: Theme) -> Figure:
+def usage_training_figure(runs: Sequence[RunRecord], layers: Sequence[str], theme: Theme) -> Figure:
     """Top-1 and top-K usage at every evaluation, against the tokens trained with the memory."""
     figure, grid = panels(runs, len(layers))
     for (top_1, top_k), layer in zip(grid, layers, strict=True):
@@ -132,7 +132,8 @@ def usage_training_figure(runs: Sequence[Run], layers: Sequence[str], theme: The
     return figure
 
 
-def _usage_training_panel(ax: Axes, runs: Sequence[Run], layer: str, key: str, kind: str) -> None:
+def _usage_training_panel(ax: Axes, runs: Sequence[RunRecord], layer: str, key: str,
+                          kind: str) -> None:
     labels, evaluated = [], set()
     for index, run in with_memory(runs, layer):
         records = [record for record in run.memory_evals if layer in record['memory']]

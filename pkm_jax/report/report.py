@@ -7,7 +7,7 @@ from pathlib import Path
 
 from pkm_jax.report.finetuned import finetuned, worst_errors
 from pkm_jax.report.plots import figures
-from pkm_jax.report.runs import Run, read_runs, thousands
+from pkm_jax.report.runs import RunRecord, read_runs, thousands
 from pkm_jax.report.table import table
 from pkm_jax.report.theme import DARK, LIGHT, style
 from pkm_jax.report.verdict import Verdict, verdicts
@@ -81,7 +81,7 @@ def write_report(folder: Path, runs: Sequence[str] | None = None) -> Path:
     return page
 
 
-def _verdict(said: Verdict, runs: Sequence[Run]) -> str:
+def _verdict(said: Verdict, runs: Sequence[RunRecord]) -> str:
     tone = {True: 'yes', False: 'no', None: 'unknown'}[said.holds]
     bars = ''.join(
         f'<span>{html.escape(run.name)}</span><div><i style="width:{share:.1%};background:'
@@ -106,7 +106,7 @@ def _figure(target: Path, name: str, inches: float) -> str:
             f'<figcaption>{caption}</figcaption></figure>')
 
 
-def _losses(runs: Sequence[Run]) -> Iterator[tuple[str, str, str]]:
+def _losses(runs: Sequence[RunRecord]) -> Iterator[tuple[str, str, str]]:
     """Definitions of the losses that the runs have, each once, and of perplexity."""
     losses = {run.loss_name['name']: run.loss_name for run in runs if run.loss_name['meaning']}
     for name, loss in losses.items():
@@ -116,7 +116,7 @@ def _losses(runs: Sequence[Run]) -> Iterator[tuple[str, str, str]]:
         yield 'perplexity', 'exponential of the loss', ''
 
 
-def _page(folder: Path, runs: Sequence[Run], widths: dict[str, float]) -> str:
+def _page(folder: Path, runs: Sequence[RunRecord], widths: dict[str, float]) -> str:
     notes = ''.join(f'<li><b>{html.escape(run.name)}</b>: {html.escape(note)}</li>'
                     for run in runs for note in run.notes)
     definitions = ''.join(

@@ -29,7 +29,7 @@ class SlotAccess:
 
 
 @dataclasses.dataclass(frozen=True)
-class Run:
+class RunRecord:
     """One training run as its files tell it; `start_*` is where the run it continues had got."""
     name: str
     folder: Path
@@ -93,7 +93,7 @@ class Run:
         return self.config.get('memory', {}).get('placement', '–') if self.layers else 'none'
 
 
-def read_runs(folder: Path, names: Sequence[str] | None = None) -> list[Run]:
+def read_runs(folder: Path, names: Sequence[str] | None = None) -> list[RunRecord]:
     """The runs under a work folder (or the folder's own run), in the order they were started.
 
     `names` picks subfolders. Runs that have no metrics yet are left out, with a word in the log.
@@ -122,7 +122,7 @@ def read_runs(folder: Path, names: Sequence[str] | None = None) -> list[Run]:
     return _link(_told_apart(runs))
 
 
-def read_run(folder: Path) -> Run:
+def read_run(folder: Path) -> RunRecord:
     """One run's files.
 
     Raises:
@@ -146,35 +146,35 @@ def read_run(folder: Path) -> Run:
                          f'started without its last checkpoint')
             logging.warning('%s: %s', folder, notes[-1])
     started = records['start'][-1] if records['start'] else {}
-    run = Run(folder.resolve().name, folder, config, records['train'], records['eval'], access,
-              notes, started)
+    run = RunRecord(folder.resolve().name, folder, config, records['train'], records['eval'],
+                    access, notes, started)
     if (run.train or run.evals) and run.steps < run.planned_steps:
         notes.append(f'unfinished: {run.steps:,} of {run.planned_steps:,} steps')
     return run
 
 
-def with_memory(runs: Sequence[Run], layer: str) -> list[tuple[int, Run]]:
+def with_memory(runs: Sequence[RunRecord], layer: str) -> list[tuple[int, RunRecord]]:
     """The runs that evaluated a memory in this layer, each with its index among all."""
     return [(index, run) for index, run in enumerate(runs) if layer in run.layers]
 
 
-def counted(runs: Sequence[Run], layer: str) -> list[tuple[int, Run]]:
+def counted(runs: Sequence[RunRecord], layer: str) -> list[tuple[int, RunRecord]]:
     """Those of them whose slot counts can be read."""
     return [(index, run) for index, run in with_memory(runs, layer) if layer in run.access]
 
 
-def layers_of(runs: Sequence[Run]) -> list[str]:
+def layers_of(runs: Sequence[RunRecord]) -> list[str]:
     """The names of the memories of all runs, in order."""
     return _in_order({layer for run in runs for layer in run.layers})
 
 
-def titled(runs: Sequence[Run], layer: str) -> str:
+def titled(runs: Sequence[RunRecord], layer: str) -> str:
     """What the memory of that name is called, to begin a title: 'Layer 4'."""
     title = with_memory(runs, layer)[0][1].title(layer)
     return title[0].upper() + title[1:]
 
 
-def loss_of(runs: Sequence[Run]) -> tuple[str, str]:
+def loss_of(runs: Sequence[RunRecord]) -> tuple[str, str]:
     """What the loss of the runs is called, and ', nats' if that is the unit of all."""
     names, units = ({run.loss_name[part] for run in runs} for part in ('name', 'unit'))
     unit = units.pop() if len(units) == 1 else ''
@@ -251,7 +251,7 @@ def _read_metrics(file: Path) -> tuple[dict[str, list[dict]], list[str]]:
     return records, notes
 
 
-def _told_apart(runs: list[Run]) -> list[Run]:
+def _told_apart(runs: list[RunRecord]) -> list[RunRecord]:
     """`runs`, those whose folders share a name called by their parent folder's name too."""
     times = collections.Counter(run.name for run in runs)
     return [run if times[run.name] == 1 else
@@ -259,9 +259,9 @@ def _told_apart(runs: list[Run]) -> list[Run]:
             for run in runs]
 
 
-def _link(runs: list[Run]) -> list[Run]:
+def _link(runs: list[RunRecord]) -> list[RunRecord]:
     """Tells each run that continues an earlier one of `runs` its parent and where it starts."""
-    linked: list[Run] = []
+    linked: list[RunRecord] = []
     for run in runs:
         parent = next((earlier for earlier in linked
                        if run.init_from and _names(run.init_from, earlier.folder)), None)

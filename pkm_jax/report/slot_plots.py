@@ -12,11 +12,11 @@ from matplotlib.figure import Figure
 from matplotlib.layout_engine import ConstrainedLayoutEngine
 from matplotlib.ticker import PercentFormatter
 
-from pkm_jax.report.runs import Run, counted, thousands, titled
+from pkm_jax.report.runs import RunRecord, counted, thousands, titled
 from pkm_jax.report.theme import DASHED, Theme, count_axis, panels, share_axis, style
 
 
-def slots_figure(runs: Sequence[Run], layer: str, theme: Theme) -> Figure:
+def slots_figure(runs: Sequence[RunRecord], layer: str, theme: Theme) -> Figure:
     """All N × N slots of one layer, coloured by how often they were read (top) or best (bottom)."""
     shown = counted(runs, layer)
     blocks = [shown[start : start + 4] for start in range(0, len(shown), 4)]
@@ -51,7 +51,7 @@ def slots_figure(runs: Sequence[Run], layer: str, theme: Theme) -> Figure:
     return figure
 
 
-def access_figure(runs: Sequence[Run], layers: Sequence[str], theme: Theme) -> Figure:
+def access_figure(runs: Sequence[RunRecord], layers: Sequence[str], theme: Theme) -> Figure:
     """Slots sorted by use: the share of the mass they hold together, and the reads of each."""
     figure, grid = panels(runs, len(layers), height=4.4 + 0.27 * len(runs))
     for (held, reads), layer in zip(grid, layers, strict=True):

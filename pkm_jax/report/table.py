@@ -5,7 +5,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-from pkm_jax.report.runs import Run, column, layers_of, loss_of, smoothed, thousands, titled
+from pkm_jax.report.runs import RunRecord, column, layers_of, loss_of, smoothed, thousands, titled
 from pkm_jax.report.theme import style
 
 # Metrics of fine-tuned runs, by what they are called in the table.
@@ -17,7 +17,7 @@ SCORES = {
 KEY_ROWS = ('Evaluation loss', 'Top-1 usage')       # and what follows in brackets
 
 
-def table(runs: Sequence[Run]) -> str:
+def table(runs: Sequence[RunRecord]) -> str:
     """The runs side by side as HTML; rows that hold for none of them are left out."""
     heads = ''.join(f'<th scope="col"><i style="background:{style(index)[0]}"></i>'
                     f'{html.escape(run.name)}</th>' for index, run in enumerate(runs))
@@ -39,25 +39,25 @@ def table(runs: Sequence[Run]) -> str:
     return f'<div class="wide"><table>{head}<tbody>{body}</tbody></table></div>'
 
 
-def _run_rows(unit: str) -> list[tuple[str, Callable[[Run], str]]]:
+def _run_rows(unit: str) -> list[tuple[str, Callable[[RunRecord], str]]]:
     """Rows of the table that hold for a whole run; `unit`: of the loss, see `loss_of`."""
 
-    def last(key: str, form: str) -> Callable[[Run], str]:
+    def last(key: str, form: str) -> Callable[[RunRecord], str]:
         return lambda run: (format(run.evals[-1][key], form)
                             if run.evals and key in run.evals[-1] else '–')
 
-    def initialisation(run: Run) -> str:
+    def initialisation(run: RunRecord) -> str:
         return f'from {run.parent or Path(run.init_from).name}' if run.init_from else 'scratch'
 
-    def steps(run: Run) -> str:
+    def steps(run: RunRecord) -> str:
         before = f' (after {run.start_step:,})' if run.start_step else ''
         return f'{run.steps:,}{before}'
 
-    def tokens(run: Run) -> str:
+    def tokens(run: RunRecord) -> str:
         before = f' (after {thousands(run.start_tokens)})' if run.start_tokens else ''
         return f'{thousands(run.tokens)}{before}'
 
-    def speed(run: Run) -> str:
+    def speed(run: RunRecord) -> str:
         speeds = sorted(r['tokens_per_second'] for r in run.train if 'tokens_per_second' in r)
         return thousands(speeds[len(speeds) // 2]) if speeds else '–'
 
@@ -77,14 +77,14 @@ def _run_rows(unit: str) -> list[tuple[str, Callable[[Run], str]]]:
     ]
 
 
-def _memory_rows(layer: str) -> list[tuple[str, Callable[[Run], str]]]:
+def _memory_rows(layer: str) -> list[tuple[str, Callable[[RunRecord], str]]]:
     """Rows of the table for the memory of one layer."""
 
-    def usage(write: Callable[[dict[str, Any]], str]) -> Callable[[Run], str]:
+    def usage(write: Callable[[dict[str, Any]], str]) -> Callable[[RunRecord], str]:
         return lambda run: (write(run.memory_evals[-1]['memory'][layer])
                             if layer in run.layers else '–')
 
-    def tokens(run: Run) -> str:
+    def tokens(run: RunRecord) -> str:
         return thousands(run.memory_evals[-1]['eval_tokens']) if layer in run.layers else '–'
 
     def holding(memory: dict[str, Any]) -> str:

@@ -11,7 +11,7 @@ from matplotlib.figure import Figure
 from matplotlib.layout_engine import ConstrainedLayoutEngine
 from matplotlib.ticker import FuncFormatter, NullFormatter, PercentFormatter
 
-from pkm_jax.report.runs import Run, thousands
+from pkm_jax.report.runs import RunRecord, thousands
 
 # Middle tones of Okabe and Ito's colour-blind safe palette: legible on white and on dark alike.
 PALETTE = ('#2b83c6', '#dd6a13', '#12946f', '#c267a0', '#a68400', '#7a6fd0', '#b5453c', '#5c8a9e')
@@ -53,7 +53,7 @@ def style(index: int) -> tuple[str, str]:
     return PALETTE[index % len(PALETTE)], LINES[index // len(PALETTE) % len(LINES)]
 
 
-def panels(runs: Sequence[Run], rows: int, height: float = 4.3) -> tuple[Figure, np.ndarray]:
+def panels(runs: Sequence[RunRecord], rows: int, height: float = 4.3) -> tuple[Figure, np.ndarray]:
     """Two panels a row, with room for the runs' names beside each."""
     width = 4.7 + 0.11 * max(len(run.name) for run in runs)
     figure = Figure(figsize=(2 * width, height * rows),

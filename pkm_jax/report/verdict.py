@@ -5,7 +5,7 @@ import math
 from collections.abc import Sequence
 from typing import Any
 
-from pkm_jax.report.runs import Run, thousands
+from pkm_jax.report.runs import RunRecord, thousands
 
 CLEAR = 0.01    # from here on two top-1 usages count as different: one percentage point
 
@@ -16,11 +16,11 @@ class Verdict:
     holds: bool | None
     title: str
     text: str
-    top1: tuple[tuple[Run, float], ...] = ()
+    top1: tuple[tuple[RunRecord, float], ...] = ()
     eval_tokens: int = 0
 
 
-def verdicts(runs: Sequence[Run]) -> list[Verdict]:
+def verdicts(runs: Sequence[RunRecord]) -> list[Verdict]:
     """Whether memory added to pretrained weights uses more slots than replacement from scratch.
 
     One verdict for every two such runs with memories in the same layers, in the order of the runs;
@@ -37,7 +37,7 @@ def verdicts(runs: Sequence[Run]) -> list[Verdict]:
     return [_compare(*pair) for pair in pairs]
 
 
-def _compare(ours: Run, theirs: Run) -> Verdict:
+def _compare(ours: RunRecord, theirs: RunRecord) -> Verdict:
     both = _same_step(ours, theirs)
     if both is None:
         return Verdict(None, 'No verdict yet',
@@ -51,7 +51,7 @@ def _compare(ours: Run, theirs: Run) -> Verdict:
     return _judge(ours, a, theirs, b, steps)
 
 
-def _same_step(ours: Run, theirs: Run) -> tuple[tuple[dict, dict], str] | None:
+def _same_step(ours: RunRecord, theirs: RunRecord) -> tuple[tuple[dict, dict], str] | None:
     """The latest evaluations of both after as many steps, and how these were counted."""
     mine = {record['step']: record for record in ours.memory_evals}
     other = {record['step']: record for record in theirs.memory_evals}
@@ -69,7 +69,7 @@ def _same_step(ours: Run, theirs: Run) -> tuple[tuple[dict, dict], str] | None:
     return (mine[max(common)], other[max(common)]), steps
 
 
-def _judge(ours: Run, a: dict, theirs: Run, b: dict, steps: str) -> Verdict:
+def _judge(ours: RunRecord, a: dict, theirs: RunRecord, b: dict, steps: str) -> Verdict:
     one, two = _mean_usage(a, 'top_1_usage'), _mean_usage(b, 'top_1_usage')
     gap = one - two
     if gap >= CLEAR:
@@ -93,7 +93,7 @@ def _judge(ours: Run, a: dict, theirs: Run, b: dict, steps: str) -> Verdict:
     return Verdict(gap >= CLEAR, title, text, ((ours, one), (theirs, two)), a['eval_tokens'])
 
 
-def _compare_losses(ours: Run, a: float, theirs: Run, b: float) -> str:
+def _compare_losses(ours: RunRecord, a: float, theirs: RunRecord, b: float) -> str:
     if not (math.isfinite(a) and math.isfinite(b)):
         return f'Their losses ({a:.3f} and {b:.3f}) cannot be compared.'
     if ours.loss_name != theirs.loss_name:

@@ -26,7 +26,7 @@ class Layout(NamedTuple):
     reasons: tuple[str, ...]    # lines for the log
 
 
-class Tables(NamedTuple):
+class TableSizes(NamedTuple):
     """The value tables of a model: their number, rows S and columns V."""
     number: int
     slots: int
@@ -80,14 +80,14 @@ def bytes_of_device() -> int | None:
     return (jax.local_devices()[0].memory_stats() or {}).get('bytes_limit')
 
 
-def tables_of(sites: dict[Any, MemorySite]) -> Tables:
+def tables_of(sites: dict[Any, MemorySite]) -> TableSizes:
     """The value tables of a model that has memories, all of one size."""
     first = next(iter(sites.values()))
-    return Tables(len({site.table for site in sites.values()}), first.config.slots,
+    return TableSizes(len({site.table for site in sites.values()}), first.config.slots,
                   first.value_width)
 
 
-def compact_bytes(shards: Shards, tables: Tables, reads: int, accumulation_steps: int) -> int:
+def compact_bytes(shards: Shards, tables: TableSizes, reads: int, accumulation_steps: int) -> int:
     """Bytes on a device of the rows that `reads` reads of each micro-batch can touch, all their
     gradients and what an update makes of the sum."""
     rows = min(tables.slots // shards.rows, reads)
@@ -110,7 +110,7 @@ def _choose_updates(run, memory, tables, reads):
                     f'{"cannot" if sparse else "can"} reach every row')
 
 
-def _choose_shards(shards: Parts, tables: Tables, devices: int, size: Callable[[Shards], float],
+def _choose_shards(shards: Parts, tables: TableSizes, devices: int, size: Callable[[Shards], float],
                    device_bytes: int | None) -> tuple[Shards, str]:
     """The layout, and why, for tables that need `size(layout)` bytes of a device; zeros of the
     configuration are chosen.

@@ -13,14 +13,8 @@ from tensorboardX.proto.event_pb2 import Event
 from tensorboardX.proto.summary_pb2 import Summary
 from tqdm import tqdm
 
+from pkm_jax.accelerators import peak_flops
 from pkm_jax.training.metrics_file import MetricsFile
-
-# Dense bfloat16 peak of one device in FLOP/s, by the name JAX gives it; vendors' data sheets.
-PEAK_FLOPS = {
-    'NVIDIA H200': 989e12, 'NVIDIA H100 80GB HBM3': 989e12, 'NVIDIA A100-SXM4-80GB': 312e12,
-    'NVIDIA A100-SXM4-40GB': 312e12, 'TPU v4': 275e12, 'TPU v5 lite': 197e12, 'TPU v5': 459e12,
-    'TPU v6 lite': 918e12,
-}
 
 FIELDS = ('step', 'tokens', 'time')     # of every line, beside its kind: no metrics
 
@@ -120,7 +114,7 @@ class RunLog:
 
 def utilisation(flops_per_second: float) -> float | None:
     """Share of the peak of all devices, or None where that is not known."""
-    peak = PEAK_FLOPS.get(jax.devices()[0].device_kind)
+    peak = peak_flops(jax.devices()[0].device_kind)
     return flops_per_second / (peak * jax.device_count()) if peak else None
 
 

@@ -34,18 +34,24 @@ def phase(what: str) -> Iterator[None]:
         print(f'{what}: {seconds:.1f} s', flush=True)
 
 
+def _kept(run):
+    if cache := compilation_cache():
+        return f'kept in {cache}'
+    why = ('nobody has called training.start.use_compilation_cache' if run.compilation_cache else
+           "compilation_cache = ''")
+    return f'not kept ({why}): each start compiles anew'
+
+
 def summary(run: Run, layout: Layout, mesh: Mesh) -> list[str]:
     """Lines on devices, layout, and which fast paths are on or off and why."""
     device = mesh.devices.flat[0]
     sizes = ', '.join(f'{axis} {size}' for axis, size in mesh.shape.items() if size > 1)
-    cache = compilation_cache()
     return [
         f'devices: {mesh.size} × {device.device_kind} in {jax.process_count()} processes, as '
         f'{sizes or "one"}; jax {jax.__version__}',
         *layout.reasons,
         *run.model.fast_paths(device.platform),
-        f'compiled programs: kept in {cache}' if cache else
-        'compiled programs: not kept (compilation_cache is empty): each start compiles anew',
+        f'compiled programs: {_kept(run)}',
         f'a step: {run.train.batch:,} examples of '
         f'{" or ".join(f"{length:,}" for length in run.task.buckets)} tokens, '
         f'{run.train.gradient_accumulation_steps} micro-batch(es), '

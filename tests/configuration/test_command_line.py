@@ -68,7 +68,16 @@ def test_known_fields_pass():
      'Not started: --config.train.stepz: there is no such field: did you mean train.steps'),
     (['--config=ablation:init=none'], "Not started: configs/ablation.py: 'init=none' is none of"),
     (['--config=quickstart', '--config.train.steps=0'],
-     'Not trained: train.steps = 0 must be 1 or more.')])
+     'Not trained: train.steps = 0 must be 1 or more.'),
+    (['--config=quickstart', '--config.train.steps=abc'],
+     "Not started: --config.train.steps=abc: 'abc' is no int."),
+    (['--config=quickstart', '--config.memory.layers=abc'],
+     "Not trained: memory.layers = ('abc',): each must be an int."),
+    (['--config=quickstart', '--config.log.profile=3'],
+     'Not trained: log.profile = (3,) must be (int, int).'),
+    (['--config=quickstart', '--nonsense=1'], "Not started: Unknown command line flag 'nonsense'"),
+    (['--config=quickstart', 'train.steps=3'],
+     'Not started: train.steps=3: no option takes this')])
 def test_a_wrong_command_line_is_one_line(arguments, said, tmp_path):
     """From any folder; no traceback."""
     ran = subprocess.run([sys.executable, '-m', 'pkm_jax.pretrain', *arguments], cwd=tmp_path,
@@ -76,6 +85,18 @@ def test_a_wrong_command_line_is_one_line(arguments, said, tmp_path):
                          text=True, check=False)
     assert ran.returncode == 2 and ran.stderr.strip().startswith(said), ran.stderr
     assert len(ran.stderr.strip().splitlines()) == 1
+
+
+@pytest.mark.parametrize('module, options', [
+    ('finetune', ['--config=text']), ('replay', ['--config=quickstart']),
+    ('compile_check', ['--config=quickstart', '--topology=h200:8']),
+    ('convert_checkpoint', ['--from=a', '--to=b'])])
+def test_no_program_ignores_what_is_no_option(module, options, tmp_path):
+    ran = subprocess.run([sys.executable, '-m', f'pkm_jax.{module}', *options, 'stray'],
+                         cwd=tmp_path, env={**os.environ, 'PYTHONPATH': str(ROOT)},
+                         capture_output=True, text=True, check=False)
+    assert (ran.returncode, ran.stderr.strip()) == (
+        2, 'Not started: stray: no option takes this; options begin with "--".')
 
 
 def test_arguments_for_a_configuration_that_takes_none():

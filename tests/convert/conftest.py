@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from flax import nnx
 
-from pkm_jax.convert.tensors import ConversionLog, Pretrained, expected, unflatten
+from pkm_jax.convert.tensors import ConversionLog, ForeignModel, expected, unflatten
 from pkm_jax.memory.layer import MemoryConfig
 from pkm_jax.models.bert import Bert, BertConfig
 
@@ -30,7 +30,7 @@ VARIANTS = {
 }
 
 
-def make(**changes) -> Pretrained:
+def make(**changes) -> ForeignModel:
     config = dataclasses.replace(SMALL, **changes)
     rng = np.random.default_rng(0)
 
@@ -41,7 +41,7 @@ def make(**changes) -> Pretrained:
 
     params, statistics = (unflatten({path: draw(path, leaf.shape) for path, leaf in tree.items()})
                           for tree in expected(config))
-    return Pretrained(config, params, statistics, ConversionLog())
+    return ForeignModel(config, params, statistics, ConversionLog())
 
 
 @pytest.fixture

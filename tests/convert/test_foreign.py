@@ -156,7 +156,7 @@ def test_of_another_head_the_encoder_is_taken(folder, architecture):
     save_file(weights, source / 'model.safetensors')
     found = foreign.load(rename(source, str, architectures=[architecture]))
     assert_same_parameters(found, huggingface.load(GOLDENS / 'model'))
-    assert found.report.left['classifier.weight'] == f'of the head of {architecture}'
+    assert found.log.left['classifier.weight'] == f'of the head of {architecture}'
 
 
 def test_a_classifier_of_tokens_is_known_by_its_missing_pooler(folder):

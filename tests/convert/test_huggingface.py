@@ -13,7 +13,7 @@ import pytest
 from safetensors.numpy import load_file, save_file
 
 from pkm_jax.convert import huggingface
-from pkm_jax.convert.tensors import ConversionLog, Pretrained, flatten
+from pkm_jax.convert.tensors import ConversionLog, ForeignModel, flatten
 from pkm_jax.memory.layer import MemoryConfig
 from pkm_jax.models.bert import BertConfig
 from pkm_jax.refusal import Refusal
@@ -39,7 +39,7 @@ def test_published_weights_equal_pytorch(package, assert_equal_to_golden):
         assert_equal_to_golden(huggingface.load(folder), dict(golden))
 
 
-def save(folder: Path, model: Pretrained, **options) -> ConversionLog:
+def save(folder: Path, model: ForeignModel, **options) -> ConversionLog:
     return huggingface.save(folder, model.config, model.params, model.statistics, **options)
 
 
@@ -51,7 +51,7 @@ def test_round_trip_is_the_identity(each_model, tmp_path):
     config = each_model.config
     unused = {} if config.memory_layers else {'memory': BertConfig.memory}
     assert back.config == dataclasses.replace(config, **unused)
-    assert set(back.report.left) <= {'cls.predictions.bias'}  # written twice when untied
+    assert set(back.log.left) <= {'cls.predictions.bias'}  # written twice when untied
 
 
 def assert_identical(found: dict, wanted: dict) -> None:
@@ -100,7 +100,7 @@ def test_a_table_larger_than_a_shard_is_split_and_read_a_shard_at_a_time(tmp_pat
     memory = model.params['layers'][1]['memory']
     table = memory['values']
     on_disk = memory['values'] = TableOnDisk(table)
-    report = save(tmp_path / 'out', model, shard_bytes=2**20)
+    log = save(tmp_path / 'out', model, shard_bytes=2**20)
     assert table.nbytes == 8 * 2**20 and max(on_disk.reads) <= 2**20
     sizes = [file.stat().st_size for file in (tmp_path / 'out').glob('*.safetensors')]
     assert len(sizes) > 8 and max(sizes) < 2**20 + 20_000
@@ -109,32 +109,32 @@ def test_a_table_larger_than_a_shard_is_split_and_read_a_shard_at_a_time(tmp_pat
     assert_identical(back.params, model.params)
     arrays = flatten(model.params) | flatten(model.statistics)
     checksums = {path: f'{zlib.crc32(array.tobytes()):08x}' for path, array in arrays.items()}
-    for listed in (report, back.report):
+    for listed in (log, back.log):
         assert {entry.path: entry.checksum for entry in listed.taken} == checksums
 
 
 def test_the_report_lists_every_tensor():
-    report = huggingface.load(TINY['pretraining']).report
-    assert report.left == {
+    log = huggingface.load(TINY['pretraining']).log
+    assert log.left == {
         'bert.embeddings.position_ids': 'a buffer, nothing learnt',
         'cls.predictions.bias': 'cls.predictions.decoder.bias is the one in use',
         'cls.predictions.decoder.weight': 'the word embedding once more'}
-    sources = {entry.path: entry.source for entry in report.taken}
+    sources = {entry.path: entry.source for entry in log.taken}
     assert sources['layers/1/attention/query/kernel'] == (
         'bert.encoder.layer.1.attention.self.query.weight')
-    lines = str(report).splitlines()
-    assert len(lines) == len(report.taken) + 3 + 1
+    lines = str(log).splitlines()
+    assert len(lines) == len(log.taken) + 3 + 1
     assert any('float32' in line and '(40, 16)' in line and 'embeddings/word' in line
                for line in lines)
-    checksums = [entry.checksum for entry in report.taken]
+    checksums = [entry.checksum for entry in log.taken]
     assert len(set(checksums)) == len(checksums)
 
 
 def test_heads_that_are_not_asked_for_are_left(tmp_path, random_model):
     model = random_model(output_heads=('mlm', 'pooler', 'nsp'))
     config = dataclasses.replace(model.config, output_heads=('mlm',))
-    report = save(tmp_path / 'out', dataclasses.replace(model, config=config))
-    assert set(report.left) == {'pooler/kernel', 'pooler/bias', 'nsp/kernel', 'nsp/bias'}
+    log = save(tmp_path / 'out', dataclasses.replace(model, config=config))
+    assert set(log.left) == {'pooler/kernel', 'pooler/bias', 'nsp/kernel', 'nsp/bias'}
     assert huggingface.load(tmp_path / 'out').config.output_heads == ('mlm',)
 
 
@@ -220,8 +220,8 @@ def test_unknown_names_are_refused_or_left(folder):
     source = edit_weights(folder('model'), add)
     with pytest.raises(Refusal, match='adapter.weight.*convert_checkpoint --allow_unused'):
         huggingface.load(source)
-    report = huggingface.load(source, allow_unused=True).report
-    assert report.left == {'bert.encoder.adapter.weight': 'not understood'}
+    log = huggingface.load(source, allow_unused=True).log
+    assert log.left == {'bert.encoder.adapter.weight': 'not understood'}
 
 
 def test_a_missing_tensor_is_refused(folder):

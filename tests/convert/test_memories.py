@@ -97,8 +97,8 @@ def test_memories_replace_layers_and_go_out_again(tmp_path, backbone):
         'head': {'weight': np.zeros(2, np.float32)}})
     joined = add_memories(backbone, path, 'replace', K)
     assert joined.config.memory_layers == (0, 1)
-    assert joined.report.left['head.weight'] == 'not of a memory'
-    assert joined.report.left['layers/0/feed_forward/up/kernel'] == 'a memory is in its place'
+    assert joined.log.left['head.weight'] == 'not of a memory'
+    assert joined.log.left['layers/0/feed_forward/up/kernel'] == 'a memory is in its place'
     huggingface.save(tmp_path / 'out', joined.config, joined.params, joined.statistics)
     back = huggingface.load(tmp_path / 'out')
     assert back.config == joined.config
@@ -112,10 +112,10 @@ def test_a_projection_without_bias_gets_zeros(tmp_path, backbone):
     memory['query_proj.weight'] = memory.pop('query_proj.query_mlps.0.weight')
     path = write(tmp_path / 'memory.safetensors', **{'layers.1': memory})
     joined = add_memories(backbone, path, 'add', K)
-    (new,) = joined.report.new
+    (new,) = joined.log.new
     assert new.path == 'layers/1/memory/query/bias' and new.shape == (H * 2 * HALF,)
     assert not joined.params['layers'][1]['memory']['query']['bias'].any()
-    sources = {entry.path: entry.source for entry in joined.report.taken}
+    sources = {entry.path: entry.source for entry in joined.log.taken}
     assert sources['layers/1/memory/codebooks'] == 'layers.1.keys'
 
 

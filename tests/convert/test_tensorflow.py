@@ -60,8 +60,8 @@ def test_a_checkpoint_gives_the_same_parameters():
     pytest.importorskip('tensorflow', reason="pip install 'pkm_jax[tensorflow]' to run this test")
     found = tensorflow.load(GOLDENS / 'tensorflow')
     assert_same(found, huggingface.load(GOLDENS / 'pretraining'))
-    assert set(found.report.left.values()) == {"the optimizer's"}
-    assert 'global_step' in found.report.left and len(found.report.left) == 5
+    assert set(found.log.left.values()) == {"the optimizer's"}
+    assert 'global_step' in found.log.left and len(found.log.left) == 5
 
 
 def test_a_truncated_checkpoint_is_refused(tmp_path):
@@ -78,7 +78,7 @@ def test_tensors_are_taken_by_name(without_tensorflow):
     source, stored = without_tensorflow
     found = tensorflow.load(GOLDENS / 'tensorflow')
     assert_same(found, source)
-    assert len(found.report.left) == len(stored) / 2
+    assert len(found.log.left) == len(stored) / 2
 
 
 def test_unknown_names_are_refused(without_tensorflow):
@@ -86,8 +86,8 @@ def test_unknown_names_are_refused(without_tensorflow):
     stored['bert/adapter/kernel'] = stored['bert/pooler/dense/kernel']
     with pytest.raises(Refusal, match='bert/adapter/kernel.*convert_checkpoint --allow_unused'):
         tensorflow.load(GOLDENS / 'tensorflow')
-    report = tensorflow.load(GOLDENS / 'tensorflow', allow_unused=True).report
-    assert report.left['bert/adapter/kernel'] == 'not understood'
+    log = tensorflow.load(GOLDENS / 'tensorflow', allow_unused=True).log
+    assert log.left['bert/adapter/kernel'] == 'not understood'
 
 
 def test_a_missing_library_is_named(monkeypatch):

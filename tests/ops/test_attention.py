@@ -5,6 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from pkm_jax.ops import attention
 from pkm_jax.ops.attention import attend
 
 LENGTHS = jnp.asarray([7, 3, 0])
@@ -40,3 +41,20 @@ def test_causal_attention_does_not_look_ahead(rate):
     ahead = jax.grad(lambda value: jnp.sum(attend(
         query, key, value, LENGTHS, rate, jax.random.key(0), causal=True)[:, :4]))(value)
     assert not np.asarray(ahead[:, 4:]).any() and np.asarray(ahead[:, :4]).any()
+
+
+def test_cudnn_is_chosen_by_the_platform_of_the_lowering(monkeypatch):
+    """On a machine with a GPU, of whose two implementations here each has a mark of its own."""
+    monkeypatch.setattr(attention.jax, 'default_backend', lambda: 'gpu')
+    monkeypatch.setattr(attention, '_attend', lambda query, *_, causal, implementation: query * (
+        {'cudnn': 123, 'xla': 321}[implementation]))
+
+    def lowered(platform, dtype):
+        query, key, value = (x.astype(dtype) for x in draw())
+        return jax.jit(attend, static_argnums=(4, 5)).trace(
+            query, key, value, LENGTHS, 0., None).lower(lowering_platforms=(platform,)).as_text()
+
+    for platform, dtype, mark in [('cuda', jnp.bfloat16, '1.23'), ('tpu', jnp.bfloat16, '3.2'),
+                                  ('cuda', jnp.float32, '3.21')]:
+        text = lowered(platform, dtype)
+        assert mark in text and ('1.23' in text) == (mark == '1.23'), (platform, dtype)

@@ -5,13 +5,14 @@ import re
 import jax
 import pytest
 
+from pkm_jax.accelerators import CHIPS
 from pkm_jax.planning import chips
 from pkm_jax.refusal import Refusal
 
 
 def test_topologies_by_name():
     pod = chips.parse('v5e:16x16')
-    assert (pod.shape, pod.chip, pod.is_tpu) == ((16, 16), chips.CHIPS['v5e'], True)
+    assert (pod.shape, pod.chip, pod.is_tpu) == ((16, 16), CHIPS['v5e'], True)
     assert chips.parse('v5p:4x4x4').shape == (4, 4, 4)
     assert chips.parse('h200:8').shape == (8,) and not chips.parse('h200:8').is_tpu
     assert (pod.size, chips.parse('v5e:4x4', 3).size, chips.parse('tpu7x:2x2x1').size) == (256, 48, 8)

@@ -1,5 +1,9 @@
 """Memory by arithmetic, beside what the TPU's compiler said of the same steps."""
 
+import dataclasses
+
+import jax
+import jax.numpy as jnp
 import pytest
 
 from configs import bert_base_pkm, bert_base_pkm_pod, bert_large
@@ -35,3 +39,27 @@ def test_what_saves_memory_is_counted():
     everything = activations()
     without_dropout = activations(attention_dropout=0.)
     assert activations(remat=True) < without_dropout / 3 < everything / 3
+
+
+def test_norms_need_room_for_updates_where_there_are_few_activations():
+    run, = runs_of(bert_base_pkm.get_config())
+    layout = lay_out(run, 8)
+    given = {'backbone parameters': 10 ** 9, 'value tables': 0}
+    assert device_memory.estimated(given, run, layout)[device_memory.NORMS] == 0
+    given['backbone parameters'] = 10 ** 12
+    assert device_memory.estimated(given, run, layout)[device_memory.NORMS] > 9e11
+    never = dataclasses.replace(run, log=dataclasses.replace(run.log, norms_every=0))
+    assert device_memory.estimated(given, never, layout)[device_memory.NORMS] == 0
+
+
+def test_the_larger_of_two_compiled_steps_counts():
+    def compiled(function):
+        return jax.jit(function).lower(jax.ShapeDtypeStruct((1000,), jnp.float32)).compile()
+
+    given = {'batch': 4000}
+    small, large = compiled(lambda x: x + 1), compiled(lambda x: jnp.sort(jnp.sin(x)[::-1]) + x)
+    sums = [sum(device_memory.of_compiled(given, one, one).values()) for one in (small, large)]
+    assert sums[0] < sums[1]
+    found = device_memory.of_compiled(given, small, large)
+    assert found[device_memory.NORMS] > 0 and sum(found.values()) == sums[1]
+    assert sum(device_memory.of_compiled(given, large, small).values()) == sums[1]

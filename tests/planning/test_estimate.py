@@ -69,7 +69,7 @@ def test_gathered_tables_are_found(tiny, shape, axis, found):
     program = jax.jit(jax.shard_map(gather, mesh=mesh, in_specs=OWN.table, out_specs=P(),
                                     check_vma=False))
     text = program.lower(jax.ShapeDtypeStruct(shape, 'float32')).compile().as_text()
-    assert list(table_sized(hlo.Program(text).collectives(8), layout, model)) == found
+    assert list(table_sized(hlo.Module(text).collectives(8), layout, model)) == found
 
 
 def test_a_table_read_past_its_layout_is_found(tiny):
@@ -80,7 +80,7 @@ def test_a_table_read_past_its_layout_is_found(tiny):
                       in_shardings=NamedSharding(mesh, OWN.table),
                       out_shardings=NamedSharding(mesh, P()))
     text = program.lower(jax.ShapeDtypeStruct((SLOTS, WIDTH), 'float32')).compile().as_text()
-    assert table_sized(hlo.Program(text).collectives(8), layout, model)
+    assert table_sized(hlo.Module(text).collectives(8), layout, model)
 
 
 def test_batches_have_the_shapes_that_are_planned(tiny, corpus):

@@ -19,7 +19,7 @@ def compiled(function, *shapes):
     arrays = [jax.ShapeDtypeStruct(shape, jnp.float32) for shape in shapes]
     split = jax.shard_map(function, mesh=mesh, in_specs=P(tuple(SHAPE)), out_specs=P(tuple(SHAPE)),
                           check_vma=False)
-    return hlo.Program(jax.jit(split).lower(*arrays).compile().as_text())
+    return hlo.Module(jax.jit(split).lower(*arrays).compile().as_text())
 
 
 @pytest.mark.parametrize('function, kind, axes, shape, sent', [
@@ -147,7 +147,7 @@ ENTRY %main (a: s32[2,3]) -> f32[2,3] {
 
 def test_collectives_as_tpus_fuse_them():
     """An asynchronous one counts once; a sum of which each keeps a part is a reduce-scatter."""
-    gather, scatter, total = hlo.Program(TPU).collectives(8)
+    gather, scatter, total = hlo.Module(TPU).collectives(8)
     assert (gather.kind, gather.bytes_sent) == ('all-gather', 16 * 3 * 4 * 7 / 8)
     assert (scatter.kind, scatter.bytes_sent) == ('reduce-scatter', 16 * 3 * 4 * 7 / 8)
     assert (total.kind, total.bytes_sent) == ('all-reduce', 2 * 12 * 3 / 4)
@@ -159,10 +159,10 @@ def test_collectives_as_tpus_fuse_them():
 
 def test_the_end_of_a_collective_moves_nothing():
     """Its [16, 3] was counted as read and written; what fusions on the way carry never was."""
-    assert hlo.Program(TPU).waited_bytes() == 4 * 2 * 48
+    assert hlo.Module(TPU).waited_bytes() == 4 * 2 * 48
 
 
 def test_loops_as_tpus_have_them():
     """Two more iterations: a result leaves the chip, three rows are taken, two put in place."""
-    assert hlo.Program(TPU).uncounted_bytes() == 2 * (2 * 4 * 8 + 3 * 8 + 2 * 2 * 8) * 4
-    assert hlo.Program(TPU).unknown_loops() == 0
+    assert hlo.Module(TPU).uncounted_bytes() == 2 * (2 * 4 * 8 + 3 * 8 + 2 * 2 * 8) * 4
+    assert hlo.Module(TPU).unknown_loops() == 0

@@ -31,6 +31,18 @@ def test_the_second_run_is_refused_and_the_third_is_not(tmp_path):
     assert not (tmp_path / 'running.json').exists()
 
 
+def test_a_folder_in_which_nothing_was_left_is_removed(tmp_path):
+    with pytest.raises(Refusal, match='no corpus'):
+        with only_run_in(tmp_path / 'run'):
+            raise Refusal('no corpus')
+    assert not (tmp_path / 'run').exists()
+    with only_run_in(tmp_path / 'run'):
+        (tmp_path / 'run' / 'config.json').touch()
+    with only_run_in(tmp_path):
+        assert (tmp_path / 'run' / 'config.json').exists()
+    assert tmp_path.exists()
+
+
 def test_a_file_in_the_place_of_the_folder_is_named(tmp_path):
     (tmp_path / 'file').write_text('')
     for folder in ('file', 'file/below'):

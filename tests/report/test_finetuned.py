@@ -7,7 +7,7 @@ import pytest
 from matplotlib.figure import Figure
 
 from pkm_jax.report.finetuned import finetuned, predictions_figure, score_figure, worst_errors
-from pkm_jax.report.runs import Run
+from pkm_jax.report.runs import RunRecord
 from pkm_jax.report.theme import LIGHT
 
 
@@ -20,7 +20,7 @@ def run(tmp_path):
         (tmp_path / 'eval_results.json').write_text(json.dumps(results))
         evals = [{'step': step, 'accuracy': score, 'loss': 1.} for step, score in (
             (10, .5), (20, .8), (30, .7))]
-        return Run('tuned', tmp_path, {'train': {'best': 'accuracy'}}, [], evals, {}, [])
+        return RunRecord('tuned', tmp_path, {'train': {'best': 'accuracy'}}, [], evals, {}, [])
     return make
 
 

@@ -24,7 +24,7 @@ from pkm_jax.planning import chips
 from pkm_jax.planning.estimate import estimate
 from pkm_jax.report.report import write_report
 from pkm_jax.tasks.interface import LossName, Outcome
-from pkm_jax.training import loop
+from pkm_jax.training import loop, start
 from pkm_jax.training.layout import lay_out
 from pkm_jax.training.program import make_program
 from pkm_jax.training.state import batch_sharding
@@ -235,6 +235,17 @@ def test_its_table_is_split_does_not_decay_and_is_updated_by_rows(updates, tmp_p
     assert 0 < sum(touched) <= 4        # one input, two heads of two reads
     codebooks = np.asarray(state.params['reader']['memory']['codebooks'])
     assert np.all(codebooks != before['reader']['memory']['codebooks'])     # they do decay
+
+
+def test_a_program_without_a_cache_says_why(tmp_path, monkeypatch):
+    """One of its own, which calls `loop.train`; and one whose configuration wants none."""
+    monkeypatch.setattr(start, 'compilation_cache', lambda: None)
+    one = run(tmp_path)
+    mesh = make_mesh(lay_out(one, 8).shards)
+    for cache, why in [('data/compiled', 'nobody has called'), ('', "compilation_cache = ''")]:
+        lines = start.summary(dataclasses.replace(one, compilation_cache=cache),
+                              lay_out(one, 8), mesh)
+        assert any(f'compiled programs: not kept ({why}' in line for line in lines)
 
 
 def test_it_can_be_planned(tmp_path):
