@@ -2,6 +2,9 @@
 
 import dataclasses
 import math
+import numbers
+import types
+import typing
 from typing import Any
 
 from pkm_jax.refusal import Refusal
@@ -27,19 +30,41 @@ def check_settings(section: Any, name: str = '') -> None:
     """Refuses the first field of a dataclass that is out of its range, as `name`.field.
 
     Raises:
-      Refusal: a value is not one of the choices, no number where one is due, or out of range.
+      Refusal: a value is not of the type that its field says, none of the choices, or out of range.
     """
     for field in dataclasses.fields(section):
         value, limits = getattr(section, field.name), field.metadata
         called = f'{name}.{field.name}' if name else field.name
+        if limits and not _is_a(value, field.type):
+            raise Refusal(f'{called} = {value!r} must be of the type {in_words(field.type)}.')
         if limits.get('choices') and value not in limits['choices']:
             raise Refusal(f'{called} = {value!r} is none of {limits["choices"]}.')
         if {'least', 'most', 'above', 'below'} & limits.keys() and not _within(value, limits):
             raise Refusal(f'{called} = {value!r} must be {bounds(limits)}.')
 
 
+def in_words(kind: Any) -> str:
+    """A type as it is written: 'int', 'tuple[int, ...]', 'bool | None'."""
+    return kind.__name__ if type(kind) is type else str(kind)
+
+
+def _is_a(value, kind):
+    """Whether a value is of a type; whole numbers are numbers, True and False are neither."""
+    if isinstance(kind, types.UnionType):
+        return any(_is_a(value, one) for one in typing.get_args(kind))
+    if typing.get_origin(kind) is tuple:
+        of, rest = typing.get_args(kind)[:1], typing.get_args(kind)[1:]
+        of = of * len(value) if rest == (...,) and isinstance(value, tuple) else (*of, *rest)
+        return (isinstance(value, tuple) and len(value) == len(of)
+                and all(map(_is_a, value, of)))
+    if kind in (int, float):
+        wanted = numbers.Integral if kind is int else numbers.Real
+        return isinstance(value, wanted) and not isinstance(value, bool)
+    return isinstance(value, kind)
+
+
 def _within(value, limits):
-    return (isinstance(value, (int, float)) and not math.isnan(value)
+    return (not math.isnan(value)
             and limits.get('least', -math.inf) <= value <= limits.get('most', math.inf)
             and ('above' not in limits or value > limits['above'])
             and ('below' not in limits or value < limits['below']))
