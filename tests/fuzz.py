@@ -91,8 +91,7 @@ def try_reader(name: str, first: int, inputs: int, folder: Path, keep: Path) -> 
         (folder / other).write_bytes(content)
     path, counts, found = folder / reader.file, Counter(), []
     path.write_bytes(reader.valid[0])
-    with watched:
-        reader.read(path)           # what is valid is read, and imports what it needs
+    reader.read(path)               # what is valid is read, and imports what it needs
     most = _most_memory() + BYTES
     resource.setrlimit(resource.RLIMIT_DATA, (8 * BYTES, resource.RLIM_INFINITY))   # of the machine
     for number in range(first, first + inputs):
