@@ -2,6 +2,8 @@
 
 import dataclasses
 import math
+import numbers
+import types
 import typing
 from typing import Any
 
@@ -28,38 +30,43 @@ def check_settings(section: Any, name: str = '') -> None:
     """Refuses the first field of a dataclass that is out of its range, as `name`.field.
 
     Raises:
-      Refusal: a value is not one of the choices, no number or tuple where one is due, or out of
-        range.
+      Refusal: a value is not of the type that its field says, none of the choices, or out of range.
     """
-    hints = typing.get_type_hints(type(section))
     for field in dataclasses.fields(section):
         value, limits = getattr(section, field.name), field.metadata
         called = f'{name}.{field.name}' if name else field.name
-        if isinstance(field.default, tuple) and not _is_tuple(value, hints[field.name]):
-            raise Refusal(f'{called} = {value!r} must be {_in_words(hints[field.name])}.')
+        if limits and not _is_a(value, field.type):
+            raise Refusal(f'{called} = {value!r} must be of the type {in_words(field.type)}.')
         if limits.get('choices') and value not in limits['choices']:
             raise Refusal(f'{called} = {value!r} is none of {limits["choices"]}.')
         if {'least', 'most', 'above', 'below'} & limits.keys() and not _within(value, limits):
             raise Refusal(f'{called} = {value!r} must be {bounds(limits)}.')
 
 
-def _is_tuple(value, hint):
-    """Whether a value is a tuple as `tuple[int, ...]` or `tuple[int, int]` say."""
-    kinds = typing.get_args(hint)
-    if not isinstance(value, tuple) or Ellipsis not in kinds and len(value) != len(kinds):
-        return False
-    kinds = kinds if Ellipsis not in kinds else kinds[:1] * len(value)
-    return all(isinstance(one, (int, float) if kind is float else kind)
-               for one, kind in zip(value, kinds))
+def in_words(kind: Any) -> str:
+    """A type as it is written: 'int', 'tuple[int, ...]', 'bool | None'."""
+    return kind.__name__ if type(kind) is type else str(kind)
 
 
-def _in_words(hint):
-    kinds = ('…' if kind is Ellipsis else kind.__name__ for kind in typing.get_args(hint))
-    return f'({", ".join(kinds)})'
+def _is_a(value, kind):
+    """Whether a value is of a type; whole numbers are numbers, True and False are neither."""
+    if kind is Any:
+        return True
+    if isinstance(kind, types.UnionType):
+        return any(_is_a(value, one) for one in typing.get_args(kind))
+    if typing.get_origin(kind) is tuple:
+        of, rest = typing.get_args(kind)[:1], typing.get_args(kind)[1:]
+        of = of * len(value) if rest == (...,) and isinstance(value, tuple) else (*of, *rest)
+        return (isinstance(value, tuple) and len(value) == len(of)
+                and all(map(_is_a, value, of)))
+    if kind in (int, float):
+        wanted = numbers.Integral if kind is int else numbers.Real
+        return isinstance(value, wanted) and not isinstance(value, bool)
+    return isinstance(value, kind)
 
 
 def _within(value, limits):
-    return (isinstance(value, (int, float)) and not math.isnan(value)
+    return (not math.isnan(value)
             and limits.get('least', -math.inf) <= value <= limits.get('most', math.inf)
             and ('above' not in limits or value > limits['above'])
             and ('below' not in limits or value < limits['below']))

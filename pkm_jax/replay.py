@@ -3,27 +3,52 @@
     python -m pkm_jax.replay --config=bert_base_pkm --config.workdir=runs/bert_base_pkm …
 
 Reads what the run kept in its folder (docs/reliability.md), on any devices, and prints the loss,
-the gradient norms by group of parameters, and the operation that gave the first NaN.
+the gradient norms by group of parameters, and the operation that gave the first NaN. Of
+fine-tuning, every run in the folder that diverged is replayed.
 """
 
 import contextlib
+import dataclasses
+from pathlib import Path
 
 import jax
+import ml_collections
 import numpy as np
 from absl import app, flags, logging
 
 from pkm_jax.checkpoints.store import Checkpoints
 from pkm_jax.configuration import command_line
 from pkm_jax.configuration.cells import every_run
+from pkm_jax.configuration.folder import read_description
+from pkm_jax.configuration.resolve import resolve
 from pkm_jax.configuration.run import Run
 from pkm_jax.console import survive_any_console
 from pkm_jax.data import tokenizer
+from pkm_jax.data.files import expand
 from pkm_jax.mesh import make_mesh
 from pkm_jax.refusal import Refusal, ends
 from pkm_jax.training.divergence import FOLDER, why
 from pkm_jax.training.layout import bytes_of_device, lay_out
 from pkm_jax.training.program import make_program
 from pkm_jax.training.state import batch_sharding
+
+
+def diverged(config: ml_collections.ConfigDict) -> list[Run]:
+    """The runs of a configuration that diverged, or else the first one; those of fine-tuning as
+    their folders describe them: what follows from the data is not read again.
+
+    Raises:
+      Refusal: a field cannot work, or none of fine-tuning has diverged.
+    """
+    if 'finetune' not in config:
+        runs = every_run(config)
+        return [run for run in runs
+                if (run.folder / FOLDER / 'diagnosis.json').exists()] or runs[:1]
+    folder = Path(expand(config.workdir))
+    found = [path.parents[1] for path in sorted(folder.rglob(f'{FOLDER}/diagnosis.json'))]
+    if not found:
+        raise Refusal(f'{folder} holds no diagnosis: no run in it has diverged.')
+    return [dataclasses.replace(resolve(read_description(run)), workdir=str(run)) for run in found]
 
 
 def replay(run: Run) -> str:
@@ -70,9 +95,7 @@ def main(_: list[str]) -> None:
     survive_any_console()
     logging.set_verbosity(logging.WARNING)
     try:
-        runs = every_run(flags.FLAGS.config)
-        diverged = [run for run in runs if (run.folder / FOLDER / 'diagnosis.json').exists()]
-        for run in diverged or runs[:1]:
+        for run in diverged(flags.FLAGS.config):
             print(replay(run))
     except Refusal as refusal:
         raise ends(f'Not replayed: {refusal}') from refusal

@@ -6,12 +6,13 @@ import numpy as np
 import pytest
 
 from configs import conll, glue, squad, text
-from pkm_jax import finetune
+from pkm_jax import finetune, replay
 from pkm_jax.checkpoints import store
 from pkm_jax.configuration.folder import read_description
 from pkm_jax.configuration.resolve import resolve
 from pkm_jax.refusal import Refusal
 from pkm_jax.training import loop
+from pkm_jax.training.divergence import Diverged
 from tests.conftest import WORDS
 from tests.training.runs import train
 
@@ -93,6 +94,22 @@ def check_resumption(config, straight, folder, monkeypatch):
         ours, theirs = (store.read_weights(kind(run)) for run in (folder, straight))
         for name in theirs:
             np.testing.assert_array_equal(np.asarray(ours[name]), np.asarray(theirs[name]))
+
+
+def test_a_run_that_diverges_is_replayed(tuned, tmp_path):
+    config = text.get_config()
+    config.finetune.update(epochs=2., learning_rates=(1e30,), warmup=0.)
+    config.train.update(max_skipped_steps=2, clip=0.)
+    path = table(tmp_path / 'train.tsv', [(line, label) for line, label in texts(64)])
+    with pytest.raises(Diverged):
+        tuned(config, train=path, length=16, buckets=(16,))
+    run, = replay.diverged(config)
+    step = json.loads((run.folder / 'diverged/diagnosis.json').read_text())['step']
+    told = replay.replay(run)
+    assert f'step {step} gave the loss' in told and 'nan' in told
+    config.workdir = str(tmp_path / 'elsewhere')
+    with pytest.raises(Refusal, match='no run in it has diverged'):
+        replay.diverged(config)
 
 
 def pairs(size, seed):

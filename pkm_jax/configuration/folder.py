@@ -22,6 +22,7 @@ RENAMED = {'model': {'heads': 'output_heads'},
            'train': {'accumulate': 'gradient_accumulation_steps', 'split_backbone': 'fsdp'}}
 # Fields that came later, and what runs of before did.
 ADDED = {'train.skip_loss_spikes': 0., 'memory.drift_tokens': 0}
+SECTIONS = ('model', 'memory', 'data', 'train', 'log')     # that every run has
 REMEDY = ('restore it from a copy, or remove it: the same command then goes on from the '
           'checkpoints beside it, which are not harmed, and writes it anew, without comparing '
           'settings.')
@@ -45,9 +46,13 @@ def read_description(folder: Path) -> dict[str, Any]:
         raise Refusal(f'{path} is damaged ({error}): {REMEDY}') from error
     if not isinstance(config, dict):
         raise Refusal(f'{path} is damaged (no JSON object): {REMEDY}')
+    if 'model' in config:       # else it is not one of ours
+        for section in SECTIONS:
+            if not isinstance(config.get(section), dict):
+                raise Refusal(f'{path} is damaged (it has no section {section!r}): {REMEDY}')
     for section, names in RENAMED.items():
         for before, now in names.items():
-            if before in config.get(section, {}):
+            if isinstance(config.get(section), dict) and before in config[section]:
                 config[section][now] = config[section].pop(before)
     return config
 
@@ -70,7 +75,7 @@ def check_same_run(run: Run) -> str:
                for name in sorted(found.keys() | here.keys())
                if found.get(name) != here.get(name)}
     longer = changed.pop('train.steps', None)
-    if longer and longer[0] > longer[1]:
+    if longer and not (isinstance(longer[0], int) and longer[0] < longer[1]):
         changed['train.steps'] = longer
     parts = changed.pop('train.gradient_accumulation_steps', None)
     if changed:

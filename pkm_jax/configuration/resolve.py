@@ -94,10 +94,10 @@ def resolve(config: dict[str, Any], name: str = '', model: Any = None, task: Any
     Raises:
       Refusal: a field is unknown or cannot work; the message names it, its value and the remedy.
     """
-    top: dict[str, Any] = {field: expand(config[field]) if field in PATHS else config[field]
-                           for field in TOP if field in config}
+    top: dict[str, Any] = {field: config[field] for field in TOP if field in config}
+    top |= {field: expand(top[field]) for field in PATHS if isinstance(top.get(field), str)}
     return Run(
-        model=model or model_of(config), name=name or Path(config.get('workdir', '')).name,
+        model=model or model_of(config), name=name or Path(str(top.get('workdir', ''))).name,
         task=task or task_of(config),
         tables=_tables(config['memory']), train=section_of(Train, config['train'], 'train'),
         distributed=section_of(Distributed, config.get('distributed', {}), 'distributed'),
@@ -164,7 +164,7 @@ def _name_of(named, value):
 
 
 def _chosen(named, field, value):
-    if value not in named:
+    if not isinstance(value, str) or value not in named:
         raise Refusal(f'{field} = {value!r} is none of {tuple(named)}.')
     return named[value]
 
@@ -179,8 +179,10 @@ def section_of(kind: type, values: dict[str, Any], name: str) -> Any:
     """A dataclass of a section's values, lists as tuples.
 
     Raises:
-      Refusal: it has no such field, or a value cannot work.
+      Refusal: it is no section, has no such field, or a value cannot work.
     """
+    if not isinstance(values, dict):
+        raise Refusal(f'{name} = {values!r} is no section of fields.')
     known = {field.name for field in dataclasses.fields(kind)}
     if unknown := sorted(values.keys() - known):
         raise Refusal(f'{name}.{unknown[0]} is no field of {kind.__name__}: it has '

@@ -4,8 +4,10 @@ A folder holds `bert_config.json` (or `config.json`), `vocab.txt` and one checkp
 `bert_model.ckpt.*`. TensorFlow's own reader reads it: `pip install 'pkm_jax[tensorflow]'`.
 """
 
+import contextlib
 import functools
 import re
+from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
@@ -63,12 +65,26 @@ def _open(prefix: Path) -> dict[str, StoredTensor]:
     except ImportError as error:
         raise Refusal(f"{prefix} is a TensorFlow checkpoint: to read it, pip install "
                       f"'pkm_jax[tensorflow]'.") from error
-    try:
+    with _refused(prefix, tf.errors.OpError):
         reader = tf.train.load_checkpoint(str(prefix))
-    except (tf.errors.OpError, ValueError) as error:
+        dtypes = {name: np.dtype(dtype.as_numpy_dtype)
+                  for name, dtype in reader.get_variable_to_dtype_map().items()}
+        shapes = reader.get_variable_to_shape_map()
+
+    def read(name):
+        with _refused(prefix, tf.errors.OpError):
+            return reader.get_tensor(name)
+
+    return {name: StoredTensor(tuple(shape), dtypes[name], functools.partial(read, name))
+            for name, shape in shapes.items()}
+
+
+@contextlib.contextmanager
+def _refused(prefix: Path, kind: type[Exception]) -> Iterator[None]:
+    """Refuses a checkpoint at which TensorFlow raises its `kind` of errors, or those of Python that
+    it makes of them."""
+    try:
+        yield
+    except (kind, ValueError, IndexError, RuntimeError, MemoryError) as error:
         raise Refusal(f'{prefix} cannot be read as a TensorFlow checkpoint ({error}): copy it '
                       f'again, with its .data files.') from error
-    dtypes = reader.get_variable_to_dtype_map()
-    return {name: StoredTensor(tuple(shape), np.dtype(dtypes[name].as_numpy_dtype),
-                               functools.partial(reader.get_tensor, name))
-            for name, shape in reader.get_variable_to_shape_map().items()}

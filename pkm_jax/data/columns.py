@@ -11,6 +11,8 @@ from jaxtyping import Float, Int
 from pkm_jax.data.tables import Row
 from pkm_jax.refusal import Refusal
 
+LARGEST = float(np.finfo(np.float32).max)
+
 
 class Texts(NamedTuple):
     """Rows of a split: what they say, what they are labelled with, and where they are."""
@@ -93,15 +95,15 @@ def values_of(labels: Sequence[Any], places: Sequence[str]) -> Float[np.ndarray,
     """Numbers that are to be estimated.
 
     Raises:
-      Refusal: one is no finite number.
+      Refusal: one is no finite number, as float32 holds them.
     """
     found = []
     for label, place in zip(labels, places):
         try:
             value = float(label)
-        except (TypeError, ValueError):
+        except (TypeError, ValueError, OverflowError):
             value = math.nan
-        if not math.isfinite(value):
+        if not abs(value) <= LARGEST:
             raise Refusal(f'{place}: {label!r} is no number, as regression needs. Mend it, or set '
                           "data.problem = 'single_label'.")
         found.append(value)

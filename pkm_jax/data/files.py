@@ -13,6 +13,7 @@ from pkm_jax.data import encodings
 from pkm_jax.refusal import Refusal
 
 _POINTER = b'version https://git-lfs.github.com/spec/'
+_HALF = re.compile(r'\\u[dD][89a-fA-F]')      # two of them are one character, in JSON
 _REMEMBERED = 'content-hashes.json'
 
 
@@ -107,6 +108,18 @@ def read_json(path: epath.PathLike) -> dict[str, Any]:
                       'again.') from error
     if not isinstance(found, dict):
         raise Refusal(f'{path} is not a JSON object but a {type(found).__name__}: fetch it again.')
+    return found
+
+
+def parse_json(text: str) -> Any:
+    """What JSON says.
+
+    Raises:
+      ValueError: it is none, or a text in it holds half a character, which no tokenizer takes.
+    """
+    found = json.loads(text)
+    if _HALF.search(text):
+        json.dumps(found, ensure_ascii=False).encode()
     return found
 
 

@@ -1,16 +1,19 @@
 """Questions over paragraphs, in the JSON of SQuAD 1.1 and 2.0 (Rajpurkar et al. 2016, 2018)."""
 
 import gzip
+import io
 import json
 import lzma
+import zlib
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from pkm_jax.data.files import expand, refuse_pointer
+from pkm_jax.data.files import expand, parse_json, refuse_pointer
+from pkm_jax.data.xz import open_xz
 from pkm_jax.refusal import Refusal
 
-_OPENERS: dict[str, Any] = {'.gz': gzip.open, '.xz': lzma.open}
+_OPENERS: dict[str, Any] = {'.gz': gzip.open, '.xz': open_xz}
 
 
 class Answer(NamedTuple):
@@ -76,16 +79,21 @@ def _paragraphs(path):
 def _json(path: Path) -> Any:
     refuse_pointer(path)
     try:
-        with _OPENERS.get(path.suffix, open)(path, 'rb') as file:
-            return json.loads(file.read().decode('utf-8-sig'))
+        with path.open('rb') as raw, _opened(raw, path.suffix) as file:
+            return parse_json(file.read().decode('utf-8-sig'))
     except UnicodeDecodeError as error:
         raise Refusal(f'{path} is not UTF-8 (byte {error.start:,}): save it as UTF-8.') from error
     except json.JSONDecodeError as error:
         what = 'is empty' if not error.doc.strip() else (
             f'is no JSON (line {error.lineno}, column {error.colno}: {error.msg})')
         raise Refusal(f'{path} {what}: fetch it again.') from error
-    except (OSError, EOFError, lzma.LZMAError, RecursionError) as error:
+    except (OSError, EOFError, lzma.LZMAError, zlib.error, ValueError, RecursionError) as error:
         raise Refusal(f'{path} cannot be read ({error}): fetch it again.') from error
+
+
+def _opened(raw: io.BufferedReader, suffix: str) -> io.BufferedReader | gzip.GzipFile:
+    opener = _OPENERS.get(suffix)
+    return opener(raw) if opener else raw
 
 
 def _part(parent: Any, name: str, kind: type, where: str) -> Any:

@@ -2,12 +2,11 @@
 
 import csv
 import io
-import json
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from pkm_jax.data.files import expand, read_text, refuse_pointer
+from pkm_jax.data.files import expand, parse_json, read_text, refuse_pointer
 from pkm_jax.refusal import Refusal
 
 LONGEST_FIELD = 2**31 - 1       # characters, instead of the 131,072 of the csv module
@@ -107,7 +106,7 @@ def _jsonl(file: Path) -> Iterator[Row]:
             continue
         place = f'{file}, line {number}'
         try:
-            found = json.loads(line)
+            found = parse_json(line)
         except (ValueError, RecursionError) as error:
             raise Refusal(f'{place} is no JSON ({error}): a .jsonl file has one object a '
                           'line.') from error
@@ -123,7 +122,7 @@ def _parquet(file: Path) -> Iterator[Row]:
     refuse_pointer(file)
     try:
         rows = pyarrow.parquet.read_table(file).to_pylist()
-    except (pyarrow.ArrowException, OSError) as error:
+    except (pyarrow.ArrowException, OSError, UnicodeDecodeError) as error:
         raise Refusal(f'{file} is no Parquet file that can be read ({str(error)[:200]}): write it '
                       'again.') from error
     for number, values in enumerate(rows, 1):

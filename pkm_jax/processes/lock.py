@@ -162,10 +162,14 @@ def _within() -> str:
 
 
 def _started(process: int) -> str:
-    """When a process of this machine began, in ticks since it was booted; '' where unknown."""
+    """When a process of this machine began, in ticks since it was booted; '' where unknown.
+
+    One that ended, and that its parent has not waited for, is still listed: unknown as well.
+    """
     try:
-        return Path(f'/proc/{process}/stat').read_text().rpartition(')')[2].split()[19]
-    except (OSError, IndexError):
+        state, *others = Path(f'/proc/{process}/stat').read_text().rpartition(')')[2].split()
+        return '' if state in 'ZX' else others[18]
+    except (OSError, ValueError, IndexError):
         return ''
 
 

@@ -15,6 +15,8 @@ from jaxtyping import Float
 
 from pkm_jax.refusal import Refusal
 
+PLACEMENTS = ('none', 'add', 'replace')     # of memories
+NO_MEMORY = {'placement': 'none'}
 # What every line of metrics.jsonl says, and what one of a kind says beside it.
 FIELDS = ('kind', 'step', 'tokens')
 FIELDS_OF = {'train': ('loss',), 'eval': ('loss', 'eval_tokens')}
@@ -140,7 +142,8 @@ def read_run(folder: Path) -> RunRecord:
             with file.open('rb') as opened, np.load(opened) as arrays:
                 access[file.stem.removeprefix('slot_counts_')] = SlotAccess(
                     arrays['count'], arrays['top1'], arrays['mass'])
-        except (zipfile.BadZipFile, zlib.error, EOFError, KeyError, ValueError) as error:
+        except (zipfile.BadZipFile, zlib.error, EOFError, KeyError, ValueError, OSError,
+                RuntimeError) as error:
             notes.append(f'{file.name} is damaged and was left out ({error}): the next evaluation '
                          f'of the run writes it anew; a finished run evaluates again when it is '
                          f'started without its last checkpoint')
@@ -214,10 +217,13 @@ def _in_order(names):
 def _read_config(file: Path) -> dict[str, Any]:
     try:
         config = json.loads(file.read_text(encoding='utf-8'))
-        config['init_from'], int(config['train']['steps'])
+        init_from, placement = config['init_from'], config.get('memory', NO_MEMORY)['placement']
+        if not isinstance(init_from, str) or placement not in PLACEMENTS:
+            raise ValueError(f'init_from = {init_from!r}, memory.placement = {placement!r}')
+        config['train']['steps'] = int(config['train']['steps'])
     except KeyError as error:
         raise Refusal(f'{file} is not the configuration of a training: no {error}') from error
-    except (ValueError, TypeError) as error:
+    except (ValueError, TypeError, OverflowError, RecursionError) as error:
         raise Refusal(f'{file} is not the configuration of a training: {error}') from error
     return config
 
@@ -239,16 +245,27 @@ def _read_metrics(file: Path) -> tuple[dict[str, list[dict]], list[str]]:
             notes.append(f'{which} of {file.name} is {fault} and was ignored')
             logging.warning('%s: %s', file, notes[-1])
             continue
-        wanted = (*FIELDS, *FIELDS_OF.get(record.get('kind', ''), ()))
+        wanted = (*FIELDS, *FIELDS_OF.get(str(record.get('kind')), ()))
         if missing := sorted(set(wanted) - record.keys()):
             raise Refusal(
                 f'{file}, line {number} has no {", ".join(missing)}: not a metrics line')
+        if odd := _odd(record, wanted):
+            raise Refusal(f'{file}, line {number}: {odd} is {record[odd]!r}: not a metrics line')
         same_kind = records.setdefault(record['kind'], [])
         # A run resumed from an older checkpoint writes some steps again: the later line counts.
         while same_kind and same_kind[-1]['step'] >= record['step']:
             same_kind.pop()
         same_kind.append(record)
     return records, notes
+
+
+def _odd(record: dict[str, Any], numbers: Sequence[str]) -> str:
+    """The first field of a line that is not of its type; '' where all are."""
+    kinds: dict[str, Any] = dict.fromkeys([*numbers, 'time'], (int, float))
+    kinds |= {'kind': str, 'memory': dict}
+    odd = [name for name, kind in kinds.items()
+           if name in record and not isinstance(record[name], kind)]
+    return next(iter(odd), '')
 
 
 def _told_apart(runs: list[RunRecord]) -> list[RunRecord]:

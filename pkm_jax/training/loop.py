@@ -193,7 +193,7 @@ def _loop(run: Run, state: TrainState, progress: Progress, take_step: Steps,
     report = _reporter(run, log, progress, skips)
     seed = jax.device_put(np.uint32(run.seed), NamedSharding(mesh, PartitionSpec()))
     if every.eval_at_start and step == 0:
-        with log.pause(), watch.pause():
+        with log.pause(), watch.apart('an evaluation'):
             evaluate_now(state, step, progress)
     while step < steps and not asked and not progress.stopped:
         with watch.waiting_for('the loader, which makes batches'):
@@ -212,7 +212,8 @@ def _loop(run: Run, state: TrainState, progress: Progress, take_step: Steps,
             window, lengths = [], []
             if skips.in_a_row >= run.train.max_skipped_steps:
                 skips.see(step, [jax.device_get(metrics)])      # they may have ended since
-            divergence.stop_after_too_many(run, skips, state, stream)
+            with watch.apart('a save'):
+                divergence.stop_after_too_many(run, skips, state, stream)
         window.append(metrics)
         lengths.append(take_step.lengths[shapes])
         if profiling and step == every.profile[1]:
@@ -224,18 +225,22 @@ def _loop(run: Run, state: TrainState, progress: Progress, take_step: Steps,
         if evaluates or due or asked:
             report(step, window, lengths)
             window, lengths = [], []
-            divergence.stop_after_too_many(run, skips, state, stream)
-            with log.pause(), watch.pause():
-                if evaluates and _is_best(run, step, evaluate_now(state, step, progress), progress,
-                                          log):
-                    best.save(state._replace(optimizer={}, last_selected={}), {})
-                # Among steps that are skipped a checkpoint waits: it might replace a better one.
-                if due and not skips.in_a_row or asked or step == steps or progress.stopped:
+            with watch.apart('a save'):
+                divergence.stop_after_too_many(run, skips, state, stream)
+            if evaluates:
+                with log.pause(), watch.apart('an evaluation'):
+                    values = evaluate_now(state, step, progress)
+                if _is_best(run, step, values, progress, log):
+                    with log.pause(), watch.apart('a save'):
+                        best.save(state._replace(optimizer={}, last_selected={}), {})
+            # Among steps that are skipped a checkpoint waits: it might replace a better one.
+            if due and not skips.in_a_row or asked or step == steps or progress.stopped:
+                with log.pause(), watch.apart('a save'):
                     checkpoints.save(state, {'data': stream.get_state(), 'log': log.state,
                                              'progress': dataclasses.asdict(progress)})
-                    due = False
+                due = False
         watch.step_done()
-    with watch.pause():
+    with watch.apart('a save'):
         checkpoints.wait()
     if not asked:       # one heard in the last step stops all processes too, before another run
         requests.agreed()

@@ -78,6 +78,7 @@ def _record(line: bytes) -> dict[str, Any] | None:
     """What a whole line says, None of others: a killed run can leave half a line."""
     try:
         record = json.loads(line)
-        return record if line.endswith(b'\n') and record['kind'] and record['step'] >= 0 else None
-    except (ValueError, TypeError, KeyError):
+        is_one = isinstance(record['kind'], str) and isinstance(record['step'], int)
+        return record if is_one and record['step'] >= 0 and line.endswith(b'\n') else None
+    except (ValueError, TypeError, KeyError, RecursionError):
         return None

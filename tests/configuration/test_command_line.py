@@ -74,7 +74,7 @@ def test_known_fields_pass():
     (['--config=quickstart', '--config.memory.layers=abc'],
      "Not trained: memory.layers = ('abc',): each must be an int."),
     (['--config=quickstart', '--config.log.profile=3'],
-     'Not trained: log.profile = (3,) must be (int, int).'),
+     'Not trained: log.profile = (3,) must be of the type tuple[int, int].'),
     (['--config=quickstart', '--nonsense=1'], "Not started: Unknown command line flag 'nonsense'"),
     (['--config=quickstart', 'train.steps=3'],
      'Not started: train.steps=3: no option takes this')])

@@ -66,12 +66,11 @@ def test_a_checkpoint_gives_the_same_parameters():
 
 def test_a_truncated_checkpoint_is_refused(tmp_path):
     pytest.importorskip('tensorflow', reason="pip install 'pkm_jax[tensorflow]' to run this test")
-    for name in ('bert_config.json', 'bert_model.ckpt.index'):
-        shutil.copy(GOLDENS / 'tensorflow' / name, tmp_path)
-    index = tmp_path / 'bert_model.ckpt.index'
-    index.write_bytes(index.read_bytes()[:-20])
-    with pytest.raises(Refusal, match='cannot be read as a TensorFlow checkpoint'):
-        tensorflow.load(tmp_path)
+    for cut in 'bert_model.ckpt.index', 'bert_model.ckpt.data-00000-of-00001':
+        shutil.copytree(GOLDENS / 'tensorflow', tmp_path, dirs_exist_ok=True)
+        (tmp_path / cut).write_bytes((tmp_path / cut).read_bytes()[:-20])
+        with pytest.raises(Refusal, match='cannot be read as a TensorFlow checkpoint'):
+            tensorflow.load(tmp_path)
 
 
 def test_tensors_are_taken_by_name(without_tensorflow):

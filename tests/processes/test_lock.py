@@ -6,6 +6,7 @@ import socket
 import subprocess
 import sys
 import time
+from pathlib import Path
 
 import pytest
 
@@ -59,6 +60,28 @@ def test_a_dead_process_is_taken_over_with_a_word(tmp_path):
     with only_run_in(tmp_path, said.append):
         assert json.loads((tmp_path / 'running.json').read_text())['process'] == os.getpid()
     assert f'process {ended.pid}' in said[0] and 'taken' in said[0]
+
+
+def test_a_dead_process_that_nobody_waited_for_is_taken_over(tmp_path):
+    """As where the shell of a container started the run, and does not wait for its children."""
+    script = ('import sys, time, pathlib; from pkm_jax.processes.lock import only_run_in\n'
+              'with only_run_in(pathlib.Path(sys.argv[1])): print("mine", flush=True); '
+              'time.sleep(60)')
+    owner = subprocess.Popen([sys.executable, '-c', script, str(tmp_path)], stdout=subprocess.PIPE)
+    try:
+        assert owner.stdout.read(4) == b'mine'
+        with pytest.raises(Refusal, match=f'in use by another run .process {owner.pid} on'):
+            with only_run_in(tmp_path):
+                pass
+        owner.kill()
+        os.waitid(os.P_PID, owner.pid, os.WEXITED | os.WNOWAIT)
+        assert Path(f'/proc/{owner.pid}/stat').read_text().rpartition(')')[2].split()[0] == 'Z'
+        said = []
+        with only_run_in(tmp_path, said.append):
+            assert f'process {owner.pid}' in said[0] and 'taken' in said[0]
+    finally:
+        owner.kill()
+        owner.communicate()
 
 
 def test_a_number_that_another_process_has_now_is_dead(tmp_path):

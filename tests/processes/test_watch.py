@@ -17,7 +17,8 @@ from tests.training.runs import train
 
 @pytest.fixture
 def quick(monkeypatch):
-    for name, seconds in (('LEAST', .3), ('BEFORE_FIRST', .6), ('PERIOD', .02)):
+    for name, seconds in (('LEAST', .3), ('BEFORE_FIRST', .6), ('LEAST_APART', 2.),
+                          ('PERIOD', .02)):
         monkeypatch.setattr(watch, name, seconds)
 
 
@@ -47,7 +48,7 @@ def test_a_step_that_hangs_is_said_once_with_all_stacks(quick, tmp_path, capfd):
 def test_the_loader_is_named(quick, tmp_path):
     with Watch(tmp_path) as watched, watched.waiting_for('the loader'):
         hang_here(1.)
-    assert 'in the loader, the first' in stacks(tmp_path)[0]
+    assert 'in the loader; the first' in stacks(tmp_path)[0]
 
 
 def test_slow_peers_pauses_and_the_first_step_are_no_hang(quick, tmp_path):
@@ -56,10 +57,34 @@ def test_slow_peers_pauses_and_the_first_step_are_no_hang(quick, tmp_path):
         watched.step_done()
         hang_here(.5)                   # more than LEAST, less than 20 × the median
         watched.step_done()
-        with watched.pause():
+        with watched.apart('an evaluation'):
             hang_here(1.5)
         hang_here(.1)
     assert not stacks(tmp_path)
+
+
+def test_an_evaluation_that_hangs_is_said_by_a_limit_of_its_own(quick, monkeypatch, tmp_path):
+    monkeypatch.setattr(watch, 'LEAST_APART', .6)
+    with Watch(tmp_path) as watched:
+        for seconds in .1, .4, .8:      # .8: less than 20 × the longest
+            with watched.apart('an evaluation'):
+                hang_here(seconds)
+        watched.step_done()
+        assert not stacks(tmp_path)
+        with watched.apart('a save'):
+            hang_here(1.)
+        said, = stacks(tmp_path)
+        assert 'in a save; the first' in said and 'hang_here' in said
+        watched.step_done()
+        hang_here(.6)                   # steps are watched again, by their own limit
+    assert 'in a step; steps took' in stacks(tmp_path)[0]
+    monkeypatch.setattr(watch, 'PEERS', 2)
+    with Watch(tmp_path / 'other') as watched:
+        (tmp_path / 'other').mkdir()
+        for seconds in .2, .9:
+            with watched.apart('an evaluation'):
+                hang_here(seconds)
+    assert 'in an evaluation; the longest before took 0.2' in stacks(tmp_path / 'other')[0]
 
 
 def test_it_ends_a_process_that_asks_for_it(tmp_path):
@@ -87,3 +112,19 @@ def test_a_run_whose_loader_delivers_nothing_is_reported(config, monkeypatch, ca
     said, = stacks(folder)
     assert 'in the loader, which makes batches' in said and 'hang_here' in said
     assert 'hang_here' in capfd.readouterr().err
+
+
+@pytest.mark.parametrize('place, name, what', [
+    (loop, 'evaluate', 'in an evaluation; '), (loop.Checkpoints, 'save', 'in a save; ')])
+def test_a_run_that_hangs_outside_its_steps_is_reported(place, name, what, config, monkeypatch):
+    for limit, seconds in (('LEAST', 100.), ('LEAST_APART', .5), ('PEERS', 0), ('PERIOD', .05)):
+        monkeypatch.setattr(watch, limit, seconds)
+    real = getattr(place, name)
+
+    def stuck(*arguments, **others):
+        hang_here(1.)
+        return real(*arguments, **others)
+
+    monkeypatch.setattr(place, name, stuck)
+    said, = stacks(train(config))
+    assert f's, {what}' in said and 'hang_here' in said
