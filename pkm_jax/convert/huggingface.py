@@ -177,7 +177,7 @@ def save(folder: str | Path, config: BertConfig, params: dict, statistics: dict,
         (partial / 'README.md').write_text(model_card(content, run or {}), encoding='utf-8')
         write_weights(partial, stored, shard_bytes)
         log.taken += [Entry.of(path, names.huggingface(path), leaf)
-                         for path, leaf in leaves.items()]
+                      for path, leaf in leaves.items()]
     return log
 
 

@@ -124,12 +124,12 @@ def _join(config: BertConfig, backbone: ForeignModel, stored: dict[str, StoredTe
     taken |= made | flatten(backbone.params)
     replaced = [path for path in taken if path not in params and path not in statistics]
     log = ConversionLog(backbone.log.taken + entries,
-                    [Entry.of(path, '', array) for path, array in made.items()],
-                    backbone.log.left | dict.fromkeys(stored, 'not of a memory')
-                    | dict.fromkeys(replaced, 'a memory is in its place'))
+                        [Entry.of(path, '', array) for path, array in made.items()],
+                        backbone.log.left | dict.fromkeys(stored, 'not of a memory')
+                        | dict.fromkeys(replaced, 'a memory is in its place'))
     log.taken = [entry for entry in log.taken if entry.path not in replaced]
     return ForeignModel(config, unflatten({path: taken[path] for path in params}),
-                      unflatten({path: taken[path] for path in statistics}), log)
+                        unflatten({path: taken[path] for path in statistics}), log)
 
 
 def _reshaped(tensor: StoredTensor, shape: tuple[int, ...]) -> StoredTensor:

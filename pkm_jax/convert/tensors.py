@@ -106,8 +106,8 @@ def assemble(config: BertConfig, stored: dict[str, StoredTensor], name_of: Calla
                       f'pkm_jax.convert_checkpoint --allow_unused`.')
     left = left | dict.fromkeys(unused, 'not understood')
     return ForeignModel(config, unflatten({path: taken[path] for path in params}),
-                      unflatten({path: taken[path] for path in statistics}),
-                      ConversionLog(entries, left=left))
+                        unflatten({path: taken[path] for path in statistics}),
+                        ConversionLog(entries, left=left))
 
 
 def take(wanted: dict[str, Any], stored: dict[str, StoredTensor], name_of: Callable[[str], str],
