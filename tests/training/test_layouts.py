@@ -65,7 +65,8 @@ class Training:
         self.layout = jax.tree.map(lambda leaf: leaf.sharding, self.abstract)
         self.step = functools.partial(
             train_step, task=TASK, graph=model_graph(model), sites=model.memories,
-            optimizer=optimizer, seed=0, accumulation_steps=accumulation_steps, sparse=sparse)
+            optimizer=optimizer, seed=np.uint32(0), accumulation_steps=accumulation_steps,
+            sparse=sparse)
         self.take = jax.jit(self.step, out_shardings=(self.layout, None))
 
     def start(self):
