@@ -227,8 +227,8 @@ def _checkpoint(path: Path) -> None:
 
 
 def _tensorflow(path: Path) -> None:
-    for array in flatten(tensorflow.load(path.parent).params).values():
-        array.sum()
+    for tensor in tensorflow.open_tensors(path.parent / 'bert_model.ckpt').values():
+        assert tensor.read().shape == tensor.shape
 
 
 def _parquet(**columns: Any) -> bytes:
@@ -356,7 +356,8 @@ def _of_tensorflow():
     """Where TensorFlow is installed, whose own reader is used."""
     if not importlib.util.find_spec('tensorflow'):
         return {}
-    whole = {path.name: path.read_bytes() for path in (GOLDENS / 'tensorflow').iterdir()}
+    whole = {path.name: path.read_bytes() for path in (GOLDENS / 'tensorflow').iterdir()
+             if path.suffix != '.json'}
     return {f'TensorFlow, {what}': Reader(
         name, [whole[name]], damaged, _tensorflow,
         {other: content for other, content in whole.items() if other != name})

@@ -235,6 +235,7 @@ def test_words(tuned, tmp_path):
     ([('a', 'x'), ('b', 'y')], dict(text='review'), "line 2 has no column 'review'"),
     ([('a', 'x'), ('b', 'x')], {}, "line .: all examples have the label 'x'"),
     ([('a', 'x'), ('b', '')], {}, 'line 3 has no label'),
+    ([('a', '1'), ('b', '1e300')], dict(problem='regression'), "line 3: '1e300' is no number"),
     ([('a', '1'), ('b', 'x')], dict(problem='regression'), "line 3: 'x' is no number"),
     ([('a', 'x'), ('b', 'z')], dict(labels=('x', 'y')), "line 3: the label 'z' is none of 'x', 'y'"),
     ([('a', 'x'), ('b', 'y')], dict(class_weights='balanced', problem='regression'), "'single_label'"),

@@ -175,7 +175,7 @@ def _tables(memory):
     return Tables(**found, shards=section_of(Parts, memory.get('shards', {}), 'memory.shards'))
 
 
-def section_of(kind: type, values: dict[str, Any], name: str) -> Any:
+def section_of(kind: type, values: Any, name: str) -> Any:
     """A dataclass of a section's values, lists as tuples.
 
     Raises:

@@ -34,7 +34,7 @@ def load(folder: str | Path, allow_unused: bool = False) -> ForeignModel:
     folder = Path(folder)
     files = [folder / name for name in ('bert_config.json', 'config.json')]
     config = configuration.read(next(filter(Path.is_file, files), files[0]))
-    found = _open(_checkpoint(folder))
+    found = open_tensors(_checkpoint(folder))
     stored = {name: tensor for name, tensor in found.items() if not OPTIMIZER.fullmatch(name)}
     left = {name: "the optimizer's" for name in found if name not in stored}
     config = configuration.with_heads(config, stored, names.tensorflow)
@@ -59,7 +59,12 @@ def _checkpoint(folder: Path) -> Path:
     return found[0]
 
 
-def _open(prefix: Path) -> dict[str, StoredTensor]:
+def open_tensors(prefix: Path) -> dict[str, StoredTensor]:
+    """The tensors of the checkpoint PREFIX.index, PREFIX.data-…, read when they are asked for.
+
+    Raises:
+      Refusal: TensorFlow is not installed; the checkpoint is damaged, now or when one is read.
+    """
     try:
         import tensorflow as tf
     except ImportError as error:

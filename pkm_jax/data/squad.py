@@ -111,7 +111,7 @@ def _question(one: Any, context: str, where: str) -> Question:
     where = f'{where} (id {name})'
     answers = []
     if not one.get('is_impossible'):
-        for given in one.get('answers') or []:
+        for given in _part(one, 'answers', list, where) if one.get('answers') else []:
             text = _part(given, 'text', str, where)
             start = _part(given, 'answer_start', int, where)
             if not 0 <= start < max(len(context), 1):

@@ -217,10 +217,10 @@ def _in_order(names):
 def _read_config(file: Path) -> dict[str, Any]:
     try:
         config = json.loads(file.read_text(encoding='utf-8'))
+        config['train']['steps'] = int(config['train']['steps'])
         init_from, placement = config['init_from'], config.get('memory', NO_MEMORY)['placement']
         if not isinstance(init_from, str) or placement not in PLACEMENTS:
             raise ValueError(f'init_from = {init_from!r}, memory.placement = {placement!r}')
-        config['train']['steps'] = int(config['train']['steps'])
     except KeyError as error:
         raise Refusal(f'{file} is not the configuration of a training: no {error}') from error
     except (ValueError, TypeError, OverflowError, RecursionError) as error:

@@ -57,7 +57,7 @@ def test_runs_of_before_go_on(run):
             in folder.check_same_run(run))
 
 
-@pytest.mark.parametrize('content', ['{"model": {', '[1, 2]', '\x00\x01'])
+@pytest.mark.parametrize('content', ['{"model": {', '[1, 2]', '\x00\x01', '{"model": {}, "memory": 3}'])
 def test_a_damaged_description_is_named(run, content):
     (run.folder / 'config.json').write_text(content)
     with pytest.raises(Refusal, match=r'run/config.json is damaged .*: restore it .* or remove it'):

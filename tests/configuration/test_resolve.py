@@ -1,6 +1,7 @@
 """Every shipped configuration is possible, and impossible ones are refused by name."""
 
 import dataclasses
+import json
 
 import pytest
 
@@ -119,3 +120,19 @@ def test_impossible_settings_are_refused(config, section, changes, message):
 def test_a_batch_must_divide_over_processes(config):
     with pytest.raises(Refusal, match='train.batch = 16 .* 3 processes'):
         lay_out(runs_of(config)[0], devices=8, processes=3)
+
+
+@pytest.mark.parametrize('place, value, message', [
+    (('task',), [], r'task = \[\] is none of'), (('log',), 3, 'log = 3 is no section of fields'),
+    (('memory', 'shards'), [], r'memory.shards = \[\] is no section of fields'),
+])
+def test_sections_of_another_type_are_refused(config, place, value, message):
+    """A config.json is a file like others: not what the command line has checked."""
+    found = json.loads(json.dumps(config.to_dict()))
+    resolve(found)
+    section = found
+    for name in place[:-1]:
+        section = section[name]
+    section[place[-1]] = value
+    with pytest.raises(Refusal, match=message):
+        resolve(found)

@@ -41,7 +41,7 @@ def without_tensorflow(monkeypatch):
         array = array.T if path == 'nsp/kernel' else array
         stored[names.tensorflow(path)] = StoredTensor(array.shape, array.dtype, lambda a=array: a)
         stored[names.tensorflow(path) + '/adam_m'] = StoredTensor((), array.dtype, lambda: None)
-    monkeypatch.setattr(tensorflow, '_open', lambda prefix: stored)
+    monkeypatch.setattr(tensorflow, 'open_tensors', lambda prefix: stored)
     return source, stored
 
 

@@ -1,5 +1,6 @@
 """Questions in SQuAD's JSON, and what is said of those that cannot be used."""
 
+import gzip
 import json
 import lzma
 
@@ -35,6 +36,11 @@ def test_packed_files(tmp_path):
     assert read(tmp_path, packed, 'a.json.xz')[0].id == 'q1'
     with pytest.raises(Refusal, match=r'a.json.xz cannot be read'):
         read(tmp_path, packed[:40], 'a.json.xz')
+    packed = bytearray(gzip.compress(json.dumps(content()).encode()))
+    assert read(tmp_path, bytes(packed), 'a.json.gz')[0].id == 'q1'
+    packed[14] ^= 255
+    with pytest.raises(Refusal, match=r'a.json.gz cannot be read'):
+        read(tmp_path, bytes(packed), 'a.json.gz')
 
 
 def test_an_answer_elsewhere_is_told(tmp_path):
@@ -51,6 +57,9 @@ def test_an_answer_elsewhere_is_told(tmp_path):
      r'qas\[0\] \(id q1\): answer_start = 9, outside of a paragraph of 9 characters'),
     (content(answers=[{'text': 'Ann', 'answer_start': -1}]), 'answer_start = -1, outside'),
     (content(answers=[{'text': 'Ann', 'answer_start': '0'}]), "has no 'answer_start' that is a int"),
+    (content(answers=3), "has no 'answers' that is a list"),
+    (content(question='\ud83d'), 'a.json cannot be read .*surrogates'),
+    (b'{"data": ' + b'9' * 5000 + b'}', 'a.json cannot be read'),
     (content(question=None), r"\(id q1\) has no 'question'"), (content(id=''), "has no 'id'"),
 ])
 def test_what_cannot_be_used_is_named(tmp_path, found, message):

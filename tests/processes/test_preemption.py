@@ -16,13 +16,15 @@ from pkm_jax.training import loop
 from tests.processes.started import finish, lines, start, wait_for_step
 from tests.training.runs import train
 
+SIGNALS = signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGUSR1
+
 
 @pytest.fixture
 def reached():
     """The signals that got past, to the handlers of before."""
     signals = []
     before = {number: signal.signal(number, lambda number, _: signals.append(number))
-              for number in preemption.SIGNALS}
+              for number in SIGNALS}
     yield signals
     for number, handler in before.items():
         signal.signal(number, handler)
@@ -36,7 +38,7 @@ def assert_same_run(folder, other, *kinds):
     assert lines(folder, *kinds) == lines(other, *kinds)
 
 
-@pytest.mark.parametrize('number', preemption.SIGNALS)
+@pytest.mark.parametrize('number', SIGNALS)
 def test_the_first_signal_is_heard_and_the_next_acts_as_before(reached, monkeypatch, number):
     with StopRequests(make_mesh(Shards(2, 2, 2))) as requests:
         assert [requests.agreed() for _ in range(3)] == [0, 0, 0]

@@ -5,6 +5,7 @@ import json
 import numpy as np
 import pytest
 
+from pkm_jax.refusal import Refusal
 from pkm_jax.report.runs import read_run, read_runs, smoothed, thousands
 from tests.report.synthetic_runs import make_run
 
@@ -28,6 +29,17 @@ def test_steps_written_again_after_a_resume_count_once(tmp_path):
     train = read_run(run).train
     assert [record['step'] for record in train] == list(range(1, 62))
     assert train[-1]['loss'] == 1.5
+
+
+@pytest.mark.parametrize('changes', [
+    {'kind': ['train']}, {'step': '61'}, {'loss': None}, {'time': {}}, {'memory': {'x': {}}}])
+def test_lines_with_values_of_another_type_are_refused(tmp_path, changes):
+    run = make_run(tmp_path / 'run')
+    line = {'kind': 'train', 'step': 61, 'tokens': 61 * 2048, 'loss': 1.5, **changes}
+    with (run / 'metrics.jsonl').open('a') as file:
+        file.write(json.dumps(line) + '\n')
+    with pytest.raises(Refusal, match=f': {next(iter(changes))} is .*: not a metrics line'):
+        read_run(run)
 
 
 def test_smoothed_is_an_unbiased_running_mean():

@@ -60,8 +60,10 @@ def test_what_came_after_the_checkpoint_is_cut_and_half_a_line_too(tmp_path):
      'missing between steps 2 and 6'),
     (lambda lines: [text.replace('"loss": 0.2', '"loss": 0.3') for text in lines],
      [2, 4, 6, 8, 10], 'some were changed'),
+    (lambda lines: ['{"kind": [], "step": 2}', '{"kind": "train", "step": "2"}', *lines],
+     [2, 4, 6, 8, 10], '7 of its 7 .* some were changed'),
     (lambda lines: lines + lines, [2, 4, 6, 8, 10], ''),
-], ids=['deleted', 'halved', 'a line lost', 'a line damaged', 'a number changed', 'twice'])
+], ids=['deleted', 'halved', 'a line lost', 'a line damaged', 'a number changed', 'of another type', 'twice'])
 def test_damage_is_said_and_the_rest_is_kept(tmp_path, damage, kept, said):
     path = tmp_path / 'metrics.jsonl'
     known = write(path, 10)
