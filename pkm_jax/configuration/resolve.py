@@ -94,6 +94,9 @@ def resolve(config: dict[str, Any], name: str = '', model: Any = None, task: Any
     Raises:
       Refusal: a field is unknown or cannot work; the message names it, its value and the remedy.
     """
+    for section in ('memory', 'train', 'log'):
+        if section not in config:
+            raise Refusal(f'The configuration has no section {section!r}: a run has one.')
     top: dict[str, Any] = {field: config[field] for field in TOP if field in config}
     top |= {field: expand(top[field]) for field in PATHS if isinstance(top.get(field), str)}
     return Run(

@@ -92,7 +92,7 @@ class RunRecord:
     @property
     def placement(self) -> str:
         """'none', 'add' or 'replace'; '–' of a model that is built otherwise."""
-        return self.config.get('memory', {}).get('placement', '–') if self.layers else 'none'
+        return self.config.get('memory', NO_MEMORY)['placement'] if self.layers else 'none'
 
 
 def read_runs(folder: Path, names: Sequence[str] | None = None) -> list[RunRecord]:
