@@ -26,7 +26,7 @@ def test_readers_read_or_refuse(tmp_path):
 
 
 def test_what_a_reader_must_not_do_is_noticed(tmp_path):
-    with Watched(tmp_path) as watched:
+    with Watched() as watched:
         (tmp_path / 'a').write_text('written')
         os.remove(tmp_path / 'a')
     assert [seen.split()[0] for seen in watched.seen] == ['open', 'os.remove']
