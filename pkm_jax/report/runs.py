@@ -15,8 +15,7 @@ from jaxtyping import Float
 
 from pkm_jax.refusal import Refusal
 
-PLACEMENTS = ('none', 'add', 'replace')     # of memories
-NO_MEMORY = {'placement': 'none'}
+PLACEMENTS = ('none', 'add', 'replace', '–')    # of memories; a model of one's own has its own
 # What every line of metrics.jsonl says, and what one of a kind says beside it.
 FIELDS = ('kind', 'step', 'tokens')
 FIELDS_OF = {'train': ('loss',), 'eval': ('loss', 'eval_tokens')}
@@ -92,7 +91,7 @@ class RunRecord:
     @property
     def placement(self) -> str:
         """'none', 'add' or 'replace'; '–' of a model that is built otherwise."""
-        return self.config.get('memory', NO_MEMORY)['placement'] if self.layers else 'none'
+        return _placement(self.config) if self.layers else 'none'
 
 
 def read_runs(folder: Path, names: Sequence[str] | None = None) -> list[RunRecord]:
@@ -214,16 +213,20 @@ def _in_order(names):
                                            name))
 
 
+def _placement(config: dict[str, Any]) -> str:
+    return config.get('memory', {}).get('placement', '–')
+
+
 def _read_config(file: Path) -> dict[str, Any]:
     try:
         config = json.loads(file.read_text(encoding='utf-8'))
         config['train']['steps'] = int(config['train']['steps'])
-        init_from, placement = config['init_from'], config.get('memory', NO_MEMORY)['placement']
+        init_from, placement = config['init_from'], _placement(config)
         if not isinstance(init_from, str) or placement not in PLACEMENTS:
             raise ValueError(f'init_from = {init_from!r}, memory.placement = {placement!r}')
     except KeyError as error:
         raise Refusal(f'{file} is not the configuration of a training: no {error}') from error
-    except (ValueError, TypeError, OverflowError, RecursionError) as error:
+    except (ValueError, TypeError, AttributeError, OverflowError, RecursionError) as error:
         raise Refusal(f'{file} is not the configuration of a training: {error}') from error
     return config
 

@@ -229,7 +229,7 @@ def test_its_table_is_split_does_not_decay_and_is_updated_by_rows(updates, tmp_p
             {'x': np.full((16, 1), .5, np.float32), 'y': np.ones((16, 1), np.float32),
              'known': np.ones(16, np.float32)}, batch_sharding(mesh))
         for _ in range(2):      # the first rate of the schedule is 0
-            state, metrics = program.take_step(state, batch, all_norms=True)
+            state, metrics = program.take_step(state, batch, np.uint32(0), all_norms=True)
     assert ('values' in metrics['norms']['param_norm']) == (updates == 'dense')
     touched = np.any(np.asarray(state.params['bank']) != before['bank'], axis=1)
     assert 0 < sum(touched) <= 4        # one input, two heads of two reads
