@@ -32,7 +32,7 @@ def test_steps_written_again_after_a_resume_count_once(tmp_path):
 
 
 @pytest.mark.parametrize('changes', [
-    {'kind': ['train']}, {'step': '61'}, {'loss': None}, {'time': {}}, {'memory': {'x': {}}}])
+    {'kind': ['train']}, {'step': '61'}, {'loss': None}, {'time': {}}, {'memory': []}])
 def test_lines_with_values_of_another_type_are_refused(tmp_path, changes):
     run = make_run(tmp_path / 'run')
     line = {'kind': 'train', 'step': 61, 'tokens': 61 * 2048, 'loss': 1.5, **changes}
