@@ -119,6 +119,7 @@ def test_a_failing_cell_is_named_and_the_others_go_on(grid, capsys):
     assert failed == ['wrong-seed1'] and 'bad-seed1**' not in page.read_text()
 
 
+@pytest.mark.slow
 def test_parts_of_a_grid_on_several_machines_make_one_report(grid, tmp_path):
     """Each in a folder of its own; the run that all start from is repeated."""
     for part in ('1/2', '2/2'):
@@ -158,6 +159,7 @@ def start(words, **options):
                           timeout=300, **options)
 
 
+@pytest.mark.slow
 def test_the_printed_command_of_a_cell_gives_its_numbers_again(corpus, cache, tmp_path):
     """Also the exit status, where a cell fails: here one of a width that its start has not."""
     given = arguments(tmp_path / 'grid', corpus, cache)

@@ -151,6 +151,7 @@ def test_glue_with_a_memory_over_seeds(tuned, tmp_path):
     assert 'test_loss' not in found
 
 
+@pytest.mark.slow
 def test_several_classes_each_and_stopping_early(tuned, tmp_path):
     """From JSON lines; a metric that gets no better ends the run, which is not gone on with."""
     path = tmp_path / 'train.jsonl'
@@ -207,6 +208,7 @@ def test_questions(tuned, tmp_path, capsys):
             int(name[1:])]['context']
 
 
+@pytest.mark.slow
 def test_words(tuned, tmp_path):
     """Entities of two words, in sentences of which some are longer than a sequence."""
     rng = np.random.default_rng(0)
@@ -265,6 +267,7 @@ def test_several_tasks_have_an_average(monkeypatch, tmp_path):
     assert len(written['tasks']) == 9 and written['tasks']['stsb']['mean'] == .7
 
 
+@pytest.mark.slow
 def test_a_pretrained_run_and_its_memory_are_fine_tuned(config, tuned, tmp_path):
     config.workdir = str(tmp_path / 'pretrained')
     source = train(config)

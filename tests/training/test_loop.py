@@ -182,6 +182,7 @@ def test_another_configuration_does_not_share_a_folder(config):
         train(config)
 
 
+@pytest.mark.slow
 def test_several_devices_and_one_agree(config, tmp_path, monkeypatch):
     """Batch norm over the global batch; sums differ in order only."""
     config.model.update(dropout=0., attention_dropout=0.)
