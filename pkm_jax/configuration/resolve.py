@@ -85,9 +85,9 @@ def resolve(config: dict[str, Any], name: str = '', model: Any = None, task: Any
     return Run(
         model=model or model_of(config), name=name or Path(str(top.get('workdir', ''))).name,
         task=task or task_of(config),
-        tables=_tables(config['memory']), train=section_of(Train, config['train'], 'train'),
+        tables=_tables(config['memory']), train=section_of(Train, config.get('train'), 'train'),
         distributed=section_of(Distributed, config.get('distributed', {}), 'distributed'),
-        log=section_of(Log, config['log'], 'log'),
+        log=section_of(Log, config.get('log'), 'log'),
         **top)
 
 
@@ -98,7 +98,7 @@ def task_of(config: dict[str, Any]) -> Any:
       Refusal: see `resolve`.
     """
     kind = _chosen(TASKS, 'task', config.get('task', 'masked_lm'))
-    return section_of(kind, config['data'], 'data')
+    return section_of(kind, config.get('data'), 'data')
 
 
 def model_of(config: dict[str, Any]) -> Any:
