@@ -26,13 +26,16 @@ def test_readers_read_or_refuse(tmp_path):
 
 
 def test_what_a_reader_must_not_do_is_noticed(tmp_path):
-    with Watched() as watched:
-        (tmp_path / 'a').write_text('written')
-        os.remove(tmp_path / 'a')
-    assert [seen.split()[0] for seen in watched.seen] == ['open', 'os.remove']
+    for own, noticed in ((None, ['open', 'os.rename', 'os.remove']), (tmp_path, ['os.remove']),
+                         (tmp_path / 'other', ['open', 'os.rename', 'os.remove'])):
+        with Watched(own) as watched:
+            (tmp_path / 'a').write_text('written')
+            (tmp_path / 'a').rename(tmp_path / 'b')
+            os.remove(tmp_path / 'b')
+        assert [seen.split()[0] for seen in watched.seen] == noticed
     with pytest.raises(TimeoutError), pytest.MonkeyPatch.context() as patch:
         patch.setattr('tests.fuzz.SECONDS', .1)
-        with Watched(tmp_path):
+        with Watched():
             while True:
                 pass
 

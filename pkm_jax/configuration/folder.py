@@ -22,7 +22,8 @@ RENAMED = {'model': {'heads': 'output_heads'},
            'train': {'accumulate': 'gradient_accumulation_steps', 'split_backbone': 'fsdp'}}
 # Fields that came later, and what runs of before did.
 ADDED = {'train.skip_loss_spikes': 0., 'memory.drift_tokens': 0}
-SECTIONS = ('model', 'memory', 'data', 'train', 'log')     # of a run; others have fewer
+SECTIONS = ('model', 'memory', 'data', 'train', 'log')
+OPTIONAL = ('data', 'train', 'log')     # what was converted has none of these
 REMEDY = ('restore it from a copy, or remove it: the same command then goes on from the '
           'checkpoints beside it, which are not harmed, and writes it anew, without comparing '
           'settings.')
@@ -47,9 +48,9 @@ def read_description(folder: Path) -> dict[str, Any]:
     if not isinstance(config, dict):
         raise Refusal(f'{path} is damaged (no JSON object): {REMEDY}')
     if 'model' in config:       # else it is not one of ours
-        for section in config.keys() & set(SECTIONS):
-            if not isinstance(config[section], dict):
-                raise Refusal(f'{path} is damaged ({section!r} is no section): {REMEDY}')
+        for section in SECTIONS:
+            if not isinstance(config.get(section, {} if section in OPTIONAL else None), dict):
+                raise Refusal(f'{path} is damaged (it has no section {section!r}): {REMEDY}')
     for section, names in RENAMED.items():
         for before, now in names.items():
             if isinstance(config.get(section), dict) and before in config[section]:

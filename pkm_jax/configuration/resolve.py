@@ -94,17 +94,14 @@ def resolve(config: dict[str, Any], name: str = '', model: Any = None, task: Any
     Raises:
       Refusal: a field is unknown or cannot work; the message names it, its value and the remedy.
     """
-    for section in ('memory', 'train', 'log'):
-        if section not in config:
-            raise Refusal(f'The configuration has no section {section!r}: a run has one.')
     top: dict[str, Any] = {field: config[field] for field in TOP if field in config}
     top |= {field: expand(top[field]) for field in PATHS if isinstance(top.get(field), str)}
     return Run(
         model=model or model_of(config), name=name or Path(str(top.get('workdir', ''))).name,
         task=task or task_of(config),
-        tables=_tables(config['memory']), train=section_of(Train, config['train'], 'train'),
+        tables=_tables(config['memory']), train=section_of(Train, config.get('train'), 'train'),
         distributed=section_of(Distributed, config.get('distributed', {}), 'distributed'),
-        log=section_of(Log, config['log'], 'log'),
+        log=section_of(Log, config.get('log'), 'log'),
         **top)
 
 
@@ -115,7 +112,7 @@ def task_of(config: dict[str, Any]) -> Any:
       Refusal: see `resolve`.
     """
     kind = _chosen(TASKS, 'task', config.get('task', 'masked_lm'))
-    return section_of(kind, config['data'], 'data')
+    return section_of(kind, config.get('data'), 'data')
 
 
 def model_of(config: dict[str, Any]) -> Any:
