@@ -69,12 +69,12 @@ def run(config: ml_collections.ConfigDict, part: str = '', only: str = '',
         plan(folder, cells, config.ablation.budget)
     todo = with_sources(cells, chosen)
     for number, cell in enumerate(todo, 1):
-        _say(f'cell {number} of {len(todo)}: {cell.name}')
+        hosts.say(f'cell {number} of {len(todo)}: {cell.name}')
         CellFile(cell.folder).begin(cell, arguments)
         why = _attempted(cell, config, failed, whole=cell in chosen)
         if why:
             failed[cell.name] = why
-            _say(f'cell {cell.name} FAILED: {why}')
+            hosts.say(f'cell {cell.name} FAILED: {why}')
     page = write_ablation(folder) if jax.process_index() == 0 else None
     return page, [cell.name for cell in todo if cell.name in failed]
 
@@ -123,11 +123,6 @@ def _finetuned(config: ml_collections.ConfigDict, folder: Path, steps: int) -> f
     tasks = results.get('tasks', {config.data.get('name', config.task): results})
     return {name: {key: one[key] for key in ('metric', 'mean', 'deviation', 'scores')}
             for name, one in tasks.items()}
-
-
-def _say(text: str) -> None:
-    if jax.process_index() == 0:
-        print(text, flush=True)
 
 
 def main(_: list[str]) -> None:

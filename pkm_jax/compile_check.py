@@ -2,14 +2,13 @@
 
     python -m pkm_jax.compile_check --config=bert_base_pkm_pod --topology=v5e:16x16
     python -m pkm_jax.compile_check --config=bert_base_pkm --topology=h200:8 --config.seed=1
+    python -m pkm_jax.compile_check --config=bert_base_pkm --topology=v6e-16 --slices=2 --price=1.2
 
 Compiles the real training step for a TPU topology, on any machine (pip install 'jax[tpu]'), and
 prints what a device would hold, compute and send, and how long all steps would take. For GPUs
 ('h200:8') it estimates. The exit status is 5 where the step does not fit, 2 where it cannot be
 planned. Minutes for BERT-base. The first state and evaluations are programs of their own, which are
 not compiled.
-
-    python -m pkm_jax.compile_check --config=bert_base_pkm --topology=v6e-16 --slices=2 --price=1.2
 """
 
 import sys

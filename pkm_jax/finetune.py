@@ -51,8 +51,8 @@ def run(config: ml_collections.ConfigDict) -> Results:
         return found['']
     summary = {'tasks': found, 'average': float(np.mean([one['mean'] for one in found.values()]))}
     _write(Path(config.workdir) / 'summary.json', summary)
-    _say('\n'.join([*(_line(name, one) for name, one in found.items()),
-                    f'average: {summary["average"]:.4f}']))
+    hosts.say('\n'.join([*(_line(name, one) for name, one in found.items()),
+                         f'average: {summary["average"]:.4f}']))
     return summary
 
 
@@ -71,7 +71,7 @@ def finetune(config: dict[str, Any]) -> Results:
     task = task_of(config)
     vocabulary = task.vocab or pretrained.vocabulary_of(config['init_from'])
     with start.phase('preparing the data'):
-        data = task.prepare(vocabulary, _say)
+        data = task.prepare(vocabulary, hosts.say)
     task = task.of_data(data)
     runs = runs_of(config, task, data, pretrained.open_pretrained(config['init_from']).model)
     layouts = [lay_out(one, jax.device_count(), jax.process_count(), bytes_of_device())
@@ -110,9 +110,9 @@ def _report(run: Run, task: FinetuningTask, data: Labelled, found: dict[str, Eva
                 file.writelines(json.dumps(row, ensure_ascii=False) + '\n'
                                 for row in task.rows(data, split, evaluation.outputs))
             for path in task.write(run.folder, data, split, evaluation.outputs):
-                _say(f'written: {path}')
-    _say(f'{run.name}: ' + ', '.join(f'{name} {value:.4f}' for name, value in results.items()
-                                     if isinstance(value, float)))
+                hosts.say(f'written: {path}')
+    hosts.say(f'{run.name}: ' + ', '.join(f'{name} {value:.4f}' for name, value in results.items()
+                                          if isinstance(value, float)))
     return results
 
 
@@ -139,8 +139,8 @@ def _summary(folder: Path, metric: str, runs: list[Run], results: dict[str, Resu
                'learning_rates': rates, 'runs': results}
     if len(runs) > 1:
         _write(folder / 'summary.json', summary)
-        _say('\n'.join(_line(f'learning rate {rate}', summary | one)
-                       for rate, one in rates.items()))
+        hosts.say('\n'.join(_line(f'learning rate {rate}', summary | one)
+                            for rate, one in rates.items()))
     return summary
 
 
@@ -153,11 +153,6 @@ def _write(path: Path, content: Results) -> None:
     if jax.process_index() == 0:
         path.parent.mkdir(parents=True, exist_ok=True)
         path.write_text(json.dumps(content, indent=1, ensure_ascii=False) + '\n', encoding='utf-8')
-
-
-def _say(text: str) -> None:
-    if jax.process_index() == 0:
-        print(text, flush=True)
 
 
 def main(_: list[str]) -> None:

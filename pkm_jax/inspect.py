@@ -22,7 +22,7 @@ from pkm_jax.data.files import expand
 from pkm_jax.inspection.arrays import write_arrays
 from pkm_jax.inspection.page import write_page
 from pkm_jax.inspection.survey import survey
-from pkm_jax.prediction.texts import Fields, given
+from pkm_jax.prediction.texts import Fields, add_arguments, given
 from pkm_jax.prediction.trained import open_trained
 from pkm_jax.refusal import Refusal, ends
 
@@ -69,12 +69,9 @@ def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog='python -m pkm_jax.inspect', description=__doc__,
         formatter_class=argparse.RawDescriptionHelpFormatter)
+    add_arguments(parser, 'a run, checkpoint or Hugging Face folder with a memory')
     add = parser.add_argument
-    add('folder', metavar='FOLDER', help='a run, checkpoint or Hugging Face folder with a memory')
-    add('texts', metavar='TEXT', nargs='*', help='texts; else --file or standard input')
-    add('--file', default='', help='a text in each line; plain, .gz or .xz')
     add('--to', default='', help='folder to write to (inspection in the folder of the run)')
-    add('--batch', type=int, default=32, help='texts computed at a time (32)')
     add('--texts_shown', type=int, default=30, help='first texts, which the page shows (30)')
     add('--slots_shown', type=int, default=3000,
         help='slots of each memory, those read most, with their words and contexts (3000)')

@@ -29,7 +29,7 @@ from pkm_jax.prediction import labelling
 from pkm_jax.prediction.continuation import Continue, Sampling
 from pkm_jax.prediction.fill_mask import FillMask
 from pkm_jax.prediction.interface import Predictor
-from pkm_jax.prediction.texts import given
+from pkm_jax.prediction.texts import add_arguments, given
 from pkm_jax.prediction.trained import open_trained
 from pkm_jax.refusal import Refusal, ends
 from pkm_jax.tasks.classification import TextClassification
@@ -67,11 +67,8 @@ def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog='python -m pkm_jax.predict', description=__doc__,
         formatter_class=argparse.RawDescriptionHelpFormatter)
+    add_arguments(parser, 'a run, checkpoint or Hugging Face folder')
     add = parser.add_argument
-    add('folder', metavar='FOLDER', help='a run, checkpoint or Hugging Face folder')
-    add('texts', metavar='TEXT', nargs='*', help='texts; else --file or standard input')
-    add('--file', default='', help='a text in each line; plain, .gz or .xz')
-    add('--batch', type=int, default=32, help='texts computed at a time (32)')
     add('--format', choices=('json', 'text'), help='json, a line each; on a terminal text')
     add('--top_k', type=int, help='words for each mask (5)')
     add('--max_new', type=int, help='most tokens that continue a prompt (32)')

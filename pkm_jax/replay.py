@@ -27,7 +27,7 @@ from pkm_jax.data import tokenizer
 from pkm_jax.data.files import expand
 from pkm_jax.mesh import make_mesh
 from pkm_jax.refusal import Refusal, ends
-from pkm_jax.training.divergence import FOLDER, why
+from pkm_jax.training.divergence import DIAGNOSIS, FOLDER, why
 from pkm_jax.training.layout import bytes_of_device, lay_out
 from pkm_jax.training.program import make_program
 from pkm_jax.training.state import batch_sharding
@@ -43,9 +43,9 @@ def diverged(config: ml_collections.ConfigDict) -> list[Run]:
     if 'finetune' not in config:
         runs = every_run(config)
         return [run for run in runs
-                if (run.folder / FOLDER / 'diagnosis.json').exists()] or runs[:1]
+                if (run.folder / FOLDER / DIAGNOSIS).exists()] or runs[:1]
     folder = Path(expand(config.workdir))
-    found = [path.parents[1] for path in sorted(folder.rglob(f'{FOLDER}/diagnosis.json'))]
+    found = [path.parents[1] for path in sorted(folder.rglob(f'{FOLDER}/{DIAGNOSIS}'))]
     if not found:
         raise Refusal(f'{folder} holds no diagnosis: no run in it has diverged.')
     return [dataclasses.replace(resolve(read_description(run)), workdir=str(run)) for run in found]
@@ -58,7 +58,7 @@ def replay(run: Run) -> str:
       Refusal: the run has not diverged, or what it kept cannot be read.
     """
     folder = run.folder / FOLDER
-    if not (folder / 'diagnosis.json').exists():
+    if not (folder / DIAGNOSIS).exists():
         raise Refusal(f'{folder} holds no diagnosis: the run in {run.folder} has not diverged.')
     if tokenizer.find(run.folder):
         run = run.with_vocabulary(len(tokenizer.load(run.folder).tokens))

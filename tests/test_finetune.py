@@ -11,10 +11,9 @@ from pkm_jax.checkpoints import store
 from pkm_jax.configuration.folder import read_description
 from pkm_jax.configuration.resolve import resolve
 from pkm_jax.refusal import Refusal
-from pkm_jax.training import loop
 from pkm_jax.training.divergence import Diverged
 from tests.conftest import WORDS
-from tests.training.runs import train
+from tests.training.runs import killed_after, train
 
 pytestmark = pytest.mark.usefixtures('compile_once')
 
@@ -50,7 +49,7 @@ def table(path, rows, header='text\tlabel'):
     return str(path)
 
 
-def test_classes(tuned, tmp_path, monkeypatch):
+def test_classes(tuned, tmp_path):
     names = 'bad', 'good'
     train = table(tmp_path / 'train.tsv', [(line, names[label]) for line, label in texts(203)])
     config = text.get_config()
@@ -67,25 +66,16 @@ def test_classes(tuned, tmp_path, monkeypatch):
     right = np.mean([row['prediction'] == row['label'] for row in rows])
     assert right == pytest.approx(found['eval_accuracy'])
     assert store.of_run(folder).parent.name == 'best' and (folder / 'tokenizer.json').exists()
-    check_resumption(config, folder, tmp_path / 'killed', monkeypatch)
+    check_resumption(config, folder, tmp_path / 'killed')
     page = (folder / 'report/report.html').read_text()
     assert 'commonest class of the training' in page
 
 
-def check_resumption(config, straight, folder, monkeypatch):
+def check_resumption(config, straight, folder):
     """The same run, killed between two checkpoints and gone on with, is the same to the bit."""
-    taken, real = iter(range(40)), loop.loader.BatchStream.__next__
-
-    def limited(stream):
-        if next(taken, None) is None:
-            raise InterruptedError
-        return real(stream)
-
     config.workdir = str(folder)
-    with monkeypatch.context() as patch:
-        patch.setattr(loop.loader.BatchStream, '__next__', limited)
-        with pytest.raises(InterruptedError):
-            finetune.run(config)
+    with killed_after(40):
+        finetune.run(config)
     assert store.newest(folder).name == '33'
     finetune.run(config)
     assert (folder / 'eval_results.json').read_text() == (straight / 'eval_results.json').read_text()

@@ -1,5 +1,6 @@
 """Texts given on a command line, in a file or on standard input."""
 
+import argparse
 import gzip
 import json
 import lzma
@@ -32,6 +33,15 @@ class Fields(NamedTuple):
     """What the parts of a text are called in files with names, and how many are needed."""
     names: tuple[str, ...] = ('text',)
     least: int = 1
+
+
+def add_arguments(parser: argparse.ArgumentParser, folder: str) -> None:
+    """What programs that read a model and texts have in common; `folder` says what theirs is."""
+    add = parser.add_argument
+    add('folder', metavar='FOLDER', help=folder)
+    add('texts', metavar='TEXT', nargs='*', help='texts; else --file or standard input')
+    add('--file', default='', help='a text in each line; plain, .gz or .xz')
+    add('--batch', type=int, default=32, help='texts computed at a time (32)')
 
 
 def given(texts: Sequence[str], file: str, fields: Fields) -> Iterator[Text]:

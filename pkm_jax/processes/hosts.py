@@ -51,6 +51,12 @@ def end_soon(status: int) -> None:
         ending.start()
 
 
+def say(text: str) -> None:
+    """Prints what all processes would print alike: the first one does."""
+    if jax.process_index() == 0:
+        print(text, flush=True)
+
+
 @contextmanager
 def first_process_first(what: str) -> Iterator[None]:
     """The first process does what follows before the others do, and find it done."""

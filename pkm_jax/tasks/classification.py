@@ -1,5 +1,6 @@
 """Texts or pairs of texts, and a class, several classes or a number for each."""
 
+import abc
 import dataclasses
 from collections import Counter
 from collections.abc import Callable, Iterator
@@ -50,17 +51,17 @@ class TextClassification(Labelling):
                           f"{self.problem!r}: only 'single_label' has classes to weigh.")
 
     @property
+    @abc.abstractmethod
     def problem(self) -> str:
         """One of PROBLEMS."""
-        raise NotImplementedError
 
+    @abc.abstractmethod
     def read(self, log: Callable[[str], None]) -> dict[str, Texts]:
         """The texts of each split.
 
         Raises:
           Refusal: a file cannot be used; it is named with the line.
         """
-        raise NotImplementedError
 
     @property
     def classes(self) -> int:

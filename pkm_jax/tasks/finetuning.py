@@ -1,5 +1,6 @@
 """What all tasks with labels have in common: their files, their batches, what a head reads."""
 
+import abc
 import dataclasses
 from collections.abc import Iterator
 from pathlib import Path
@@ -53,7 +54,7 @@ class FinetuningTask(Task, Protocol):
 
 
 @dataclasses.dataclass(frozen=True)
-class Labelling:
+class Labelling(abc.ABC):
     """Files with labels, as sequences of at most `length` tokens.
 
     Raises:
@@ -117,9 +118,9 @@ class Labelling:
         return labelled_arrays(self.length, self.targets)
 
     @property
+    @abc.abstractmethod
     def targets(self) -> dict[str, ArraySpec]:
         """The arrays of an example that hold what is to be predicted."""
-        raise NotImplementedError
 
     def terms(self, batch: Batch) -> Float[Array, '']:
         """Examples."""

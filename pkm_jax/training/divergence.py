@@ -19,6 +19,7 @@ from pkm_jax.data.loader import BatchStream
 from pkm_jax.refusal import ExitStatus
 from pkm_jax.training.state import TrainState
 
+DIAGNOSIS = 'diagnosis.json'
 FOLDER = 'diverged'     # of a run: the state before the first bad step, its batch, and what it gave
 
 
@@ -89,7 +90,7 @@ def stop_after_too_many(run: Run, skips: Skips, state: TrainState, stream: Batch
     np.savez(folder / f'batch-{jax.process_index()}.npz', **arrays)
     if jax.process_index() == 0:
         numbers = jax.tree.map(float, metrics)
-        (folder / 'diagnosis.json').write_text(json.dumps({'step': first, **numbers}, indent=1))
+        (folder / DIAGNOSIS).write_text(json.dumps({'step': first, **numbers}, indent=1))
     raise Diverged(
         f'{skips.in_a_row} steps in a row were skipped (train.max_skipped_steps = '
         f'{run.train.max_skipped_steps}): {skips.why()}. {folder} has the state before it, which '

@@ -11,7 +11,7 @@ from pkm_jax.refusal import Refusal
 from pkm_jax.training import loop
 from pkm_jax.training.layout import lay_out
 from pkm_jax.training.refresh import _best_step, refresh
-from tests.training.runs import train
+from tests.training.runs import killed_after, train
 
 pytestmark = pytest.mark.usefixtures('compile_once')
 
@@ -21,7 +21,7 @@ def evaluations(folder):
     return [line['memory']['1'] for line in lines if line['kind'] == 'eval']
 
 
-def test_a_run_tells_the_drift_of_its_slots_and_a_resumed_one_the_same(config, tmp_path, monkeypatch):
+def test_a_run_tells_the_drift_of_its_slots_and_a_resumed_one_the_same(config, tmp_path):
     config.memory.update(drift_tokens=40, sub_keys=12, top_k=1, heads=1)
     config.log.eval_at_start = True
     config.train.learning_rate = .1
@@ -34,18 +34,9 @@ def test_a_run_tells_the_drift_of_its_slots_and_a_resumed_one_the_same(config, t
     scores = np.load(straight / 'scores/1-3.npy')
     assert scores.shape == (40, 1, 2, 12)
 
-    taken, real = iter(range(5)), loop.loader.BatchStream.__next__
-
-    def limited(stream):
-        if next(taken, None) is None:
-            raise InterruptedError
-        return real(stream)
-
     config.workdir = str(tmp_path / 'killed')
-    with monkeypatch.context() as patch:
-        patch.setattr(loop.loader.BatchStream, '__next__', limited)
-        with pytest.raises(InterruptedError):
-            train(config)
+    with killed_after(5):
+        train(config)
     killed = train(config)
     assert evaluations(killed) == found
     np.testing.assert_array_equal(np.load(killed / 'slot_drift_1.npy'), slots)

@@ -12,7 +12,8 @@ from pkm_jax.checkpoints import store
 from pkm_jax.mesh import OWN
 from pkm_jax.refusal import Refusal
 from pkm_jax.training import loop
-from tests.training.runs import train
+from tests.processes import started
+from tests.training.runs import killed_after, train
 
 
 def weights(folder, step=None):
@@ -24,23 +25,6 @@ def weights(folder, step=None):
 def lines(folder, kind):
     return [line for line in map(json.loads, (folder / 'metrics.jsonl').read_text().splitlines())
             if line['kind'] == kind]
-
-
-class Killed(Exception):
-    """The run ends as if its process had been killed."""
-
-
-def kill_after(monkeypatch, step):
-    """Makes the data stream fail when the batch after `step` is asked for."""
-    real = loop.loader.BatchStream.__next__
-    taken = iter(range(step))
-
-    def limited(self):
-        if next(taken, None) is None:
-            raise Killed
-        return real(self)
-
-    monkeypatch.setattr(loop.loader.BatchStream, '__next__', limited)
 
 
 def test_a_run_leaves_what_it_promises(config, capsys):
@@ -65,17 +49,15 @@ def test_a_run_leaves_what_it_promises(config, capsys):
 
 
 @pytest.mark.parametrize('steps', [1, pytest.param(2, marks=pytest.mark.slow)])
-def test_killed_and_resumed_is_the_run_that_was_not(config, monkeypatch, tmp_path, steps):
+def test_killed_and_resumed_is_the_run_that_was_not(config, tmp_path, steps):
     """Bit for bit, with dropout, batch norm and accumulation; killed between two checkpoints."""
     config.train.gradient_accumulation_steps = steps
     config.memory.value_dropout = 0.1
     straight = train(config)
     with config.unlocked():
         config.workdir = str(tmp_path / 'killed')
-    with monkeypatch.context() as patch:
-        kill_after(patch, 5)
-        with pytest.raises(Killed):
-            train(config)
+    with killed_after(5):
+        train(config)
     assert store.newest(tmp_path / 'killed').name == '3'
     resumed = train(config)
     ours, theirs = weights(resumed), weights(straight)
@@ -83,12 +65,7 @@ def test_killed_and_resumed_is_the_run_that_was_not(config, monkeypatch, tmp_pat
     for name in ours:
         np.testing.assert_array_equal(ours[name], theirs[name], err_msg=name)
 
-    def deterministic(line):
-        return {k: v for k, v in line.items() if k not in (
-            'time', 'steps_per_second', 'examples_per_second', 'tokens_per_second')}
-
-    assert ([deterministic(line) for line in lines(resumed, 'eval')]
-            == [deterministic(line) for line in lines(straight, 'eval')])
+    assert started.lines(resumed, 'eval') == started.lines(straight, 'eval') != []
     assert [line['step'] for line in lines(resumed, 'train')] == [2, 3, 4, 6]
 
 

@@ -28,6 +28,7 @@ from pkm_jax.training import loop, start
 from pkm_jax.training.layout import lay_out
 from pkm_jax.training.program import make_program
 from pkm_jax.training.state import batch_sharding
+from tests.training.runs import killed_after
 
 pytestmark = pytest.mark.usefixtures('compile_once')
 WIDTH = 4
@@ -178,7 +179,7 @@ def weights(folder):
 
 
 @pytest.mark.parametrize('updates', ['dense', 'sparse'])
-def test_it_trains_evaluates_stops_and_resumes(updates, tmp_path, monkeypatch, capsys):
+def test_it_trains_evaluates_stops_and_resumes(updates, tmp_path, capsys):
     straight = train(run(tmp_path / 'straight', updates=updates))
     lines = list(map(json.loads, (straight / 'metrics.jsonl').read_text().splitlines()))
     losses = [line['loss'] for line in lines if line['kind'] == 'train']
@@ -191,18 +192,8 @@ def test_it_trains_evaluates_stops_and_resumes(updates, tmp_path, monkeypatch, c
     assert 'The bank: memory' in page and '<dt>Squared error</dt>' in page
     assert 'nats' not in page.split('<tbody>')[1].split('KL')[0] and 'Masked' not in page
 
-    taken = iter(range(25))
-    real = loop.loader.BatchStream.__next__
-
-    def limited(stream):
-        if next(taken, None) is None:
-            raise InterruptedError
-        return real(stream)
-
-    with monkeypatch.context() as patch:
-        patch.setattr(loop.loader.BatchStream, '__next__', limited)
-        with pytest.raises(InterruptedError):
-            train(run(tmp_path / 'killed', updates=updates))
+    with killed_after(25):
+        train(run(tmp_path / 'killed', updates=updates))
     assert store.newest(tmp_path / 'killed').name == '20'
     ours, theirs = weights(train(run(tmp_path / 'killed', updates=updates))), weights(straight)
     assert 'statistics/reader/memory/query_norm/var' in ours and ours.keys() == theirs.keys()
