@@ -4,10 +4,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from flax import nnx
 
 from benchmarks import memory as benchmark
-from pkm_jax.memory.layer import MemoryConfig, ProductKeyMemory
+from pkm_jax.memory.layer import MemoryConfig
+from tests.memory.layers import check_same
 
 pytestmark = [
     pytest.mark.gpu,
@@ -45,20 +45,4 @@ def test_slots_are_distinct_whatever_the_scores(value):
 @pytest.mark.parametrize('sparse', [False, True])
 def test_a_layer_by_kernels_is_the_layer_in_plain_jnp(sparse):
     """In float32, values and gradients; both as they are chosen here."""
-    def run(implementation):
-        memory = ProductKeyMemory(MemoryConfig(sub_keys=64, query_width=64), 128,
-                                  implementation=implementation, rngs=nnx.Rngs(0))
-        graph, params, rest = nnx.split(memory, nnx.Param, ...)
-        x = jax.random.normal(jax.random.key(0), (4, 64, 128))
-        delta = memory.no_delta(256) if sparse else None
-
-        def loss(params, x, delta):
-            y, reads = nnx.merge(graph, params, rest).read(x, delta=delta)
-            return jnp.sum(jnp.sin(y)), (y, reads.touched)
-
-        with jax.default_matmul_precision('highest'):
-            return jax.jit(jax.value_and_grad(loss, (0, 1, 2), has_aux=True))(
-                nnx.to_pure_dict(params), x, delta)
-
-    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-5),
-                 run(None), run('xla'))
+    check_same(None, MemoryConfig(sub_keys=64, query_width=64), (4, 64), sparse)

@@ -9,6 +9,7 @@ import pytest
 from pkm_jax.memory.kernels import networks
 from pkm_jax.memory.kernels.gpu import retrieval, retrieval_forward
 from pkm_jax.memory.product_keys import top_k_product_keys
+from tests.memory.kernels.searches import check_best, check_gradients, check_ties, make
 
 search = functools.partial(top_k_product_keys, implementation='gpu')
 
@@ -17,20 +18,6 @@ search = functools.partial(top_k_product_keys, implementation='gpu')
 def small_tiles(monkeypatch):
     monkeypatch.setattr(retrieval_forward, 'TOKENS', 16)
     jax.clear_caches()
-
-
-def make(tokens, heads, n_keys, dtype='float32', half=16, whole_numbers=False):
-    rng = np.random.default_rng(0)
-    query, codebooks = (jnp.asarray(rng.normal(size=shape), dtype)
-                        for shape in ((tokens, heads, 2, half), (heads, 2, n_keys, half)))
-    return (jnp.round(query), jnp.round(codebooks)) if whole_numbers else (query, codebooks)
-
-
-def all_scores(query, codebooks):
-    scores = np.einsum('thpd,hpnd->thpn', np.asarray(query, np.float64),
-                       np.asarray(codebooks, np.float64))
-    pairs = scores[:, :, 0, :, None] + scores[:, :, 1, None, :]
-    return pairs.reshape(*pairs.shape[:2], -1)
 
 
 @pytest.mark.parametrize('tokens, heads, n_keys, k, dtype', [
@@ -42,23 +29,11 @@ def all_scores(query, codebooks):
 ])
 def test_finds_the_best_slots(tokens, heads, n_keys, k, dtype):
     query, codebooks = make(tokens, heads, n_keys, dtype)
-    scores, slots = search(query, codebooks, k)
-    want_scores, want_slots = top_k_product_keys(query, codebooks, k)
-    np.testing.assert_array_equal(slots, want_slots)
-    np.testing.assert_allclose(scores, want_scores, rtol=1e-5, atol=1e-5)
-    best = -np.sort(-all_scores(query, codebooks))[..., :k]
-    np.testing.assert_allclose(scores, best, rtol=1e-5, atol=1e-5)
+    check_best(search, query, codebooks, k)
 
 
 def test_ties_leave_the_scores_exact_and_the_slots_distinct():
-    query, codebooks = make(16, 1, 64, whole_numbers=True)
-    query, codebooks = jnp.clip(query, -1, 1), jnp.clip(codebooks, -1, 1)
-    scores, slots = search(query, codebooks, 8)
-    everything = all_scores(query, codebooks)
-    np.testing.assert_array_equal(scores, -np.sort(-everything)[..., :8])
-    np.testing.assert_array_equal(np.take_along_axis(everything, np.asarray(slots), -1), scores)
-    assert (np.diff(np.sort(slots)) > 0).all()
-    assert len(np.unique(scores)) < scores.size / 4     # ties there are
+    check_ties(search, n_keys=64, k=8, distinct=1 / 4)
 
 
 def test_all_equal_scores():
@@ -95,20 +70,7 @@ def test_scores_beyond_the_floats_end_are_those_of_the_reference():
 @pytest.mark.parametrize('k', [1, 3, 4])
 def test_gradients_agree_with_float64(dtype, limit, k):
     """Tiles of two tokens, the last of which overlaps; lists padded to a power of two."""
-    query, codebooks = make(21, 2, 32, dtype)
-    (_, slots), pull = jax.vjp(
-        lambda q, c: search(q, c, k), query, codebooks)
-    gradient = np.random.default_rng(1).normal(size=slots.shape).astype(np.float32)
-    got = pull((jnp.asarray(gradient), np.zeros(slots.shape, jax.dtypes.float0)))
-    slots, spread = np.asarray(slots), np.zeros((21, 2, 2, 32))
-    token, head, _ = np.indices(slots.shape)
-    np.add.at(spread, (token, head, 0, slots // 32), gradient)
-    np.add.at(spread, (token, head, 1, slots % 32), gradient)
-    query, codebooks = np.asarray(query, np.float64), np.asarray(codebooks, np.float64)
-    for a, b in zip(got, (np.einsum('thpn,hpnd->thpd', spread, codebooks),
-                          np.einsum('thpn,thpd->hpnd', spread, query))):
-        assert a.dtype == dtype
-        assert np.linalg.norm(np.asarray(a, np.float64) - b) / np.linalg.norm(b) < limit
+    check_gradients(search, 21, 32, k, dtype, limit)
 
 
 @pytest.mark.parametrize('k', [1, 2, 3, 5, 8, 32])

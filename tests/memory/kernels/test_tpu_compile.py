@@ -1,13 +1,11 @@
 """The kernels for TPUs as the TPU's compiler takes them, and what is counted of them."""
 
-import jax
 import jax.numpy as jnp
-import numpy as np
 import pytest
-from flax import nnx
 
 from benchmarks import tpu_compile
-from pkm_jax.memory.layer import MemoryConfig, ProductKeyMemory
+from pkm_jax.memory.layer import MemoryConfig
+from tests.memory.layers import check_same
 from tests.planning.tiny import needs_tpu_compiler
 
 BF16, F32 = jnp.dtype('bfloat16'), jnp.dtype('float32')
@@ -43,19 +41,4 @@ def test_floors_name_the_longest():
 @pytest.mark.parametrize('sparse', [False, True])
 def test_a_layer_by_kernels_is_the_layer_in_plain_jnp(sparse):
     """Interpreted, in float32: values, slots touched and gradients."""
-    def run(implementation):
-        memory = ProductKeyMemory(MemoryConfig(sub_keys=16, heads=2, top_k=4, query_width=32), 128,
-                                  implementation=implementation, rngs=nnx.Rngs(0))
-        graph, params, rest = nnx.split(memory, nnx.Param, ...)
-        x = jax.random.normal(jax.random.key(0), (4, 6, 128))
-        delta = memory.no_delta(24) if sparse else None
-
-        def loss(params, x, delta):
-            y, reads = nnx.merge(graph, params, rest).read(x, delta=delta)
-            return jnp.sum(jnp.sin(y)), (y, reads.touched)
-
-        return jax.jit(jax.value_and_grad(loss, (0, 1, 2), has_aux=True))(
-            nnx.to_pure_dict(params), x, delta)
-
-    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-5),
-                 run('tpu'), run('xla'))
+    check_same('tpu', MemoryConfig(sub_keys=16, heads=2, top_k=4, query_width=32), (4, 6), sparse)
