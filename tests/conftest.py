@@ -21,6 +21,8 @@ from pkm_jax.convert import huggingface
 from pkm_jax.data import vocabulary
 from pkm_jax.models.bert import BertConfig
 
+VERBOSITY = logging.get_verbosity()     # before any program
+
 jax.config.update('jax_numpy_rank_promotion', 'raise')
 jax.config.update('jax_numpy_dtype_promotion', 'strict')
 jax.config.update('jax_default_matmul_precision', 'highest')
@@ -94,10 +96,8 @@ def tiny_bert(tmp_path_factory):
 
 @pytest.fixture(autouse=True)
 def heard():
-    """What one program asks of absl's log does not silence it in the next."""
-    before = logging.get_verbosity()
-    yield
-    logging.set_verbosity(before)
+    """What a program asked of absl's log, in a test or a fixture, does not silence the next test."""
+    logging.set_verbosity(VERBOSITY)
 
 
 @pytest.fixture(scope='session')
