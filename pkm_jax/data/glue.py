@@ -85,7 +85,7 @@ def read_glue(folder: str, name: str, log: Callable[[str], None]) -> dict[str, T
         elif not split.startswith('test'):
             folders = ', '.join(one.folder for one in TASKS.values())
             raise Refusal(f'{path} is missing: data.folder = {folder!r} must hold the folders of '
-                          f'the official download, {folders}.')
+                          f'the official download, {folders}, or what pkm_glue prepared of it.')
     diagnostics = [root / path for path in DIAGNOSTICS if (root / path).exists()]
     if name == 'mnli' and diagnostics:
         found[AX] = _texts(task, str(diagnostics[0]), True, log)
