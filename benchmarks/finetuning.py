@@ -108,7 +108,8 @@ class Torch:
         steps = int(np.ceil(-(-len(records) // size) * epochs))
         optimizer = torch.optim.AdamW(
             model.parameters(), lr=settings['learning_rate'], eps=settings['epsilon'],
-            betas=(settings['beta1'], settings['beta2']), weight_decay=settings['weight_decay'])
+            betas=(settings['beta1'], settings['beta2']), weight_decay=settings['weight_decay'],
+            fused=self.device == 'cuda')     # as transformers' Trainer has it
         warmup = int(steps * schedule_of(self.config).warmup)
         schedule = torch.optim.lr_scheduler.LambdaLR(
             optimizer, lambda step: min(step / max(warmup, 1), (steps - step) / (steps - warmup)))
