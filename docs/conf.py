@@ -1,0 +1,58 @@
+"""Settings of the site: `make docs` builds it, by Sphinx with MyST, from the pages beside this file."""
+
+import inspect
+import tomllib
+from pathlib import Path
+from typing import Any
+
+from flax import nnx
+from sphinx.application import Sphinx
+from sphinx.util.inspect import stringify_signature
+
+PROJECT = tomllib.loads((Path(__file__).parents[1] / 'pyproject.toml').read_text())['project']
+
+project = 'pkm_jax'
+author = 'The pkm_jax authors'
+project_copyright = 'The pkm_jax authors, Apache-2.0'
+release = version = PROJECT['version']
+
+extensions = ['myst_parser', 'sphinx.ext.autodoc', 'sphinx.ext.napoleon', 'sphinx_copybutton']
+myst_enable_extensions = ['colon_fence']
+myst_heading_anchors = 4        # as GitHub names them
+highlight_language = 'text'     # of indented blocks
+copybutton_exclude = '.linenos, .gp, .go'
+
+default_role = 'code'           # docstrings name things in single backticks
+autodoc_member_order = 'bysource'
+autodoc_preserve_defaults = True
+autodoc_typehints_format = 'short'
+napoleon_numpy_docstring = False
+
+html_theme = 'furo'
+html_title = f'pkm_jax {version}'
+html_static_path = ['_static']
+html_css_files = ['site.css']
+html_copy_source = False
+html_show_sphinx = False
+html_theme_options = {
+    'light_css_variables': {'color-brand-primary': '#0757ba', 'color-brand-content': '#0757ba'},
+    'dark_css_variables': {'color-brand-primary': '#79b8ff', 'color-brand-content': '#79b8ff'}}
+
+
+def _signature(_: Sphinx, what: str, name: str, thing: Any, options: Any, signature: str | None,
+               result: str | None) -> tuple[str | None, str | None]:
+    """Signatures as they are written: a module's is that of its __init__, an array is an Array."""
+    if what == 'class' and issubclass(thing, nnx.Module):
+        given = inspect.signature(thing.__init__)
+        own = given.replace(parameters=list(given.parameters.values())[1:],
+                            return_annotation=inspect.Signature.empty)
+        signature = stringify_signature(own, unqualified_typehints=True)
+    return _short(signature), _short(result)
+
+
+def _short(words: str | None) -> str | None:
+    return words and words.replace('jaxlib._jax.Array', 'Array')
+
+
+def setup(app: Sphinx) -> None:
+    app.connect('autodoc-process-signature', _signature)
