@@ -1,4 +1,4 @@
-"""Plans a run without its hardware: python -m pkm_jax.compile_check --config=… --topology=v5e:16x16
+"""Plans a run without its hardware: python -m pkm_jax.compile_check --config=NAME --topology=v5e:16x16
 
     python -m pkm_jax.compile_check --config=bert_base_pkm_pod --topology=v5e:16x16
     python -m pkm_jax.compile_check --config=bert_base_pkm --topology=h200:8 --config.seed=1
@@ -9,6 +9,8 @@ prints what a device would hold, compute and send, and how long all steps would 
 ('h200:8') it estimates. The exit status is 5 where the step does not fit, 2 where it cannot be
 planned. Minutes for BERT-base. The first state and evaluations are programs of their own, which are
 not compiled.
+
+Guide: docs/launch.md, "Plan". Plans that were made: docs/scaling.md.
 """
 
 import sys

@@ -1,4 +1,4 @@
-r"""Converts other people's BERTs to ours, and ours to Hugging Face folders. Offline.
+r"""Converts BERT weights in and out: python -m pkm_jax.convert_checkpoint --from=FOLDER --to=FOLDER
 
     python -m pkm_jax.convert_checkpoint --from=bert-base-uncased --to=runs/bert_base
     python -m pkm_jax.convert_checkpoint --from=bert-base-uncased --to=runs/with_memories \
@@ -6,7 +6,10 @@ r"""Converts other people's BERTs to ours, and ours to Hugging Face folders. Off
     python -m pkm_jax.convert_checkpoint --from=runs/bert_base_pkm --to=exported
 
 `--from` is a Hugging Face folder, a folder with an original TensorFlow checkpoint, one of our runs
-or one checkpoint of it. What became of every tensor is printed. `--to` appears whole or not at all.
+or one checkpoint of it; runs become Hugging Face folders. Nothing is downloaded. What became of
+every tensor is printed. `--to` appears whole or not at all.
+
+Guide: docs/weights.md.
 """
 
 import dataclasses

@@ -1,11 +1,14 @@
-"""Which runs live, from outside: python -m pkm_jax.status RUN …
+"""Says which runs live, from outside: python -m pkm_jax.status RUN …
 
     python -m pkm_jax.status runs/one
     python -m pkm_jax.status /mnt/gcs/BUCKET/runs        # all runs below, of a mounted bucket too
     watch -n 60 python -m pkm_jax.status runs/*
 
-Reads running.json, metrics.jsonl and the checkpoints of each, and writes nothing. The exit status
-is 4 where a run is stalled or died without a word, 2 where a folder holds no run, else 0.
+Prints step, loss, tokens/s, newest checkpoint, host and state of each. Reads running.json,
+metrics.jsonl and the checkpoints, and writes nothing. The exit status is 4 where a run is stalled or
+died without a word, 2 where a folder holds no run, else 0.
+
+Guide: docs/launch.md, "Is it alive?".
 """
 
 import argparse

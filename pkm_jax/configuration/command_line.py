@@ -13,6 +13,7 @@ from ml_collections.config_flags.config_flags import ConfigFileFlagParser
 
 from pkm_jax.refusal import Refusal, ends
 
+flags.disclaim_key_flags()      # --help shows --config as the program's own
 SHIPPED = Path(__file__).parents[1] / 'configs'
 HELP = ("A configuration: one of those that are shipped, such as quickstart, or the path of a "
         "file, with its arguments after ':'. Fields are set by --config.section.field=value.")
