@@ -1,4 +1,4 @@
-"""Settings of the site: `make docs` builds it, by Sphinx with MyST, from the pages beside this file."""
+"""Settings of the site, which `make docs` builds from the pages beside this file, by Sphinx."""
 
 import inspect
 import tomllib
@@ -47,12 +47,15 @@ def _signature(_: Sphinx, what: str, name: str, thing: Any, options: Any, signat
         own = given.replace(parameters=list(given.parameters.values())[1:],
                             return_annotation=inspect.Signature.empty)
         signature = stringify_signature(own, unqualified_typehints=True)
-    return _short(signature), _short(result)
+    return signature, result
 
 
-def _short(words: str | None) -> str | None:
-    return words and words.replace('jaxlib._jax.Array', 'Array')
+def _short_names(_: Sphinx, page: str, template: str, context: dict[str, Any], tree: Any) -> None:
+    """An array is an Array, wherever its class is defined."""
+    if 'body' in context:
+        context['body'] = context['body'].replace('jaxlib._jax.', '')
 
 
 def setup(app: Sphinx) -> None:
     app.connect('autodoc-process-signature', _signature)
+    app.connect('html-page-context', _short_names)

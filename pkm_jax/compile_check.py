@@ -1,4 +1,4 @@
-"""Plans a run without its hardware: python -m pkm_jax.compile_check --config=NAME --topology=v5e:16x16
+"""Plans a run without its hardware: python -m pkm_jax.compile_check --config=NAME --topology=CHIPS
 
     python -m pkm_jax.compile_check --config=bert_base_pkm_pod --topology=v5e:16x16
     python -m pkm_jax.compile_check --config=bert_base_pkm --topology=h200:8 --config.seed=1

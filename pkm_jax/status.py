@@ -4,9 +4,9 @@
     python -m pkm_jax.status /mnt/gcs/BUCKET/runs        # all runs below, of a mounted bucket too
     watch -n 60 python -m pkm_jax.status runs/*
 
-Prints step, loss, tokens/s, newest checkpoint, host and state of each. Reads running.json,
-metrics.jsonl and the checkpoints, and writes nothing. The exit status is 4 where a run is stalled or
-died without a word, 2 where a folder holds no run, else 0.
+Prints state, step, loss, tokens/s, newest checkpoint and host of each. Reads running.json,
+metrics.jsonl and the checkpoints, and writes nothing. The exit status is 4 where a run is stalled,
+dead or diverged, 2 where a folder holds no run, else 0.
 
 Guide: docs/launch.md, "Is it alive?".
 """
