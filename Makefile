@@ -34,8 +34,6 @@ $(VENV)/docs-installed: $(VENV)/installed
 	touch $@
 
 docs: $(VENV)/docs-installed
-	$(BIN)/python docs/figures.py
-	$(BIN)/python -m pkm_jax.configuration.reference > docs/configuration.md
 	JAX_PLATFORMS=cpu $(BIN)/python -m sphinx --quiet --fail-on-warning --keep-going -E docs site
 	@echo 'site/index.html'
 

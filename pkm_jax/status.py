@@ -163,11 +163,7 @@ def _ago(then: float, now: float) -> str:
 
 def main(arguments: Sequence[str] | None = None) -> None:
     survive_any_console()
-    parser = argparse.ArgumentParser(prog='python -m pkm_jax.status', description=__doc__,
-                                     formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument('folders', metavar='RUN', nargs='+',
-                        help='the folder of a run, or one with runs in it')
-    given, now = parser.parse_args(arguments), time.time()
+    given, now = _parser().parse_args(arguments), time.time()
     try:
         found = [status_of(run, now) for folder in given.folders
                  for run in runs_in(Path(folder).expanduser())]
@@ -176,6 +172,14 @@ def main(arguments: Sequence[str] | None = None) -> None:
     print(table(found, now))
     if any(one.state in UNWELL for one in found):
         raise SystemExit(ExitStatus.HUNG)
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(prog='python -m pkm_jax.status', description=__doc__,
+                                     formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument('folders', metavar='RUN', nargs='+',
+                        help='the folder of a run, or one with runs in it')
+    return parser
 
 
 if __name__ == '__main__':

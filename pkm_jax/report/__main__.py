@@ -24,6 +24,16 @@ from pkm_jax.report.report import write_report
 
 def main(arguments: Sequence[str] | None = None) -> None:
     """Writes the report that the command line asks for, and prints where it is."""
+    given = _parser().parse_args(arguments)
+    try:
+        folder = Path(expand(given.folder))
+        is_ablation = (folder / PLAN).exists() and not given.runs
+        print(write_ablation(folder) if is_ablation else write_report(folder, given.runs))
+    except Refusal as refusal:
+        raise ends(f'Not reported: {refusal}') from refusal
+
+
+def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog='python -m pkm_jax.report',
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -32,13 +42,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
                              'whose subfolders are runs')
     parser.add_argument('runs', metavar='RUN', nargs='*',
                         help='subfolders of FOLDER to report on; all of them by default')
-    given = parser.parse_args(arguments)
-    try:
-        folder = Path(expand(given.folder))
-        is_ablation = (folder / PLAN).exists() and not given.runs
-        print(write_ablation(folder) if is_ablation else write_report(folder, given.runs))
-    except Refusal as refusal:
-        raise ends(f'Not reported: {refusal}') from refusal
+    return parser
 
 
 if __name__ == '__main__':
