@@ -33,7 +33,8 @@ TOPOLOGY = flags.DEFINE_string(
     f'{", ".join(CHIPS)}: v5e:16x16, v5p:4x4x4, h200:8; or as clouds name slices: v5litepod-256, '
     'v5p-128')
 SLICES = flags.DEFINE_integer('slices', 1, 'TPU slices of that topology')
-PRICE = flags.DEFINE_float('price', 0., 'of a chip for an hour, in any currency: what the run costs')
+PRICE = flags.DEFINE_float('price', 0., 'of a chip for an hour, in any currency: what the run '
+                           'costs')
 
 def run(config: ml_collections.ConfigDict, topology: str, slices: int = 1,
         price: float = 0.) -> bool:

@@ -3,6 +3,7 @@
 import ast
 import copy
 import importlib
+import itertools
 import re
 import shlex
 import tomllib
@@ -236,7 +237,7 @@ def test_help_says_what_a_program_is_for_its_uses_and_its_guide(program):
 def slugs(tokens):
     """The anchors of a page's headings, as GitHub and the site name them."""
     found = []
-    for heading, inline in zip(tokens, tokens[1:]):
+    for heading, inline in itertools.pairwise(tokens):
         if heading.type == 'heading_open':
             text = ''.join(child.content for child in inline.children
                            if child.type in ('text', 'code_inline'))
@@ -287,7 +288,7 @@ def test_documents_that_the_code_names_are_there():
             assert (ROOT / name).exists(), f'{path}: there is no {name}'
             if heading:
                 tokens = parsed(ROOT / name)
-                heads = [inline.content for opening, inline in zip(tokens, tokens[1:])
+                heads = [inline.content for opening, inline in itertools.pairwise(tokens)
                          if opening.type == 'heading_open']
                 assert heading in heads, f'{path}: {name} has no heading {heading!r}'
     assert found > 20
