@@ -1,5 +1,6 @@
 """The wheel in environments that hold nothing else: minutes, and a package index."""
 
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -56,7 +57,7 @@ def test_every_program_says_how_it_is_used(wheel, tmp_path):
     for program in PROGRAMS:
         module = f'pkm_jax.{program.removesuffix(".__main__")}'
         said = run(python, '-m', module, '--help', cwd=tmp_path)
-        assert said.count(f'    python -m {module} ') >= 3, said
+        assert len(re.findall(rf'(?m)^    .*python -m {module}\b', said)) >= 3, said
         assert 'Guide: docs/' in said and ('flags:' in said or 'options:' in said), said
     said = run(python, '-c', 'from pkm_jax.configuration.command_line import shipped; '
                'print(*shipped())', cwd=tmp_path)
