@@ -5,8 +5,10 @@ import tomllib
 from pathlib import Path
 from typing import Any
 
+from docutils import nodes
 from flax import nnx
 from sphinx.application import Sphinx
+from sphinx.transforms import SphinxTransform
 from sphinx.util.inspect import stringify_signature
 
 PROJECT = tomllib.loads((Path(__file__).parents[1] / 'pyproject.toml').read_text())['project']
@@ -17,7 +19,6 @@ project_copyright = 'The pkm_jax authors, Apache-2.0'
 release = version = PROJECT['version']
 
 extensions = ['myst_parser', 'sphinx.ext.autodoc', 'sphinx.ext.napoleon', 'sphinx_copybutton']
-myst_enable_extensions = ['colon_fence']
 myst_heading_anchors = 4        # as GitHub names them
 highlight_language = 'text'     # of indented blocks
 copybutton_exclude = '.linenos, .gp, .go'
@@ -56,6 +57,21 @@ def _short_names(_: Sphinx, page: str, template: str, context: dict[str, Any], t
         context['body'] = context['body'].replace('jaxlib._jax.', '')
 
 
+class ThemedImages(SphinxTransform):
+    """Beside each NAME-light.svg stands NAME-dark.svg: the theme shows one of them."""
+    default_priority = 400
+
+    def apply(self, **_: Any) -> None:
+        for image in list(self.document.findall(nodes.image)):
+            if image['uri'].endswith('-light.svg'):
+                dark = image.deepcopy()
+                dark['uri'] = image['uri'].replace('-light.', '-dark.')
+                image.parent.replace_self([
+                    nodes.container('', image, classes=['drawing', 'only-light']),
+                    nodes.container('', dark, classes=['drawing', 'only-dark'])])
+
+
 def setup(app: Sphinx) -> None:
+    app.add_transform(ThemedImages)
     app.connect('autodoc-process-signature', _signature)
     app.connect('html-page-context', _short_names)

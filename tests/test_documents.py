@@ -258,9 +258,6 @@ def links(tokens):
                     yield child.attrGet(name)
             if child.type == 'html_inline':
                 yield from re.findall(r'(?:src|srcset|href)="([^"]*)"', child.content)
-    for token in tokens:        # directives of the site
-        if token.type == 'inline':
-            yield from re.findall(r'^:::\{image\} (\S+)', token.content, re.MULTILINE)
         if token.type == 'fence' and token.info.startswith('{literalinclude}'):
             yield token.info.split()[1]
 
