@@ -27,6 +27,7 @@ default_role = 'code'           # docstrings name things in single backticks
 autodoc_member_order = 'bysource'
 autodoc_preserve_defaults = True
 autodoc_typehints_format = 'short'
+maximum_signature_line_length = 88
 napoleon_numpy_docstring = False
 
 html_theme = 'furo'
@@ -47,7 +48,8 @@ def _signature(_: Sphinx, what: str, name: str, thing: Any, options: Any, signat
         given = inspect.signature(thing.__init__)
         own = given.replace(parameters=list(given.parameters.values())[1:],
                             return_annotation=inspect.Signature.empty)
-        signature = stringify_signature(own, unqualified_typehints=True)
+        signature = stringify_signature(own, unqualified_typehints=True).replace(
+            "<class 'jax.numpy.float32'>", 'jnp.float32')
     return signature, result
 
 
