@@ -1,5 +1,6 @@
 """Settings of the site, which `make docs` builds from the pages beside this file, by Sphinx."""
 
+import ast
 import inspect
 import tomllib
 from pathlib import Path
@@ -9,9 +10,11 @@ from docutils import nodes
 from flax import nnx
 from sphinx.application import Sphinx
 from sphinx.transforms import SphinxTransform
+from sphinx.util.docutils import SphinxDirective
 from sphinx.util.inspect import stringify_signature
 
-PROJECT = tomllib.loads((Path(__file__).parents[1] / 'pyproject.toml').read_text())['project']
+ROOT = Path(__file__).parents[1]
+PROJECT = tomllib.loads((ROOT / 'pyproject.toml').read_text())['project']
 
 project = 'pkm_jax'
 author = 'The pkm_jax authors'
@@ -59,6 +62,17 @@ def _short_names(_: Sphinx, page: str, template: str, context: dict[str, Any], t
         context['body'] = context['body'].replace('jaxlib._jax.', '')
 
 
+class HelpOf(SphinxDirective):
+    """The docstring of a program, by its path: what its --help begins with."""
+    required_arguments = 1
+
+    def run(self) -> list[nodes.Node]:
+        path = ROOT / self.arguments[0]
+        self.env.note_dependency(path)
+        said = ast.get_docstring(ast.parse(path.read_text(encoding='utf-8')))
+        return [nodes.literal_block(said, said, language='text')]
+
+
 class ThemedImages(SphinxTransform):
     """Beside each NAME-light.svg stands NAME-dark.svg: the theme shows one of them."""
     default_priority = 400
@@ -74,6 +88,7 @@ class ThemedImages(SphinxTransform):
 
 
 def setup(app: Sphinx) -> None:
+    app.add_directive('help-of', HelpOf)
     app.add_transform(ThemedImages)
     app.connect('autodoc-process-signature', _signature)
     app.connect('html-page-context', _short_names)

@@ -260,6 +260,8 @@ def links(tokens):
                 yield from re.findall(r'(?:src|srcset|href)="([^"]*)"', child.content)
         if token.type == 'fence' and token.info.startswith('{literalinclude}'):
             yield token.info.split()[1]
+        if token.type == 'fence' and token.info.startswith('{help-of}'):
+            yield f'../{token.info.split()[1]}'
 
 
 @pytest.mark.parametrize('page', PAGES, ids=lambda page: page.stem)
