@@ -58,6 +58,12 @@ def blocks_of(path):
     return list(blocks(parsed(path), path.relative_to(ROOT)))
 
 
+def usage(path):
+    """What --help of a script of the shell prints."""
+    found = re.search(r"<<'END'\n(.*?)\nEND", path.read_text(), re.DOTALL)
+    return found[1] if found else ''
+
+
 def docstring(path):
     return ast.get_docstring(ast.parse(path.read_text())) or ''
 
@@ -116,10 +122,8 @@ def all_commands():
         for path in sorted((ROOT / folder).glob('*.py')):
             name = path.relative_to(ROOT)
             yield from commands(blocks(MARKDOWN.parse(docstring(path)), name))
-    for path in sorted((ROOT / 'launch').glob('s*.*')) + [ROOT / 'launch/tpu_pod.sh']:
-        usage = re.search(r"<<'END'\n(.*?)\nEND", path.read_text(), re.DOTALL)
-        if usage:
-            yield from commands(blocks(MARKDOWN.parse(usage[1]), path.relative_to(ROOT)))
+    for path in sorted((ROOT / 'launch').glob('*.s*')):
+        yield from commands(blocks(MARKDOWN.parse(usage(path)), path.relative_to(ROOT)))
 
 
 def test_every_command_is_one_that_the_programs_take():
@@ -229,6 +233,15 @@ def test_help_says_what_a_program_is_for_its_uses_and_its_guide(program):
            if command.words[2:3] == [module]]
     assert len(own) >= 3 and re.search(r'\nGuide: docs/\w+\.md', said)
     assert len(said.splitlines()[0]) > len(f'python -m {module}') + 20
+
+
+@pytest.mark.parametrize('name', ['gke.py', 'tpu_pod.sh', 'slurm.sh', 'sky.sh'])
+def test_help_of_a_launcher_has_its_uses_and_its_guide(name):
+    path = ROOT / 'launch' / name
+    said = docstring(path) if name.endswith('.py') else usage(path)
+    uses = [command for command in commands(blocks(MARKDOWN.parse(said), name))
+            if f'launch/{name}' in command.words]
+    assert len(uses) >= 3 and re.search(r'Guide: docs/launch\.md, "[^"]+"', said)
 
 
 # Links
