@@ -25,12 +25,13 @@ def embedding_bag(
     elsewhere: bool = False,
     implementation: Implementation | None = None,
 ) -> Float[Array, 'T V']:
-    """Σ_r weights[t, r] · values[slots[t, r]], summed in float32, in the dtype of `values`.
+    """Σ_r weights[t, r] · values[slots[t, r]]: a weighted sum of R rows for each of T tokens.
 
-    No [T, R, V] array exists, forward or backward. Slots must lie in [0, S). The gradient of
-    `values` is dense and in their dtype; it is deterministic, except in plain jnp on a GPU.
-    `elsewhere`: most slots are S, reads that other devices make. They add nothing, and plain jnp
-    passes over the others alone. For `implementation` see `pkm_jax.dispatch.Choice`.
+    Summed in float32 and returned in the dtype of `values`. No array [T, R, V] exists, forward or
+    backward. Slots must lie in [0, S). The gradient of `values` is dense and in their dtype. It is
+    deterministic, except in plain JAX on a GPU. `elsewhere`: most slots are S, which stands for
+    reads that other devices make; they add nothing. `implementation`: see
+    `pkm_jax.dispatch.Choice`.
 
     Raises:
       Refusal: the implementation cannot take these arrays.
