@@ -68,7 +68,7 @@ def test_classes(tuned, tmp_path):
     assert store.of_run(folder).parent.name == 'best' and (folder / 'tokenizer.json').exists()
     check_resumption(config, folder, tmp_path / 'killed')
     page = (folder / 'report/report.html').read_text()
-    assert 'commonest class of the training' in page
+    assert 'commonest class of the training' in page and 'erdict' not in page.split('</style>')[1]
 
 
 def check_resumption(config, straight, folder):

@@ -86,10 +86,19 @@ def read_glue(folder: str, name: str, log: Callable[[str], None]) -> dict[str, T
             folders = ', '.join(one.folder for one in TASKS.values())
             raise Refusal(f'{path} is missing: data.folder = {folder!r} must hold the folders of '
                           f'the official download, {folders}, or what pkm_glue prepared of it.')
-    diagnostics = [root / path for path in DIAGNOSTICS if (root / path).exists()]
-    if name == 'mnli' and diagnostics:
-        found[AX] = _texts(task, str(diagnostics[0]), True, log)
-    return found
+    diagnostics = read_diagnostics(folder, log) if name == 'mnli' else None
+    return found | ({AX: diagnostics} if diagnostics else {})
+
+
+def read_diagnostics(folder: str, log: Callable[[str], None]) -> Texts | None:
+    """The diagnostics AX, without labels; None where there are none.
+
+    Raises:
+      Refusal: a row is not what theirs are; it is named with the line.
+    """
+    paths = [Path(expand(folder)) / path for path in DIAGNOSTICS]
+    return next((_texts(TASKS['mnli'], str(path), True, log) for path in paths if path.exists()),
+                None)
 
 
 def submission(name: str, split: str) -> str:

@@ -20,7 +20,7 @@ import tensorflow_datasets as tfds
 
 from pkm_jax.data.columns import Texts
 from pkm_jax.data.files import expand
-from pkm_jax.data.glue import AX, SECOND, TASKS, GlueTask, read_glue
+from pkm_jax.data.glue import AX, SECOND, TASKS, GlueTask, read_diagnostics, read_glue
 from pkm_jax.data.tfds_text import open_builder
 from pkm_jax.refusal import Refusal
 
@@ -56,9 +56,13 @@ class PkmGlue(tfds.core.GeneratorBasedBuilder):
 
     def _split_generators(self, dl_manager: Any) -> dict[str, Any]:
         name, folder = self.builder_config.name, str(dl_manager.manual_dir)
-        found = read_glue(folder, 'mnli' if name == DIAGNOSTICS else name, print)
-        if name == DIAGNOSTICS and AX not in found:
-            raise Refusal(f'{folder} has no diagnostics: AX/diagnostic.tsv is missing.')
+        if name == DIAGNOSTICS:
+            diagnostics = read_diagnostics(folder, print)
+            if diagnostics is None:
+                raise Refusal(f'{folder} has no diagnostics: AX/diagnostic.tsv is missing.')
+            found = {AX: diagnostics}
+        else:
+            found = read_glue(folder, name, print)
         return {split: self._generate_examples(found[ours])
                 for split, ours in splits_of(name).items() if ours in found}
 

@@ -70,8 +70,10 @@ def test_names_are_those_that_pipelines_read(tmp_path, files):
         prepared(tmp_path, 'ax', 'files')
     (tmp_path / 'files/AX').mkdir()
     (tmp_path / 'files/AX/diagnostic.tsv').write_text('index\tsentence1\tsentence2\n0\tc\td\n')
+    (tmp_path / 'files/MNLI').rename(tmp_path / 'elsewhere')      # the diagnostics stand alone
     assert prepared(tmp_path, 'ax', 'files').as_data_source('test')[0]['hypothesis'] == b'd'
     found = read_prepared(str(tmp_path / 'data'), 'mnli')['test_ax']
+    (tmp_path / 'elsewhere').rename(tmp_path / 'files/MNLI')
     assert found[:3] == read_glue(folder, 'mnli', print)['test_ax'][:3]
 
 
