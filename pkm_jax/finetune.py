@@ -103,7 +103,7 @@ def _report(run: Run, task: FinetuningTask, data: Labelled, found: dict[str, Eva
         prefix = {'validation': 'eval'}.get(kind, kind)
         values = evaluation.values | task.baseline(data, split) | {
             'samples': data.num_records(split)}
-        results |= {f'{prefix}_{name}' + (f'_{part}' if part else ''): value
+        results |= {f'{prefix}_{name.removeprefix("eval_")}' + (f'_{part}' if part else ''): value
                     for name, value in values.items() if isinstance(value, (int, float))}
     results |= _usage(run, found['validation'])
     results['score'] = task.score({split: one.values for split, one in found.items()})
