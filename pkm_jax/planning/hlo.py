@@ -8,7 +8,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from pkm_jax.memory.embedding_bag import OWN_READS
+from pkm_jax.memory.embedding_bag import OWN_READS, SKEWED_READS
 
 ITEM_BITS = {'pred': 8, 's4': 4, 'u4': 4, 's8': 8, 'u8': 8, 's16': 16, 'u16': 16, 'bf16': 16,
              'f16': 16, 's32': 32, 'u32': 32, 'f32': 32, 's64': 64, 'u64': 64, 'f64': 64}
@@ -82,33 +82,39 @@ class Collective(NamedTuple):
 class Module:
     """The computations of a compiled program, from its text as `compiled.as_text()` gives it.
 
-    `own_reads`: iterations of the loops that `embedding_bag.OWN_READS` names, which data decides.
+    `own_reads`: iterations of the loops that `embedding_bag.OWN_READS` names, which data decides;
+    those that SKEWED_READS names have none, as if reads are spread evenly.
     With several slices it is the program of one, whose devices have the first numbers of the mesh.
     """
 
     def __init__(self, text: str, own_reads: int | None = None, slices: int = 1):
         self._own_reads, self._slices = own_reads, slices
-        self._computations, self._results, self._entry, lines = {}, {}, '', []
+        self.computations: dict[str, list[str]] = {}
+        self._results, self._entry, lines = {}, '', []
         for line in text.splitlines():
             heading = re.match(r'(ENTRY )?%?([\w.\-]+) \(.*\{$', line)
             if heading:
-                lines = self._computations.setdefault(heading[2], [])
+                lines = self.computations.setdefault(heading[2], [])
                 self._entry = heading[2] if heading[1] else self._entry
             elif line.startswith('  '):
                 lines.append(line.strip())
                 name = re.search(r'%([\w.\-]+) = ', line)
                 self._results[name[1]] = _shapes(_RESULT.search(line)[1])
 
+    def instructions(self) -> Iterator[Instruction]:
+        """Those of the program and of what it calls, but for the inside of fusions."""
+        return self._called_by(self._entry, 1)
+
     def collectives(self, devices: int) -> list[Collective]:
         """Every collective operation between more than one of that many devices."""
         found = (_collective(*instruction, devices // self._slices)
                  or _between_slices(*instruction, devices // self._slices, self._slices)
-                 for instruction in self._instructions(self._entry, 1, fused=True))
+                 for instruction in self._called_by(self._entry, 1, fused=True))
         return [one for one in found if one and len(one.groups[0]) > 1]
 
     def unknown_loops(self) -> int:
         """How many loops end when data says so; their bodies are counted once."""
-        return sum(self._trips(text) is None for text, _ in self._instructions(self._entry, 1)
+        return sum(self._trips(text) is None for text, _ in self.instructions()
                    if ' while(' in text)
 
     def uncounted_bytes(self) -> int:
@@ -118,7 +124,7 @@ class Module:
         scatter puts in place as read and written.
         """
         return sum(self._traffic(text) * (times - 1)
-                   for text, times in self._instructions(self._entry, 1) if times > 1)
+                   for text, times in self.instructions() if times > 1)
 
     def waited_bytes(self) -> int:
         """What XLA's cost analysis counts where asynchronous collectives end, though nothing moves.
@@ -126,9 +132,9 @@ class Module:
         It is the buffer, as read and written. The start counts, fusions that carry it do not.
         """
         return sum(2 * sum(shape.bytes for shape in _shapes(_RESULT.search(text)[1]))
-                   for text, _ in self._instructions(self._entry, 1)
+                   for text, _ in self.instructions()
                    for name in re.findall(r'calls=%([\w.\-]+)', text)
-                   if _ENDED in '\n'.join(self._computations[name]))
+                   if _ENDED in '\n'.join(self.computations[name]))
 
     def _traffic(self, text):
         """Bytes that an instruction moves to and from HBM."""
@@ -144,33 +150,34 @@ class Module:
         taken = sum(shape.bytes for shape in shapes) if _GATHERS.search(text) else 0
         return taken + 2 * sum(shape.bytes for shape in shapes if shape.in_hbm)
 
-    def _instructions(self, name: str, times: int, fused: bool = False) -> Iterator[Instruction]:
+    def _called_by(self, name: str, times: int, fused: bool = False) -> Iterator[Instruction]:
         """Those of a computation and of what it calls; of fusions the inside only if asked for."""
-        for text in self._computations[name]:
+        for text in self.computations[name]:
             if name.startswith(_SCATTERED):
                 text = text.replace(' all-reduce(', f' {_SCATTERED}(')
             yield Instruction(text, times)
             if ' while(' in text:
                 body = re.search(r'body=%?([\w.\-]+)', text)[1]
-                yield from self._instructions(body, times * (self._trips(text) or 1), fused)
+                trips = self._trips(text)
+                yield from self._called_by(body, times * (1 if trips is None else trips), fused)
             called = _CALLED.findall(text) + (_APPLIED.findall(text) if ' call(' in text else [])
             for callee in re.findall(r'%([\w.\-]+)', ' '.join(called)):
                 if (fused or ' fusion(' not in text) and not self._continues(callee):
-                    yield from self._instructions(callee, times, fused)
+                    yield from self._called_by(callee, times, fused)
 
     def _trips(self, text):
         """Iterations of a loop: as it says, or the one number that its condition compares with."""
         known = re.search(r'"known_trip_count":\{"n":"(\d+)"', text)
         if known:
             return int(known[1])
-        condition = self._computations[re.search(r'condition=%?([\w.\-]+)', text)[1]]
+        condition = self.computations[re.search(r'condition=%?([\w.\-]+)', text)[1]]
         numbers = re.findall(r's32\[\]\S* constant\((\d+)\)', '\n'.join(condition))
         if len(numbers) == 1:
             return int(numbers[0])
-        return self._own_reads if OWN_READS in text else None
+        return 0 if SKEWED_READS in text else self._own_reads if OWN_READS in text else None
 
     def _continues(self, name):
-        return bool(_CONTINUED.search('\n'.join([name, *self._computations[name]])))
+        return bool(_CONTINUED.search('\n'.join([name, *self.computations[name]])))
 
 
 def _collective(text, times, devices):

@@ -71,8 +71,8 @@ def test_of_reads_made_elsewhere_none_is_added(share, reads):
     values, slots, weights, _ = make(np.where(away, 30, random_slots(19, reads, 30)), 30, 128,
                                      'float32')
     weights = jnp.where(away, 0, weights)
-    want = embedding_bag(values, slots, weights, elsewhere=True)
-    np.testing.assert_array_equal(bag(values, slots, weights, elsewhere=True), want)
+    want = embedding_bag(values, slots, weights, owners=2)
+    np.testing.assert_array_equal(bag(values, slots, weights, owners=2), want)
 
 
 @pytest.mark.parametrize('case', CASES)

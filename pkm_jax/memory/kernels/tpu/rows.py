@@ -1,8 +1,9 @@
 """How the kernels for TPUs see arrays: a table's rows as pieces of 128, tokens in whole tiles."""
 
+import jax
 import jax.numpy as jnp
 from jax.experimental.pallas import tpu as pltpu
-from jaxtyping import Array, Float, Shaped
+from jaxtyping import Array, Float, Int32, Shaped
 
 LANES = 128
 Interpret = bool | pltpu.InterpretParams    # the latter: copies at other times than they start
@@ -26,3 +27,14 @@ def padded_tokens(array: Shaped[Array, 'T ...'], tile: int, fill: int = 0) -> Ar
     """The array with a multiple of `tile` tokens."""
     padding = ((0, -len(array) % tile), *((0, 0) for _ in array.shape[1:]))
     return jnp.pad(array, padding, constant_values=fill)
+
+
+def sum_lanes(
+    products: Float[Array, 'reads pieces'], size: Int32[Array, ''] | int, lanes: int,
+) -> Float[Array, 'rows {lanes}']:
+    """The sum of each of the first `size` rows, zeros of the others, `lanes` of them to a row."""
+    blocks = products.reshape(-1, lanes, products.shape[1])
+    sums = jnp.concatenate([jnp.sum(block.T, axis=0, keepdims=True) for block in blocks])
+    at = (jax.lax.broadcasted_iota(jnp.int32, sums.shape, 0) * lanes
+          + jax.lax.broadcasted_iota(jnp.int32, sums.shape, 1))
+    return jnp.where(at < size, sums, 0)
