@@ -10,6 +10,8 @@ tiles:
 * of a collective what it is given and results in; fusions that carry its buffers along, and its
   end, move none of them;
 * of a loop what its body moves, as often as it runs;
+* of a sort that is longer than what the chip holds of it (the compiler says how much) every pass of
+  a bitonic sort whose steps over longer distances each read and write all, which is pessimistic;
 * of a kernel what its `pl.CostEstimate` says, where it has one.
 
 Operands that a fusion reads twice are not seen: it is what the program moves at least.
@@ -27,6 +29,8 @@ _ARRAY = re.compile(r'\b(' + '|'.join(ITEM_BITS) + r')\[([\d,]*)\](?:\{([^}]*)\}
 _LINE = re.compile(r'(?:ROOT )?%([\w.\-]+) = (.*?) ([\w\-]+)\((.*)')
 _CALLED = re.compile(r'(?:calls|to_apply)=%([\w.\-]+)')
 _COST = re.compile(r'"bytes_accessed":"?(\d+)')
+_SCRATCH = re.compile(r'"used_scoped_memory_configs":\[\{[^}]*"size":"([1-9]\d*)"')
+SUBLANES, LANES = 8, 128
 _MOVES_NOTHING = (
     'parameter', 'get-tuple-element', 'tuple', 'bitcast', 'while', 'constant', 'call',
     'conditional', 'after-all', 'partition-id', 'copy-done', 'slice-done',
@@ -104,6 +108,8 @@ class Traffic:
             return size * bool(given), sizes[place]
         if line.operation.endswith('-start'):
             return given, max(sizes)
+        if line.operation == 'sort':
+            return given * _passes(line), sum(sizes) * _passes(line)
         if line.operation != 'fusion':
             return (self._taken_by(line), self._put(line, sum(sizes)))
         inner = self._lines[_CALLED.search(line.text)[1]]
@@ -214,6 +220,19 @@ def _parameter(lines, place):
     return next(line.name for line in lines if f' parameter({place})' in line.text)
 
 
+def _passes(sort):
+    """Passes of a sort through HBM: levels that merge what is longer than the part on the chip have
+    as many steps as there are doublings, and one more within parts."""
+    arrays, along = _ARRAY.findall(sort.result), int(re.search(r'dimensions=\{(\d+)', sort.text)[1])
+    dims = [int(size) for size in arrays[0][1].split(',')]
+    minor = int(re.match(r'\d+', arrays[0][2] or '0')[0])
+    beside = 1 if len(dims) == 1 else SUBLANES if along == minor else LANES
+    size = dims[along] * beside * sum(ITEM_BITS[dtype] // 8 for dtype, _, _ in arrays)
+    scratch = _SCRATCH.search(sort.text)
+    doublings = math.ceil(math.log2(max(size / int(scratch[1]), 1))) if scratch else 0
+    return 1 + doublings * (doublings + 3) // 2
+
+
 def _whole(result):
     return sum(_bytes(*array) for array in _ARRAY.findall(result))
 
@@ -223,7 +242,7 @@ def _bytes(dtype, dims, layout):
     dims = [int(size) for size in dims.split(',') if size]
     order = [int(axis) for axis in re.match(r'[\d,]*', layout)[0].split(',') if axis]
     tile = re.search(r'T\(([\d,]+)\)', layout)
-    tile = [int(size) for size in tile[1].split(',')] if tile else []
-    for axis, size in zip(order, reversed(tile)):
+    sizes = [int(size) for size in tile[1].split(',')] if tile else []
+    for axis, size in zip(order, reversed(sizes)):
         dims[axis] = -(-dims[axis] // size) * size
     return math.prod(dims) * ITEM_BITS[dtype] // 8

@@ -1,5 +1,6 @@
 """Weighted sum of value rows and its derivative on an NVIDIA GPU, in the place of the reference."""
 
+import jax
 import jax.numpy as jnp
 from jax import ShapeDtypeStruct
 from jaxtyping import Array, Float, Int32

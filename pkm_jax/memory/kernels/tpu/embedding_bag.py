@@ -5,7 +5,7 @@ import jax.numpy as jnp
 from jax import ShapeDtypeStruct
 from jaxtyping import Array, Float, Int32
 
-from pkm_jax.memory.embedding_bag import marked
+from pkm_jax.memory.embedding_bag import marked, reference_backward
 from pkm_jax.memory.kernels.tpu.embedding_bag_backward import (
     compact_gradients,
     dense_gradients,
@@ -54,6 +54,8 @@ def backward(
     gradient: Float[Array, 'T V'], *, owners: int = 1, interpret: Interpret,
 ) -> tuple[Float[Array, 'S V'], Float[Array, 'T R']]:
     """Dense gradients of values, in their dtype, and of weights; deterministic."""
+    if slots.shape[1] == 1 and owners == 1:       # a scatter
+        return reference_backward(values, slots, weights, gradient)
     return dense_gradients(values, slots, weights, gradient, interpret=interpret)
 
 
@@ -68,13 +70,13 @@ def compact_backward(
         rows, by_read = compact_gradients(values, slots, weights, gradient, interpret=interpret)
         return rows, jax.lax.dynamic_slice_in_dim(by_read, first, tokens)
     ids, count = in_place(marked(slots, n_slots, owners=owners))
-    rows = own_row_gradients(slots, weights, gradient, n_slots, owners=owners, interpret=interpret)
+    sums = own_row_gradients(slots, weights, gradient, n_slots, owners=owners, interpret=interpret)
     slots, weights, gradient = (jax.lax.dynamic_slice_in_dim(array, first, tokens)
                                 for array in (slots, weights, gradient))
     own, _, place, counts = _own_first(slots, weights, n_slots)
     by_own = weight_gradients(values, own, counts, gradient, owners=owners, interpret=interpret)
     by_read = jax.lax.sort((place, by_own.astype(weights.dtype)), dimension=1, num_keys=1)[1]
-    return SparseRows(ids, rows, count), jnp.where(slots < n_slots, by_read, 0)
+    return SparseRows(ids, sums, count), jnp.where(slots < n_slots, by_read, 0)
 
 
 def _own_first(slots, weights, n_slots):

@@ -1,16 +1,18 @@
 """Gradients of the weighted sum of value rows on a TPU (Pallas, Mosaic, TensorCore).
 
 A stable sort of the reads by slot brings those of a slot together, as a *segment*; reads made
-elsewhere come last and are left out. Programs go over a chunk of sorted reads each, one after the
-other: of every read the output gradient of its token comes from HBM, of every segment its value row
-as well, both into rings of IN_FLIGHT places. Their product is the gradient of the read's weight;
-weight · gradient is added to a float32 sum, which a segment carries from one chunk to the next, and
-which leaves for its row where the segment ends. No sum depends on when a copy arrives: results are
-the same bit for bit each time.
+elsewhere come last and are left out, or are packed away before (`own_reads`). Programs go over a
+chunk of sorted reads each, one after the other: of every read the output gradient of its token
+comes from HBM into a ring of IN_FLIGHT places. weight · gradient is added to a float32 sum, which a
+segment carries from one chunk to the next, and which leaves for its row where the segment ends;
+rows between those of two segments get zeros, so that none has to be there before. Of a whole table
+the value row of every segment comes as well: its product with the gradient is that of the read's
+weight. Of own reads the weights' gradients are `embedding_bag_forward.weight_gradients`. No sum
+depends on when a copy arrives: results are the same bit for bit each time.
 
-Bytes: an output gradient for each read, a value row and a gradient row for each slot that was read,
-zeros for the other rows, and the sorts. Operations: for each read and 1,024 numbers of a row four
-vector instructions in float32, and those that widen bfloat16. Floor: the rows over the memory
+Bytes: an output gradient for each read, a value row for each slot that was read, every gradient row
+once, and the sorts. Operations: for each read and 1,024 numbers of a row four vector instructions
+in float32, two without value rows, and those that widen bfloat16. Floor: the rows over the memory
 bandwidth.
 """
 
@@ -25,11 +27,19 @@ from jaxtyping import Array, Float, Int32
 
 from pkm_jax.memory.embedding_bag import SKEWED_READS
 from pkm_jax.memory.kernels.tpu import own_reads
-from pkm_jax.memory.kernels.tpu.rows import LANES, Interpret, as_rows, padded_tokens, sum_lanes
+from pkm_jax.memory.kernels.tpu.rows import (
+    LANES,
+    Interpret,
+    as_rows,
+    as_table,
+    padded_tokens,
+    sum_lanes,
+)
 from pkm_jax.memory.sparse_rows import SparseRows, in_place
 
 IN_FLIGHT = 64      # output gradients, and as many value rows: a power of two, as is
 LEAVING = 8         # sums on their way to their rows
+CLEARED = 8         # rows without a sum that get their zeros by one copy
 CHUNK = 1_024       # sorted reads of a program, a multiple of LANES
 FETCHES, BEGINS, ENDS = 1, 2, 4     # flags of a sorted read: it needs the value row, is a segment's
 FLAGS = 3                           # first or last; bits of a number that holds them and the token
@@ -41,9 +51,10 @@ def dense_gradients(
 ) -> tuple[Float[Array, 'S V'], Float[Array, 'T R']]:
     """Gradients of `values`, in their dtype, and of `weights`; slots of S are no reads."""
     reads = _all_by_slot(slots, weights)
-    rows, by_sorted = _sums(reads, reads.slots, gradient, len(values), len(values), values.dtype,
-                            slots.shape[1], interpret, values)
-    return rows, _in_order(reads, by_sorted, weights)
+    by_token, table = as_rows(gradient, interpret), as_rows(values, interpret)
+    rows, by_sorted = _sums(reads, reads.slots, by_token, len(table), len(table), values.dtype,
+                            slots.shape[1], interpret, table)
+    return as_table(rows, values.shape[1]), _in_order(reads, by_sorted, weights)
 
 
 def compact_gradients(
@@ -63,9 +74,10 @@ def compact_gradients(
         ids = jnp.full(capacity, n_slots, jnp.int32).at[
             jnp.where(begins, place, capacity)].set(reads.slots, mode='drop')
         count = jnp.sum(begins, dtype=jnp.int32)[None]
-    rows, by_sorted = _sums(reads, place, gradient, n_slots, capacity, jnp.float32, slots.shape[1],
-                            interpret, values)
-    return SparseRows(ids, rows, count), _in_order(reads, by_sorted, weights)
+    rows, by_sorted = _sums(reads, place, as_rows(gradient, interpret), n_slots, capacity,
+                            jnp.float32, slots.shape[1], interpret, as_rows(values, interpret))
+    return (SparseRows(ids, as_table(rows, values.shape[1]), count),
+            _in_order(reads, by_sorted, weights))
 
 
 def own_row_gradients(
@@ -76,9 +88,11 @@ def own_row_gradients(
     slots of the others are `n_slots`. Each window of blocks is summed by itself."""
     blocks, size = own_reads.in_blocks(slots, weights, n_slots), own_reads.window_size(owners)
 
+    by_token = as_rows(gradient, interpret)
+
     def rows_of(number):
         reads = own_reads.window(blocks, number, n_slots, size)
-        return _sums(reads, reads.slots, gradient, n_slots, n_slots, jnp.float32, slots.shape[1],
+        return _sums(reads, reads.slots, by_token, n_slots, n_slots, jnp.float32, slots.shape[1],
                      interpret, expected=slots.size // owners)[0]
 
     def add_window(carry):
@@ -87,7 +101,8 @@ def own_row_gradients(
 
     windows, start = own_reads.windows(blocks, n_slots, size), (jnp.int32(1), rows_of(0))
     with jax.named_scope(SKEWED_READS):
-        return jax.lax.while_loop(lambda carry: carry[0] < windows, add_window, start)[1]
+        rows = jax.lax.while_loop(lambda carry: carry[0] < windows, add_window, start)[1]
+    return as_table(rows, gradient.shape[1])
 
 
 def _all_by_slot(slots, weights):
@@ -106,10 +121,10 @@ def _begins(slot):
     return jnp.concatenate([jnp.ones(1, bool), slot[1:] != slot[:-1]])
 
 
-def _sums(reads, place, gradient, n_slots, n_rows, dtype, per_token, interpret, values=None,
+def _sums(reads, place, by_token, n_slots, n_rows, dtype, per_token, interpret, table=None,
           expected=None):
-    """Rows [n_rows, V] in `dtype`, the sums of each slot at its place; with `values` also the
-    gradient of each sorted read's weight. `expected`: as many reads are likely to be made."""
+    """Rows [n_rows, pieces, LANES] in `dtype`, the sums of each slot at its place, which ascend;
+    with a `table` also the gradient of each sorted read's weight. `expected` reads are likely."""
     begins = _begins(reads.slots)
     ends = jnp.concatenate([begins[1:], jnp.ones(1, bool)])
     fetches = begins | (jnp.arange(len(begins)) % CHUNK == 0)
@@ -117,34 +132,33 @@ def _sums(reads, place, gradient, n_slots, n_rows, dtype, per_token, interpret, 
         (fetches, FETCHES), (begins, BEGINS), (ends, ENDS)))
     code = (reads.order // per_token << FLAGS) + flags
     own = jnp.sum(reads.slots < n_slots, dtype=jnp.int32)[None]
-    by_token, tables = as_rows(gradient), [] if values is None else [as_rows(values)]
+    tables = [] if table is None else [table]
     scalars = [padded_tokens(array, CHUNK).reshape(-1, 1, CHUNK) for array in (
         place, code, reads.weights.astype(jnp.float32), *(reads.slots for _ in tables))]
     chunks, row, any_memory = len(scalars[0]), by_token.shape[1:], pl.BlockSpec(memory_space=pl.ANY)
     of_reads = pl.BlockSpec((1, CHUNK // LANES, LANES), lambda n, _: (n, 0, 0))
     found = pl.pallas_call(
-        functools.partial(_add_chunk, with_values=values is not None), name='read_backward',
+        functools.partial(_add_chunk, with_values=table is not None), name='read_backward',
         interpret=interpret,
         grid_spec=pltpu.PrefetchScalarGridSpec(
             num_scalar_prefetch=1, grid=(chunks,),
             in_specs=[pl.BlockSpec((1, 1, CHUNK), lambda n, _: (n, 0, 0), memory_space=pltpu.SMEM)
-                      for _ in scalars] + [any_memory] * (2 + len(tables)),
+                      for _ in scalars] + [any_memory] * (1 + len(tables)),
             out_specs=[any_memory, *(of_reads for _ in tables)],
             scratch_shapes=[
-                *_ring(IN_FLIGHT, row, gradient.dtype), *_ring(LEAVING, row, dtype),
-                pltpu.VMEM(row, jnp.float32),
+                *_ring(IN_FLIGHT, row, by_token.dtype), *_ring(LEAVING, row, dtype),
+                pltpu.VMEM(row, jnp.float32), pltpu.VMEM((CLEARED, *row), dtype),
+                pltpu.SMEM((1,), jnp.int32), pltpu.SemaphoreType.DMA((2,)),
                 *(one for table in tables for one in (
                     *_ring(IN_FLIGHT, row, table.dtype),
                     pltpu.VMEM((CHUNK, row[1]), jnp.float32)))]),
         out_shape=[jax.ShapeDtypeStruct((n_rows, *row), dtype),
                    *(jax.ShapeDtypeStruct((chunks, CHUNK // LANES, LANES), jnp.float32)
                      for _ in tables)],
-        input_output_aliases={1 + len(scalars): 0},
         compiler_params=pltpu.CompilerParams(dimension_semantics=('arbitrary',)),
         cost_estimate=_cost(expected or len(place), n_rows, row, scalars, by_token, dtype, tables),
-    )(own, *scalars, jnp.zeros((n_rows, *row), dtype), by_token, *tables)
-    rows = found[0].reshape(n_rows, -1)[:, :gradient.shape[1]]
-    return rows, found[1].reshape(-1)[:len(place)] if tables else None
+    )(own, *scalars, by_token, *tables)
+    return found[0], found[1].reshape(-1)[:len(place)] if tables else None
 
 
 def _cost(reads, n_rows, row, scalars, by_token, dtype, tables):
@@ -166,12 +180,18 @@ def _ring(places, row, dtype):
 def _add_chunk(own, place, code, weight, *refs, with_values):
     """One program: see the module."""
     if with_values:
-        (slot, _, gradient, table, rows, by_read, gradients, gradients_in, leaving, leaving_out,
-         total, values, values_in, products) = refs
+        (slot, gradient, table, rows, by_read, gradients, gradients_in, leaving, leaving_out,
+         total, zeros, done, cleared, values, values_in, products) = refs
     else:
-        _, gradient, rows, gradients, gradients_in, leaving, leaving_out, total = refs
+        (gradient, rows, gradients, gradients_in, leaving, leaving_out, total, zeros, done,
+         cleared) = refs
     first = pl.program_id(0) * CHUNK
     size = jnp.clip(own[0] - first, 0, CHUNK)
+
+    @pl.when(first == 0)
+    def _():
+        zeros[...] = jnp.zeros_like(zeros)
+        done[0] = 0     # rows that are written, or on their way
 
     def has(read, flag):
         return code[0, 0, read] & flag != 0
@@ -184,6 +204,22 @@ def _add_chunk(own, place, code, weight, *refs, with_values):
 
     def sum_out(to, at):
         return pltpu.make_async_copy(leaving.at[at], rows.at[to], leaving_out.at[at])
+
+    def clear(stop, started):
+        """Starts to write zeros to the rows up to `stop` that have no sum; the copies started, of
+        CLEARED rows and of one."""
+        at = done[0]
+        many = jnp.maximum(stop - at, 0) // CLEARED
+        jax.lax.fori_loop(0, many, lambda i, _: zeros_out(at + i * CLEARED, CLEARED).start(), None)
+        at += many * CLEARED
+        few = jnp.maximum(stop - at, 0)
+        jax.lax.fori_loop(0, few, lambda i, _: zeros_out(at + i, 1).start(), None)
+        done[0] = at + few
+        return started[0] + many, started[1] + few
+
+    def zeros_out(to, number):
+        return pltpu.make_async_copy(zeros.at[pl.ds(0, number)], rows.at[pl.ds(to, number)],
+                                     cleared.at[int(number == 1)])
 
     def start(read, segment):
         """Starts the copies for a read, if there is one; its segment, from the last one's."""
@@ -216,7 +252,7 @@ def _add_chunk(own, place, code, weight, *refs, with_values):
         return segment
 
     def add(read, carry):
-        sums, segment, ahead, left = carry
+        sums, segment, ahead, left, zeroed = carry
         at, ends = read & IN_FLIGHT - 1, has(read, ENDS)
         gradient_in(0, at).wait()
         by_token = gradients[at].astype(jnp.float32)
@@ -224,8 +260,12 @@ def _add_chunk(own, place, code, weight, *refs, with_values):
             segment = multiply(read, by_token, segment)
         sums = jnp.where(has(read, BEGINS), 0, sums) + weight[0, 0, read] * by_token
 
+        zeroed = clear(jnp.where(ends, place[0, 0, read], 0), zeroed)
+
         @pl.when(ends)
         def _():
+            done[0] += 1
+
             @pl.when(left >= LEAVING)
             def _():
                 sum_out(0, left & LEAVING - 1).wait()
@@ -233,12 +273,18 @@ def _add_chunk(own, place, code, weight, *refs, with_values):
             leaving[left & LEAVING - 1] = sums.astype(leaving.dtype)
             sum_out(place[0, 0, read], left & LEAVING - 1).start()
 
-        return sums, segment, start(read + IN_FLIGHT, ahead), left + ends.astype(jnp.int32)
+        left += ends.astype(jnp.int32)
+        return sums, segment, start(read + IN_FLIGHT, ahead), left, zeroed
 
-    none = jnp.int32(-1)
+    none, nothing = jnp.int32(-1), jnp.int32(0)
     ahead = jax.lax.fori_loop(0, IN_FLIGHT, start, none)
-    sums, _, _, left = jax.lax.fori_loop(0, size, add, (total[...], none, ahead, jnp.int32(0)))
+    sums, _, _, left, zeroed = jax.lax.fori_loop(
+        0, size, add, (total[...], none, ahead, nothing, (nothing, nothing)))
     total[...] = sums
+    is_last = pl.program_id(0) == pl.num_programs(0) - 1
+    many, few = clear(jnp.where(is_last, rows.shape[0], 0), zeroed)
+    jax.lax.fori_loop(0, many, lambda _, __: zeros_out(0, CLEARED).wait(), None)
+    jax.lax.fori_loop(0, few, lambda _, __: zeros_out(0, 1).wait(), None)
     jax.lax.fori_loop(0, jnp.minimum(left, LEAVING), functools.partial(_wait, sum_out), None)
     if with_values:
         by_read[0] = sum_lanes(products[...], size, LANES)

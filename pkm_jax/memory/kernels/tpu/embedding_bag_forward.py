@@ -36,7 +36,7 @@ def sum_rows(
     counts: Int32[Array, 'T'], *, owners: int = 1, interpret: Interpret,
 ) -> Float[Array, 'T V']:
     """The sum over the first `counts[t]` reads of each token, 1 to R, in the dtype of `values`."""
-    tokens, table = len(slots), as_rows(values)
+    tokens, table = len(slots), as_rows(values, interpret)
     scalars, tile = _tiled(slots, counts, weights.astype(jnp.float32))
     tiles, row = len(scalars[0]), table.shape[1:]
     sums = pl.pallas_call(
@@ -57,9 +57,9 @@ def weight_gradients(
     gradient: Float[Array, 'T V'], *, owners: int = 1, interpret: Interpret,
 ) -> Float[Array, 'T R']:
     """values[slot] · gradient of each token's first `counts[t]` reads, float32; 0 of the others."""
-    (tokens, reads), table = slots.shape, as_rows(values)
+    (tokens, reads), table = slots.shape, as_rows(values, interpret)
     scalars, tile = _tiled(slots, counts)
-    gradient = as_rows(padded_tokens(gradient, tile))
+    gradient = as_rows(padded_tokens(gradient, tile), interpret)
     tiles, row = len(scalars[0]), table.shape[1:]
     places = -(-tile * reads // LANES) * LANES
     products = pl.pallas_call(

@@ -12,6 +12,7 @@ from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
+from jax.experimental.layout import Layout, with_layout_constraint
 from jaxtyping import Array, Float, Int32
 
 from pkm_jax.memory.kernels.tpu.rows import LANES
@@ -41,8 +42,8 @@ def in_blocks(
 
     slots = blocked(slots, n_slots)
     order = jnp.arange(slots.size, dtype=jnp.int32).reshape(slots.shape)
-    return Reads(*jax.lax.sort((slots, order, blocked(weights, 0)), dimension=1, num_keys=1,
-                               is_stable=False))
+    return Reads(*(with_layout_constraint(array, Layout((0, 1, 2))) for array in jax.lax.sort(
+        (slots, order, blocked(weights, 0)), dimension=1, num_keys=1, is_stable=False)))
 
 
 def window_size(owners: int) -> int:
