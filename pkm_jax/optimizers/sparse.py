@@ -174,7 +174,7 @@ def _by_row(
                       for moment, rows in zip(moments, new)]
             if len(gradient.ids) == len(tables[0]):
                 tables = [_written_once(table) for table in tables]
-                new = [take_rows(table, gradient.ids, axes=split) for table in tables]
+                new = tuple(take_rows(table, gradient.ids, axes=split) for table in tables)
             change_of = step(gradient.rows, *new, count.astype(jnp.float32))
             return gradient._replace(rows=-scale * change_of), *tables
 

@@ -19,18 +19,18 @@ Operands that a fusion reads twice are not seen: it is what the program moves at
 
 import math
 import re
-from collections import defaultdict
+from collections import Counter, defaultdict
 from collections.abc import Iterator
 from typing import NamedTuple
 
-from pkm_jax.planning.hlo import ITEM_BITS, KINDS, Module
+from pkm_jax.planning.hlo import ARRAY, ITEM_BITS, KINDS, Module
 
-_ARRAY = re.compile(r'\b(' + '|'.join(ITEM_BITS) + r')\[([\d,]*)\](?:\{([^}]*)\})?')
 _LINE = re.compile(r'(?:ROOT )?%([\w.\-]+) = (.*?) ([\w\-]+)\((.*)')
 _CALLED = re.compile(r'(?:calls|to_apply)=%([\w.\-]+)')
 _COST = re.compile(r'"bytes_accessed":"?(\d+)')
 _SCRATCH = re.compile(r'"used_scoped_memory_configs":\[\{[^}]*"size":"([1-9]\d*)"')
 SUBLANES, LANES = 8, 128
+_SCOPES = {'update': 'update of parameters, norms', 'retrieval': 'retrieval', 'read': 'read'}
 _MOVES_NOTHING = (
     'parameter', 'get-tuple-element', 'tuple', 'bitcast', 'while', 'constant', 'call',
     'conditional', 'after-all', 'partition-id', 'copy-done', 'slice-done',
@@ -66,10 +66,10 @@ class Line(NamedTuple):
 
 
 class Traffic:
-    """The HBM traffic of a program. `everywhere`: of arrays on the chip as well, as XLA counts."""
+    """The HBM traffic of a program."""
 
-    def __init__(self, module: Module, everywhere: bool = False):
-        self._module, self._everywhere = module, everywhere
+    def __init__(self, module: Module):
+        self._module = module
         self._lines = {name: [line for text in texts if (line := _parse(text))]
                        for name, texts in module.computations.items()}
         self._by_name = {line.name: line for lines in self._lines.values() for line in lines}
@@ -92,9 +92,12 @@ class Traffic:
                 yield Moved(line.name, line.operation, source[1] if source else '', read, written,
                             times)
 
-    def total(self) -> int:
-        """Bytes of one execution of the program."""
-        return sum(one.bytes for one in self.instructions())
+    def by_part(self) -> dict[str, int]:
+        """Bytes of one execution of the program, by what of a step they are for, most first."""
+        parts: Counter[str] = Counter()
+        for one in self.instructions():
+            parts[_part(one)] += one.bytes
+        return dict(parts.most_common())
 
     def _moved(self, line):
         """Bytes read and written by an instruction of a computation that is no fusion."""
@@ -104,12 +107,13 @@ class Traffic:
         given = sum(self._size(name) for name in set(line.operands))
         if line.operation in ('copy-start', 'slice-start'):
             place = int(line.operation == 'slice-start')
-            size = _bytes(*_ARRAY.findall(line.result)[place])
+            size = _bytes(*ARRAY.findall(line.result)[place])
             return size * bool(given), sizes[place]
         if line.operation.endswith('-start'):
             return given, max(sizes)
         if line.operation == 'sort':
-            return given * _passes(line), sum(sizes) * _passes(line)
+            again = sum(sizes) * (_passes(line) - 1)
+            return given + again, sum(sizes) + again
         if line.operation != 'fusion':
             return (self._taken_by(line), self._put(line, sum(sizes)))
         inner = self._lines[_CALLED.search(line.text)[1]]
@@ -140,10 +144,13 @@ class Traffic:
         for user, at in self._users[name]:
             if at != computation:
                 continue
+            is_root = user.text.startswith('ROOT')
             if user.operation in _SAME:
-                part = self._taken(user.name, computation)
-            elif user.operation == 'tuple' and user.text.startswith('ROOT'):
+                part = None if is_root else self._taken(user.name, computation)
+            elif user.operation == 'tuple' and is_root:
                 part = 0        # what is passed on
+            elif user.operation == 'fusion' and self._same_as(user):
+                part = None if is_root else self._taken(user.name, computation)
             elif user.operation == 'fusion':
                 called = _CALLED.search(user.text)[1]
                 parts = [self._taken(_parameter(self._lines[called], place), called)
@@ -180,10 +187,21 @@ class Traffic:
         if line.operation in _PUTS:
             return min(_whole(self._update(line).result), size)
         if line.operation == 'fusion':
-            return self._put(self._lines[_CALLED.search(line.text)[1]][-1], size)
+            same = self._same_as(line)
+            return self._put(same or self._lines[_CALLED.search(line.text)[1]][-1], size)
         if 'AsyncCollectiveDone' in line.text:
             return 0
         return 0 if line.operation in KINDS and self._in_continuation(line) else size
+
+    def _same_as(self, fusion):
+        """What makes the operand that a fusion gives another name or shape and nothing else."""
+        root = self._lines[_CALLED.search(fusion.text)[1]][-1]
+        while root.operation in _SAME:
+            root = self._by_name[root.operands[0]]
+        if root.operation == 'parameter':
+            place = int(root.text.split(' parameter(')[1].split(')')[0])
+            return self._by_name[fusion.operands[place]]
+        return None
 
     def _update(self, line):
         """What a scatter or dynamic-update-slice puts."""
@@ -202,8 +220,20 @@ class Traffic:
         return sum(self._sizes(self._by_name[name].result)) if name in self._by_name else 0
 
     def _sizes(self, result):
-        return [_bytes(*array) if self._everywhere or 'S(' not in array[2] else 0
-                for array in _ARRAY.findall(result)] or [0]
+        return ['S(' not in array[2] and _bytes(*array) for array in ARRAY.findall(result)] or [0]
+
+
+def _part(one):
+    """By the named scopes of a step, and what differentiates it."""
+    if one.operation in ('copy-start', 'slice-start'):
+        return 'arrays on their way between the chip and HBM, early or until later'
+    if one.operation in KINDS or 'async-collective' in one.name:
+        return 'what collectives take and leave'
+    backward = 'transpose(' in one.source
+    for scope, part in _SCOPES.items():
+        if scope in one.source:
+            return part + (', backward' if backward else '')
+    return 'model' + (', backward' if backward else '')
 
 
 def _parse(text: str) -> Line | None:
@@ -223,7 +253,7 @@ def _parameter(lines, place):
 def _passes(sort):
     """Passes of a sort through HBM: levels that merge what is longer than the part on the chip have
     as many steps as there are doublings, and one more within parts."""
-    arrays, along = _ARRAY.findall(sort.result), int(re.search(r'dimensions=\{(\d+)', sort.text)[1])
+    arrays, along = ARRAY.findall(sort.result), int(re.search(r'dimensions=\{(\d+)', sort.text)[1])
     dims = [int(size) for size in arrays[0][1].split(',')]
     minor = int(re.match(r'\d+', arrays[0][2] or '0')[0])
     beside = 1 if len(dims) == 1 else SUBLANES if along == minor else LANES
@@ -234,7 +264,7 @@ def _passes(sort):
 
 
 def _whole(result):
-    return sum(_bytes(*array) for array in _ARRAY.findall(result))
+    return sum(_bytes(*array) for array in ARRAY.findall(result))
 
 
 def _bytes(dtype, dims, layout):

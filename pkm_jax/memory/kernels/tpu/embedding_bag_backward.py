@@ -39,7 +39,7 @@ from pkm_jax.memory.sparse_rows import SparseRows, in_place
 
 IN_FLIGHT = 64      # output gradients, and as many value rows: a power of two, as is
 LEAVING = 8         # sums on their way to their rows
-CLEARED = 8         # rows without a sum that get their zeros by one copy
+CLEARED = 8         # rows without a sum that get their zeros by one copy: a power of two
 CHUNK = 1_024       # sorted reads of a program, a multiple of LANES
 FETCHES, BEGINS, ENDS = 1, 2, 4     # flags of a sorted read: it needs the value row, is a segment's
 FLAGS = 3                           # first or last; bits of a number that holds them and the token
@@ -209,7 +209,7 @@ def _add_chunk(own, place, code, weight, *refs, with_values):
         """Starts to write zeros to the rows up to `stop` that have no sum; the copies started, of
         CLEARED rows and of one."""
         at = done[0]
-        many = jnp.maximum(stop - at, 0) // CLEARED
+        many = jnp.maximum(stop - at, 0) >> CLEARED.bit_length() - 1
         jax.lax.fori_loop(0, many, lambda i, _: zeros_out(at + i * CLEARED, CLEARED).start(), None)
         at += many * CLEARED
         few = jnp.maximum(stop - at, 0)
