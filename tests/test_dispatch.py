@@ -26,11 +26,11 @@ BAG = (jnp.ones((9, 128)), jnp.zeros((4, 4), jnp.int32), jnp.ones((4, 4)))
 
 
 def kernels(function, *arguments, platforms=('cuda',)):
-    """Names of the Triton kernels in a program that is lowered for other devices, from here."""
+    """Names of the kernels in a program that is lowered for other devices, from here."""
     with use_abstract_mesh(H100):
         text = jax.jit(function).trace(*arguments).lower(lowering_platforms=platforms).as_text()
     assert len(re.findall('custom_call @.*triton', text)) == len(re.findall(' name = "', text))
-    return set(re.findall(' name = "([a-z_]+)"', text))
+    return set(re.findall(' (?:kernel_)?name = "([a-z_]+)"', text))
 
 
 @pytest.fixture

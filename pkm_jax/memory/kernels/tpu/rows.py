@@ -3,6 +3,7 @@
 import jax
 import jax.numpy as jnp
 from jax.experimental import pallas as pl
+from jax.experimental.layout import Layout, with_layout_constraint
 from jax.experimental.pallas import tpu as pltpu
 from jaxtyping import Array, Float, Int32, Shaped
 
@@ -44,8 +45,11 @@ def _turn(columns, rows):
 
 
 def as_table(rows: Float[Array, 'S pieces 128'], width: int) -> Float[Array, 'S {width}']:
-    """What `as_rows` made rows of."""
-    return rows.reshape(len(rows), -1)[:, :width]
+    """What `as_rows` made rows of, row after row where that wastes no room: else XLA may want
+    columns together, and bring the table and its moments into that order too."""
+    if width % LANES:
+        return rows.reshape(len(rows), -1)[:, :width]
+    return with_layout_constraint(rows.reshape(len(rows), width), Layout((0, 1)))
 
 
 def whole_pieces(array: Float[Array, '... n']) -> Float[Array, '... m']:
