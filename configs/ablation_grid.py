@@ -71,12 +71,12 @@ SCALES = {
         memory=dict(layers=(2, 5), sub_keys=512, heads=4, top_k=32, query_width=256,
                     dead_after=500, drift_tokens=256),
         data=dict(vocab_size=16_384, length=128, validation_fraction=0.02),
-        train=dict(steps=3_200, batch=512, warmup=300, learning_rate=4e-4,
+        train=dict(steps=3_200, batch=512, warmup=500, learning_rate=4e-4,
                    values_learning_rate=1e-3),
-        log=dict(every=50, norms_every=0, eval_every=400, eval_batches=20, checkpoint_every=800,
+        log=dict(every=50, norms_every=0, eval_every=400, eval_batches=20, checkpoint_every=1600,
                  keep=1),
         pretrain_steps=9_200, wide=3072, layers=((2,), (5,), (6, 7), (1, 3, 5)),
-        sub_keys=(256, 1024), top_k=(8, 16, 64), refresh_batches=50),
+        sub_keys=(256, 1024), top_k=(8, 16, 64), refresh_batches=20),
     'base': Scale(
         model=dict(attention_dropout=0., dtype='bfloat16'),
         memory=dict(layers=(4, 8), dead_after=2_000, drift_tokens=256),
@@ -115,7 +115,7 @@ def get_config(arguments: str = '') -> ml_collections.ConfigDict:
 
 
 def _grid(scale, wide):
-    first = dict(memory=NOTHING, train=dict(steps=scale.pretrain_steps))
+    first = _first(scale)
     return {
         'pretrain': first,
         'pretrain_wide': first | dict(model=wide),
@@ -128,6 +128,12 @@ def _grid(scale, wide):
         'pretrained_wide': dict(memory=NOTHING, model=wide, init_from='pretrain_wide')}
 
 
+def _first(scale):
+    """Phase 1; evaluated more seldom, as of it only the loss is looked at."""
+    return dict(memory=NOTHING, train=dict(steps=scale.pretrain_steps),
+                log=dict(eval_every=4 * scale.log['eval_every']))
+
+
 def _factors(scale, config):
     """`pretrained_add`, which the grid has too, and variants of it."""
     changes = {f'layers_{"_".join(map(str, layers))}': dict(layers=layers)
@@ -137,7 +143,7 @@ def _factors(scale, config):
         changes |= {f'{field}_{value}'.lower(): {field: value} for value in values}
     usual = config.train.values_learning_rate
     return {
-        'pretrain': dict(memory=NOTHING, train=dict(steps=scale.pretrain_steps)),
+        'pretrain': _first(scale),
         'pretrained_add': dict(init_from='pretrain'),
         **{name: dict(init_from='pretrain', memory=change) for name, change in changes.items()},
         **{f'values_rate_{name}': dict(init_from='pretrain', train=dict(
