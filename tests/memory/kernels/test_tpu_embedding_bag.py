@@ -113,8 +113,9 @@ def test_compact_rows_are_those_of_the_reference(share, n_slots):
     np.testing.assert_allclose(by_read, want_by_read, rtol=1e-5, atol=1e-5)
 
 
-@pytest.mark.parametrize('dtype', ['float32', 'bfloat16'])
-@pytest.mark.parametrize('spread', ['evenly', 'all on one row', 'all here', 'all elsewhere'])
+@pytest.mark.parametrize('spread, dtype', [
+    ('evenly', 'float32'), ('evenly', 'bfloat16'), ('all on one row', 'float32'),
+    ('all here', 'bfloat16'), ('all elsewhere', 'float32')])
 def test_own_rows_are_those_of_the_reference(spread, dtype):
     """Of one owner in four, however reads are spread: then some blocks have more than a window."""
     slots = {'evenly': random_slots(21, 6, 48), 'all on one row': np.full((21, 6), 3),
