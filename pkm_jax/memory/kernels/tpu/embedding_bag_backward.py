@@ -187,6 +187,7 @@ def _add_chunk(own, place, code, weight, *refs, with_values):
          cleared) = refs
     first = pl.program_id(0) * CHUNK
     size = jnp.clip(own[0] - first, 0, CHUNK)
+    block = min(CLEARED, 1 << rows.shape[0].bit_length() - 1)   # of a table of few rows fewer
 
     @pl.when(first == 0)
     def _():
@@ -207,11 +208,11 @@ def _add_chunk(own, place, code, weight, *refs, with_values):
 
     def clear(stop, started):
         """Starts to write zeros to the rows up to `stop` that have no sum; the copies started, of
-        CLEARED rows and of one."""
+        `block` rows and of one."""
         at = done[0]
-        many = jnp.maximum(stop - at, 0) >> CLEARED.bit_length() - 1
-        jax.lax.fori_loop(0, many, lambda i, _: zeros_out(at + i * CLEARED, CLEARED).start(), None)
-        at += many * CLEARED
+        many = jnp.maximum(stop - at, 0) >> block.bit_length() - 1
+        jax.lax.fori_loop(0, many, lambda i, _: zeros_out(at + i * block, block).start(), None)
+        at += many * block
         few = jnp.maximum(stop - at, 0)
         jax.lax.fori_loop(0, few, lambda i, _: zeros_out(at + i, 1).start(), None)
         done[0] = at + few
@@ -283,7 +284,7 @@ def _add_chunk(own, place, code, weight, *refs, with_values):
     total[...] = sums
     is_last = pl.program_id(0) == pl.num_programs(0) - 1
     many, few = clear(jnp.where(is_last, rows.shape[0], 0), zeroed)
-    jax.lax.fori_loop(0, many, lambda _, __: zeros_out(0, CLEARED).wait(), None)
+    jax.lax.fori_loop(0, many, lambda _, __: zeros_out(0, block).wait(), None)
     jax.lax.fori_loop(0, few, lambda _, __: zeros_out(0, 1).wait(), None)
     jax.lax.fori_loop(0, jnp.minimum(left, LEAVING), functools.partial(_wait, sum_out), None)
     if with_values:
