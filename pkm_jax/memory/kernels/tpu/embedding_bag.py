@@ -6,6 +6,7 @@ from jax import ShapeDtypeStruct
 from jaxtyping import Array, Float, Int32
 
 from pkm_jax.memory.embedding_bag import marked, reference_backward
+from pkm_jax.memory.kernels.tpu import own_reads
 from pkm_jax.memory.kernels.tpu.embedding_bag_backward import (
     compact_gradients,
     dense_gradients,
@@ -66,7 +67,7 @@ def compact_backward(
 ) -> tuple[SparseRows, Float[Array, '{tokens} R']]:
     """The rows of the values' gradient that were read, and the weights' gradient; deterministic."""
     n_slots = len(values)
-    if owners == 1 or slots.size < n_slots:
+    if owners == 1 or slots.size < max(n_slots, own_reads.BLOCK * own_reads.LANES):
         rows, by_read = compact_gradients(values, slots, weights, gradient, interpret=interpret)
         return rows, jax.lax.dynamic_slice_in_dim(by_read, first, tokens)
     ids, count = in_place(marked(slots, n_slots, owners=owners))
