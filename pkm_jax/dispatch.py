@@ -32,14 +32,18 @@ class Kernel(NamedTuple):
 
 @dataclasses.dataclass(frozen=True)
 class Choice:
-    """A function of arrays and of static settings that is the reference or a kernel.
+    """A function of arrays and static settings that is computed by plain JAX or by a kernel.
 
-    A call takes an implementation and the function's arguments. None: the kernel for the platform
-    that the program is lowered for, if there is one and it can take the arguments, and otherwise
-    the reference; that a kernel cannot is logged once for each operation and reason. 'xla': the
-    reference. 'gpu', 'tpu': the kernel for that platform, interpreted on another.
+    A call takes an implementation and the function's arguments. The implementation is
 
-    Derivatives are the caller's; under `jax.vmap` the choice is the reference.
+    * None: the kernel for the platform that the program is lowered for, if there is one and it can
+      take the arguments, else plain JAX; that a kernel cannot is logged once for each operation and
+      reason;
+    * 'xla': plain JAX;
+    * 'gpu' or 'tpu': the kernel for that platform, interpreted where the program is lowered for
+      another.
+
+    It has no derivative of its own; its callers define them. Under `jax.vmap` it is plain JAX.
 
     Raises:
       Refusal: that kernel does not exist, or cannot take the arguments.

@@ -114,6 +114,7 @@ def pairs(size, seed):
     return rows
 
 
+@pytest.mark.slow
 def test_glue_with_a_memory_over_seeds(tuned, tmp_path):
     """Regression of pairs; what the server takes; usage before and after; mean and deviation."""
     header = '\t'.join(['index', *'abcdef', 'sentence1', 'sentence2', 'score'])

@@ -26,12 +26,12 @@ def embedding_bag(
     owners: int = 1,
     implementation: Implementation | None = None,
 ) -> Float[Array, 'T V']:
-    """Σ_r weights[t, r] · values[slots[t, r]], summed in float32, in the dtype of `values`.
+    """Σ_r weights[t, r] · values[slots[t, r]]: a weighted sum of R rows for each of T tokens.
 
-    No [T, R, V] array exists, forward or backward. Slots must lie in [0, S). The gradient of
-    `values` is dense and in their dtype; it is deterministic, except in plain jnp on a GPU.
-    `owners`: of about as many reads one is made here, and the slots of the others are S: they add
-    nothing, and the own ones alone are passed over. For `implementation` see
+    Summed in float32 and returned in the dtype of `values`. No array [T, R, V] exists, forward or
+    backward. Slots must lie in [0, S). The gradient of `values` is dense and in their dtype. It is
+    deterministic, except in plain JAX on a GPU. `owners`: of about as many reads
+    one is made here, and the slots of the others are S; they add nothing. `implementation`: see
     `pkm_jax.dispatch.Choice`.
 
     Raises:

@@ -79,11 +79,11 @@ def sparse_embedding_bag(
     weights: Float[Array, 'T R'], *,
     axes: Axes | None = None, implementation: Implementation | None = None,
 ) -> tuple[Float[Array, 'T V'], Touched]:
-    """`embedding_bag`, and the rows that it touched; the gradient of `delta` is that of these rows.
+    """`embedding_bag` with a compact gradient; returns also the rows that it touched.
 
-    `values` are a constant of the derivative. `delta` is the `no_delta` of T · R reads: the read
-    is Σ w · (values[slot] + delta[rank of slot]), of which no delta is ever added, and row i of its
-    gradient belongs to row `ids[i]` of the table. Reads of weight 0 touch nothing. `axes` None: see
+    `values` are a constant of the derivative. Row i of the gradient of `delta`, which are the zeros
+    of `no_delta` for T · R reads, is that of row `ids[i]` of the table, as if the read were
+    Σ w · (values[slot] + delta[place of slot]). Reads of weight 0 touch nothing. `axes`: see
     `pkm_jax.mesh.axes_of`.
 
     Raises:
@@ -180,7 +180,10 @@ _sparse_bag.defvjp(_sparse_forward, _sparse_backward)
 def no_delta(
     n_slots: int, width: int, reads: int, *, axes: Axes | None = None,
 ) -> Float[Array, 'rows {width}']:
-    """Zeros for every row that `reads` reads can touch: the delta of a `sparse_embedding_bag`."""
+    """Zeros [rows, width], a row for each that so many reads of `n_slots` can touch.
+
+    The `delta` of a `sparse_embedding_bag` of T tokens with R reads each: `reads` is T · R.
+    """
     axes = axes_of(axes)[0]
     rows = shards_in_use(axes).rows * _capacity(n_slots, reads, axes)
     return jnp.zeros((rows, width), jnp.float32)

@@ -39,7 +39,7 @@ def on_rows(inner: optax.GradientTransformation) -> optax.GradientTransformation
 
 
 def sparse_sgd(rate: Rate) -> optax.GradientTransformation:
-    """Stochastic gradient descent."""
+    """Stochastic gradient descent of the rows that were read, without moments."""
     return on_rows(optax.sgd(rate))
 
 
@@ -47,9 +47,10 @@ def lazy_adam(
     rate: Rate, beta1: float = 0.9, beta2: float = 0.999, epsilon: float = 1e-8, *,
     axes: Axes | None = None,
 ) -> optax.GradientTransformation:
-    """Adam whose moments decay only when their row is read: that of torch.optim.SparseAdam.
+    """Adam whose moments decay only when their row is read, as in torch.optim.SparseAdam.
 
-    Corrected for the bias of all steps taken; epsilon is added to √v before that correction.
+    The correction of the bias is that of all steps taken; epsilon is added to √v before it.
+    `rate` is a number or an Optax schedule; `axes`: see `pkm_jax.mesh.axes_of`.
     """
     def moments(gradient, first, second):
         return (first + (1 - beta1) * (gradient - first),
@@ -65,7 +66,7 @@ def rowwise_adam(
     rate: Rate, beta1: float = 0.9, beta2: float = 0.999, epsilon: float = 1e-8, *,
     axes: Axes | None = None,
 ) -> optax.GradientTransformation:
-    """`lazy_adam` with one second moment a row, of the mean square of its gradient."""
+    """`lazy_adam` with one second moment for each row, that of the mean square of its gradient."""
     def moments(gradient, first, second):
         return (first + (1 - beta1) * (gradient - first),
                 second + (1 - beta2) * (jnp.mean(gradient ** 2, axis=1) - second))
@@ -79,7 +80,7 @@ def rowwise_adam(
 def rowwise_adagrad(
     rate: Rate, epsilon: float = 1e-8, *, axes: Axes | None = None,
 ) -> optax.GradientTransformation:
-    """Adagrad (Duchi et al. 2011) with one sum a row, of the mean squares of its gradients."""
+    """Adagrad (Duchi et al. 2011) with one sum a row, of the mean squares of its gradient."""
     def moments(gradient, total):
         return total + jnp.mean(gradient ** 2, axis=1),
 
@@ -92,10 +93,11 @@ def rowwise_adagrad(
 def apply_updates(
     params: Any, updates: Any, key: Key[Array, ''], *, axes: Axes | None = None,
 ) -> Any:
-    """`optax.apply_updates`, of SparseRows to the rows they name.
+    """`optax.apply_updates` for trees in which `SparseRows` are the updates of tables.
 
-    Rows of a bfloat16 table are rounded stochastically, by bits that depend on the key, row and
-    column alone, so that no layout changes them. Tables stay split as they are.
+    Only the rows that they name change. Rows of a bfloat16 table are rounded stochastically; the
+    random bits depend on the key, the row and the column alone, so that they are the same on any
+    layout of devices. Tables stay split as they are.
 
     Raises:
       Refusal: the mesh in use lacks one of the axes.

@@ -53,7 +53,7 @@ class Estimate(NamedTuple):
     compile_seconds: float
 
     @property
-    def moved_bytes(self) -> float:
+    def moved_bytes(self) -> int:
         """HBM traffic of a step, of a TPU's program."""
         return sum(self.traffic.values())
 
