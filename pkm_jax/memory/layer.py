@@ -229,21 +229,24 @@ class ProductKeyMemory(nnx.Module):
             query, batch_stats = self.query_norm(query, mask, not deterministic and len(x) > 0)
         query = dropout(query, config.query_dropout, keys[1])
 
-        scores, slots = sharded.top_k_product_keys(
-            query, self.codebooks[...].astype(self.dtype), config.top_k, axes=axes,
-            implementation=implementation)
+        with jax.named_scope('retrieval'):
+            scores, slots = sharded.top_k_product_keys(
+                query, self.codebooks[...].astype(self.dtype), config.top_k, axes=axes,
+                implementation=implementation)
         weights = jnp.where(mask[:, None, None], jax.nn.softmax(scores, axis=-1), 0)
         values, table_weights = self.values[...], weights.astype(config.weights_dtype)
         flat = -1, config.heads * config.top_k
         reads = slots.reshape(flat), table_weights.reshape(flat)
         settings = dict(axes=axes, implementation=implementation)
-        if delta is not None:
-            y, touched = sharded.sparse_embedding_bag(values, delta, *reads, **settings)
-        else:
-            # A step with dense updates reads about every row: to round all of them once takes less
-            # than to read them wider twice. An evaluation has no second read, nor memory to spare.
-            dtype = values.dtype if deterministic else self.dtype
-            y, touched = sharded.embedding_bag(values, *reads, dtype, **settings), None
+        with jax.named_scope('read'):
+            if delta is not None:
+                y, touched = sharded.sparse_embedding_bag(values, delta, *reads, **settings)
+            else:
+                # A step with dense updates reads about every row: to round all of them once takes
+                # less than to read them wider twice. An evaluation has no second read, nor memory
+                # to spare.
+                dtype = values.dtype if deterministic else self.dtype
+                y, touched = sharded.embedding_bag(values, *reads, dtype, **settings), None
         y = dropout(y, config.value_dropout, keys[2]).astype(self.dtype)
         y = self.output(y) if self.output else y
         return y.reshape(shape), MemoryReads(slots, weights, batch_stats, touched,
