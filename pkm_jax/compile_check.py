@@ -36,6 +36,7 @@ SLICES = flags.DEFINE_integer('slices', 1, 'TPU slices of that topology')
 PRICE = flags.DEFINE_float('price', 0., 'of a chip for an hour, in any currency: what the run '
                            'costs')
 
+
 def run(config: ml_collections.ConfigDict, topology: str, slices: int = 1,
         price: float = 0.) -> bool:
     """Prints the plan of every run of a configuration; whether all of them fit.

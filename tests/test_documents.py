@@ -216,7 +216,7 @@ def _launcher(script, words):
     for word in own:
         option = word.partition('=')[0]
         if option.startswith('--'):
-            assert f'{option}' in text or option in PASSING_ON.get(script, '').split(), (
+            assert re.search(rf'{re.escape(option)}(?![\w-])', text) or option in PASSING_ON.get(script, '').split(), (
                 f'{script} has no option {option}')
     if len(own) < len(words) and not any('NAME' in word for word in words):
         config = [word for word in words if word.startswith('--config')]

@@ -95,7 +95,7 @@ def splits_of(config: str) -> dict[str, str]:
 
 def read_prepared(folder: str, name: str) -> dict[str, Texts] | None:
     """What `read_glue` reads, of what TFDS prepared with `folder` as data_dir; None where this task
-    is not there.
+    is not there (the diagnostics alone are no task).
 
     Raises:
       Refusal: its description is damaged.
@@ -107,7 +107,7 @@ def read_prepared(folder: str, name: str) -> dict[str, Texts] | None:
             builder = open_builder(path)
             found |= {ours: _texts(builder, config, split)
                       for split, ours in splits_of(config).items() if split in builder.info.splits}
-    return found or None
+    return found if 'train' in found else None
 
 
 def _texts(builder: tfds.core.DatasetBuilder, config: str, split: str) -> Texts:

@@ -30,9 +30,9 @@ def embedding_bag(
 
     Summed in float32 and returned in the dtype of `values`. No array [T, R, V] exists, forward or
     backward. Slots must lie in [0, S). The gradient of `values` is dense and in their dtype. It is
-    deterministic, except in plain JAX on a GPU. `owners`: of about as many reads
-    one is made here, and the slots of the others are S; they add nothing. `implementation`: see
-    `pkm_jax.dispatch.Choice`.
+    deterministic, except in plain JAX on a GPU. `owners`: into how many parts the rows of a table
+    are split of which `values` is one; a read of another part has slot S, and adds nothing.
+    `implementation`: see `pkm_jax.dispatch.Choice`.
 
     Raises:
       Refusal: the implementation cannot take these arrays.

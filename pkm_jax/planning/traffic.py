@@ -116,11 +116,10 @@ class Traffic:
             return given + again, sum(sizes) + again
         if line.operation != 'fusion':
             return (self._taken_by(line), self._put(line, sum(sizes)))
-        inner = self._lines[_CALLED.search(line.text)[1]]
+        called = _CALLED.search(line.text)[1]
+        inner, read = self._lines[called], 0
         if _STARTED in inner[-1].text:
             return given, max(sizes)
-        called = _CALLED.search(line.text)[1]
-        read = 0
         for place, name in enumerate(line.operands):
             taken = self._taken(_parameter(inner, place), called)
             read += self._size(name) if taken is None else min(taken, self._size(name))

@@ -1,5 +1,6 @@
 """GLUE as datasets of TFDS: what the direct reader reads, by the names of TFDS's own, without it."""
 
+import shutil
 import sys
 
 import numpy as np
@@ -73,6 +74,9 @@ def test_names_are_those_that_pipelines_read(tmp_path, files):
     (tmp_path / 'files/MNLI').rename(tmp_path / 'elsewhere')      # the diagnostics stand alone
     assert prepared(tmp_path, 'ax', 'files').as_data_source('test')[0]['hypothesis'] == b'd'
     found = read_prepared(str(tmp_path / 'data'), 'mnli')['test_ax']
+    (tmp_path / 'alone').mkdir()
+    shutil.move(tmp_path / 'data/pkm_glue/mnli', tmp_path / 'alone')
+    assert read_prepared(str(tmp_path / 'data'), 'mnli') is None
     (tmp_path / 'elsewhere').rename(tmp_path / 'files/MNLI')
     assert found[:3] == read_glue(folder, 'mnli', print)['test_ax'][:3]
 

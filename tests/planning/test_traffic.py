@@ -13,10 +13,10 @@ from tests.planning.test_hlo import TPU as ASYNCHRONOUS
 from tests.planning.tiny import needs_tpu_compiler
 
 
-def moved(text, **settings):
+def moved(text):
     """Bytes read and written by instruction, loops as often as they run."""
     return {one.name: (one.read * one.times, one.written * one.times)
-            for one in Traffic(hlo.Module(text, **settings)).instructions()}
+            for one in Traffic(hlo.Module(text)).instructions()}
 
 
 def whole(text):
