@@ -91,8 +91,9 @@ def compact_gradients(
     owners: int = 1,
     implementation: Implementation | None = None,
 ) -> tuple[SparseRows, Float[Array, 'part R']]:
-    """The gradient of `values` as the rows that were read, and the gradient of the weights, of as
-    many `tokens` from the `first` on (None: all).
+    """The gradient of `values` as the rows that were read, and the gradient of the weights.
+
+    The latter is of so many `tokens`, beginning with number `first`; None: of all.
 
     Slots may be S: nothing is read there, with a weight of 0, whose gradient is 0. No array has S
     rows unless there are S reads, and none is [T, R, V]. `owners`: see `embedding_bag`.

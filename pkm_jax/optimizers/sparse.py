@@ -192,8 +192,8 @@ def _by_row(
 
 
 def _written_once(moment):
-    """The moment, which on a TPU what follows reads as it is written: XLA would compute it again,
-    from the gradient and the old one."""
+    """The moment; on a TPU behind a barrier, so that what follows reads what was written, where XLA
+    would compute it a second time, from the gradient and the old moment."""
     return jax.lax.platform_dependent(moment, tpu=jax.lax.optimization_barrier,
                                       default=lambda moment: moment)
 

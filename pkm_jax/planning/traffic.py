@@ -30,7 +30,8 @@ _CALLED = re.compile(r'(?:calls|to_apply)=%([\w.\-]+)')
 _COST = re.compile(r'"bytes_accessed":"?(\d+)')
 _SCRATCH = re.compile(r'"used_scoped_memory_configs":\[\{[^}]*"size":"([1-9]\d*)"')
 SUBLANES, LANES = 8, 128
-_SCOPES = {'update': 'update of parameters, norms', 'retrieval': 'retrieval', 'read': 'read'}
+# Patterns, as dynamic_update_slice is an operation of any part.
+_SCOPES = {r'\bupdate\b': 'update of parameters, norms', 'retrieval': 'retrieval', 'read': 'read'}
 _MOVES_NOTHING = (
     'parameter', 'get-tuple-element', 'tuple', 'bitcast', 'while', 'constant', 'call',
     'conditional', 'after-all', 'partition-id', 'copy-done', 'slice-done',
@@ -230,7 +231,7 @@ def _part(one):
         return 'what collectives take and leave'
     backward = 'transpose(' in one.source
     for scope, part in _SCOPES.items():
-        if scope in one.source:
+        if re.search(scope, one.source):
             return part + (', backward' if backward else '')
     return 'model' + (', backward' if backward else '')
 

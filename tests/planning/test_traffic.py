@@ -8,7 +8,7 @@ import pytest
 from jax.sharding import SingleDeviceSharding
 
 from pkm_jax.planning import chips, hlo
-from pkm_jax.planning.traffic import Traffic
+from pkm_jax.planning.traffic import Moved, Traffic, _part
 from tests.planning.test_hlo import TPU as ASYNCHRONOUS
 from tests.planning.tiny import needs_tpu_compiler
 
@@ -94,6 +94,15 @@ def test_parts_padding_kernels_and_passes_of_sorts():
     assert found['kernel'] == (777, 0)
     assert found['sorted'] == (11 * 65536 * 4, 12 * 65536 * 4)      # its key twice, 1 + 2 + 3 passes
     assert found['done'] == (8 * row, 8 * row)
+
+
+@pytest.mark.parametrize('source, part', [
+    ('jit(step)/transpose(jvp(read))/while/body/dynamic_update_slice', 'read, backward'),
+    ('jit(step)/jvp(retrieval)/dot_general', 'retrieval'),
+    ('jit(step)/jvp(layers)/dynamic_update_slice', 'model'),
+    ('jit(step)/update/mul', 'update of parameters, norms')])
+def test_what_a_part_is_follows_from_its_scopes(source, part):
+    assert _part(Moved('fusion.1', 'fusion', source, 8, 0, 1)) == part
 
 
 def compiled(function, *shapes):
