@@ -23,7 +23,7 @@ $(VENV)/tpu/installed: $(VENV)/installed
 	&& touch $@ || echo 'No TPU compiler for this machine: its tests are skipped.'
 
 LIBTPU := $(CURDIR)/$(VENV)/tpu/libtpu/libtpu.so
-PYTEST := env $$(test -e $(LIBTPU) && echo TPU_LIBRARY_PATH=$(LIBTPU)) $(BIN)/python -m pytest -n 2
+PYTEST := env $$(test -e $(LIBTPU) && echo TPU_LIBRARY_PATH=$(LIBTPU)) $(BIN)/python -m pytest -n 2 --dist worksteal
 
 MASKS := 'the [MASK] of the united states' 'my fellow [MASK],' 'peace and [MASK] of the world'
 quickstart: $(VENV)/installed
@@ -62,7 +62,7 @@ ifeq ($(NEWEST),)
 	@echo 'No Python 3.13 here: the tests under the newest jax are skipped (NEWEST=… names one).'
 else
 	$(MAKE) PYTHON=$(NEWEST) VENV=.venv-newest .venv-newest/installed
-	.venv-newest/bin/python -m pytest -n 2 -m 'not slow' $(NEWEST_TESTS)
+	.venv-newest/bin/python -m pytest -n 2 --dist worksteal -m 'not slow' $(NEWEST_TESTS)
 endif
 
 lint: $(VENV)/installed

@@ -102,12 +102,26 @@ def check_fields(arguments: Sequence[str], config: ml_collections.ConfigDict) ->
     """Refuses the first --config.FIELD that the configuration does not have.
 
     Raises:
-      Refusal: the field and those nearest to it.
+      Refusal: the field and those nearest to it, or what can be changed of that run.
     """
     for argument in arguments:
         field = re.match(r'--?(?:no)?config\.([\w.]+)', argument)
-        if field and not field[1].startswith('runs.'):
+        if field and field[1].startswith('runs.'):
+            _check_field_of_run(field[1], config)
+        elif field:
             check_field(field[1], config, '--config.')
+
+
+def _check_field_of_run(field, config):
+    _, name, *rest = field.split('.', 2)
+    if name not in config.runs:
+        raise Refusal(f'--config.{field}: there is no run {name!r}; those of this configuration: '
+                      f'{", ".join(config.runs) or "none"}.')
+    own = set(_fields(config.runs[name]))
+    if rest and rest[0] not in own:
+        raise Refusal(f'--config.{field}: of the run {name!r} only what the configuration sets '
+                      f'there can be changed: {", ".join(sorted(own))}. --config.{rest[0]} sets it '
+                      f'for all runs.')
 
 
 def check_field(field: str, config: ml_collections.ConfigDict, prefix: str = '') -> None:

@@ -13,6 +13,7 @@ from pkm_jax.data.files import expand, parse_json, refuse_pointer
 from pkm_jax.data.xz import open_xz
 from pkm_jax.refusal import Refusal
 
+MOST_BYTES = 2 ** 30    # of a file, unpacked: SQuAD 2.0 has 42 MB
 _OPENERS: dict[str, Any] = {'.gz': gzip.open, '.xz': open_xz}
 
 
@@ -35,8 +36,8 @@ def read_squad(paths: Sequence[str]) -> list[Question]:
     """The questions of files, .json or also .gz or .xz, in their order.
 
     Raises:
-      Refusal: a file cannot be read or is of another form, an answer begins outside its paragraph,
-        or an id is there twice; file and question are named.
+      Refusal: a file cannot be read, is too large or of another form, an answer begins outside its
+        paragraph, or an id is there twice; file and question are named.
     """
     questions = [question for path in paths for question in _of_file(Path(expand(path)))]
     seen: dict[str, str] = {}
@@ -80,7 +81,13 @@ def _json(path: Path) -> Any:
     refuse_pointer(path)
     try:
         with path.open('rb') as raw, _opened(raw, path.suffix) as file:
-            return parse_json(file.read().decode('utf-8-sig'))
+            text = file.read(MOST_BYTES + 1)
+            if len(text) > MOST_BYTES:
+                raise Refusal(f'{path} holds more than {MOST_BYTES:,} bytes of JSON, which would '
+                              'be read at once: split it into several files.')
+            return parse_json(text.decode('utf-8-sig'))
+    except Refusal:
+        raise
     except UnicodeDecodeError as error:
         raise Refusal(f'{path} is not UTF-8 (byte {error.start:,}): save it as UTF-8.') from error
     except json.JSONDecodeError as error:

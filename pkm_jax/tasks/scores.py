@@ -1,11 +1,12 @@
-"""Metrics of predictions, by scikit-learn and SciPy. Where one is not defined it is 0."""
+"""Metrics of predictions, by scikit-learn and SciPy. Where one is not defined it is 0.
+
+Both are imported where they are needed: they take long, and pretraining starts without them.
+"""
 
 from collections.abc import Sequence
 
 import numpy as np
 from jaxtyping import Bool, Float, Int
-from scipy import stats
-from sklearn import metrics
 
 
 def of_classes(
@@ -13,6 +14,7 @@ def of_classes(
 ) -> dict[str, float]:
     """accuracy, macro F1 over the classes that occur, Matthews' correlation; f1 of the second of
     two classes, as GLUE counts it."""
+    from sklearn import metrics
     found = {
         'accuracy': metrics.accuracy_score(labels, guesses),
         'macro_f1': metrics.f1_score(labels, guesses, average='macro', zero_division=0),
@@ -26,6 +28,7 @@ def of_label_sets(
     labels: Bool[np.ndarray, 'n classes'], guesses: Bool[np.ndarray, 'n classes'],
 ) -> dict[str, float]:
     """micro and macro F1, and the share of examples all of whose labels are right."""
+    from sklearn import metrics
     return {'micro_f1': float(metrics.f1_score(labels, guesses, average='micro', zero_division=0)),
             'macro_f1': float(metrics.f1_score(labels, guesses, average='macro', zero_division=0)),
             'exact_match': float(np.mean(np.all(labels == guesses, axis=1)))}
@@ -35,6 +38,7 @@ def of_numbers(
     labels: Float[np.ndarray, 'n'], guesses: Float[np.ndarray, 'n'],
 ) -> dict[str, float]:
     """Pearson's r, Spearman's ρ and the root mean square error."""
+    from scipy import stats
     varied = len(labels) > 1 and np.ptp(labels) > 0 and np.ptp(guesses) > 0
     return {'pearson': float(stats.pearsonr(labels, guesses).statistic) if varied else 0.,
             'spearmanr': float(stats.spearmanr(labels, guesses).statistic) if varied else 0.,

@@ -57,8 +57,17 @@ def test_unknown_fields_are_refused_with_those_nearest(argument, nearest):
 def test_known_fields_pass():
     command_line.check_fields(
         ['--config=quickstart', '--config.train.steps=3', '--noconfig.model.remat',
-         '--config.runs.add.train.steps=3', '--config.memory.shards.rows=2'],
+         '--config.runs.add.init_from=x', '--config.runs.replace.memory.placement=add',
+         '--config.memory.shards.rows=2'],
         quickstart.get_config())
+
+
+@pytest.mark.parametrize('argument, said', [
+    ('--config.runs.add.train.steps=3', "of the run 'add' only what .*: init_from. --config.train.steps sets it"),
+    ('--config.runs.ad.train.steps=3', "no run 'ad'; those of this configuration: pretrain, add")])
+def test_of_a_run_what_it_sets_can_be_changed(argument, said):
+    with pytest.raises(Refusal, match=said):
+        command_line.check_fields([argument], quickstart.get_config())
 
 
 @pytest.mark.parametrize('arguments, said', [

@@ -6,6 +6,7 @@ import lzma
 
 import pytest
 
+from pkm_jax.data import squad
 from pkm_jax.data.squad import read_squad, unalignable
 from pkm_jax.refusal import Refusal
 
@@ -41,6 +42,13 @@ def test_packed_files(tmp_path):
     packed[14] ^= 255
     with pytest.raises(Refusal, match=r'a.json.gz cannot be read'):
         read(tmp_path, bytes(packed), 'a.json.gz')
+
+
+@pytest.mark.parametrize('name, pack', [('a.json.gz', gzip.compress), ('a.json.xz', lzma.compress)])
+def test_what_unpacks_to_too_much_is_not_read(tmp_path, monkeypatch, name, pack):
+    monkeypatch.setattr(squad, 'MOST_BYTES', 1_000)
+    with pytest.raises(Refusal, match=f'{name} holds more than 1,000 bytes of JSON.* split it'):
+        read(tmp_path, pack(b' ' * 10_000_000 + json.dumps(content()).encode()), name)
 
 
 def test_an_answer_elsewhere_is_told(tmp_path):

@@ -5,6 +5,7 @@ run that nobody killed. Ten minutes for fifty kills of one process, on two cores
 """
 
 import argparse
+import math
 
 from tests.faults.kills import check
 
@@ -14,11 +15,12 @@ def main() -> None:
     parser.add_argument('--kills', type=int, default=50, help='of each kind of run')
     parser.add_argument('--processes', default='1,2,4', help='numbers of processes')
     parser.add_argument('--updates', default='dense,sparse', help='of value tables')
+    parser.add_argument('--minutes', type=float, default=math.inf, help='none is killed later')
     parser.add_argument('--seed', type=int, default=0, help='of the moments and signals')
     given = parser.parse_args()
     for processes in map(int, given.processes.split(',')):
         for updates in given.updates.split(','):
-            print(check(updates, processes, given.kills, given.seed), flush=True)
+            print(check(updates, processes, given.kills, given.seed, 60 * given.minutes), flush=True)
 
 
 if __name__ == '__main__':

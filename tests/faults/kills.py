@@ -1,6 +1,7 @@
 """A run that is killed at random moments until it is through, and the same run never killed."""
 
 import json
+import math
 import signal
 import tempfile
 import time
@@ -56,15 +57,17 @@ def undisturbed(config: ml_collections.ConfigDict, processes: int) -> float:
     return first
 
 
-def killed(config: ml_collections.ConfigDict, processes: int, kills: int, first_step: float,
-           rng: np.random.Generator) -> dict[str, int]:
-    """Trains the same with interruptions; how many of each kind there were.
+def killed(config: ml_collections.ConfigDict, processes: int, kills: int, seconds: float,
+           first_step: float, rng: np.random.Generator) -> dict[str, int]:
+    """Trains the same with interruptions, none after so many seconds; how many of each kind there
+    were.
 
     Half of them come at any time before the first step of a start, the others some steps later:
     SIGKILL to all processes or to one, SIGTERM to all or to one.
     """
     counts: dict[str, int] = {}
-    for _ in range(kills):
+    end = time.monotonic() + seconds
+    while sum(counts.values()) < kills and time.monotonic() < end:
         started, reached = start(config, processes), _step(config)
         early, later = rng.random() < .5, reached + rng.integers(1, 40)
         deadline = time.monotonic() + (rng.uniform(0, first_step) if early else 300)
@@ -145,17 +148,20 @@ def _everything(run) -> dict[str, Any]:
                                                           np.uint8)}
 
 
-def check(updates: str, processes: int, kills: int, seed: int) -> str:
+def check(
+    updates: str, processes: int, kills: int, seed: int, seconds: float = math.inf,
+) -> str:
     """Both runs, and one line on what was done and seen.
 
     Raises:
       AssertionError: the killed run differs.
     """
     with tempfile.TemporaryDirectory() as folder:
-        straight = tiny(Path(folder) / 'straight', updates, 40 * kills)
-        broken = tiny(Path(folder) / 'broken', updates, 40 * kills)
+        straight = tiny(Path(folder) / 'straight', updates, 60 * kills)
+        broken = tiny(Path(folder) / 'broken', updates, 60 * kills)
         first_step = undisturbed(straight, processes)
-        counts = killed(broken, processes, kills, first_step, np.random.default_rng(seed))
+        counts = killed(broken, processes, kills, seconds, first_step,
+                        np.random.default_rng(seed))
         found = differences(Path(broken.workdir), Path(straight.workdir))
         assert not found, (updates, processes, seed, found)
         steps = len(lines(Path(broken.workdir), 'train'))

@@ -141,12 +141,19 @@ def test_of_many_that_find_a_dead_one_a_single_one_takes_its_place(tmp_path):
     """Processes of their own, at once."""
     path = write(tmp_path, host='elsewhere', process=1)
     os.utime(path, (0, 0))
-    script = ('import sys, time, pathlib; from pkm_jax.processes.lock import only_run_in\n'
-              'time.sleep(max(0, float(sys.argv[2]) - time.time()))\n'
-              'with only_run_in(pathlib.Path(sys.argv[1])): print("mine"); time.sleep(3)')
-    command = [sys.executable, '-c', script, str(tmp_path), str(time.time() + 4)]
-    started = [subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    script = ('import sys, pathlib; from pkm_jax.processes.lock import only_run_in\n'
+              'print("ready", flush=True); sys.stdin.readline()\n'
+              'with only_run_in(pathlib.Path(sys.argv[1])): print("mine", flush=True); sys.stdin.read()')
+    command, pipe = [sys.executable, '-c', script, str(tmp_path)], subprocess.PIPE
+    started = [subprocess.Popen(command, stdin=pipe, stdout=pipe, stderr=pipe, text=True)
                for _ in range(6)]
-    printed = [process.communicate() for process in started]
+    assert [process.stdout.readline() for process in started] == ['ready\n'] * 6
+    for process in started:
+        process.stdin.write('go\n')
+        process.stdin.flush()
+    deadline = time.monotonic() + 60
+    while sum(process.poll() is None for process in started) > 1 and time.monotonic() < deadline:
+        time.sleep(.05)
+    printed = [process.communicate() for process in started]    # which lets the one that has it end
     assert sum('mine' in out for out, _ in printed) == 1, printed
     assert sum('in use by another run' in error for _, error in printed) == 5
