@@ -15,17 +15,17 @@ from pkm_jax.configs import bert_base_pkm
 def get_config():
     config = bert_base_pkm.get_config()
     config.workdir = 'runs/quickstart'
-    config.model.update(layers=2, width=96, attention_heads=4, feed_forward_width=384,
+    config.model.update(layers=2, width=128, attention_heads=4, feed_forward_width=256,
                         max_length=16, dropout=0.0, attention_dropout=0.0, dtype='float32')
     config.memory.update(layers=(1,), sub_keys=64, top_k=8, query_width=64, dead_after=100)
-    config.data.update(corpus='state-of-the-union', vocab_size=1024, length=16, max_predictions=3,
-                       validation_fraction=0.03, workers=0)
-    config.train.update(steps=1000, batch=128, warmup=100, optimizer='muon', learning_rate=5e-3,
+    config.data.update(corpus='state-of-the-union', vocab_size=1024, length=16, mask_rate=0.3,
+                       max_predictions=5, validation_fraction=0.04, workers=0)
+    config.train.update(steps=1500, batch=64, warmup=50, learning_rate=3e-3, beta2=0.98,
                         values_learning_rate=1e-2)
-    config.log.update(every=10, norms_every=0, eval_every=200, eval_batches=16,
-                      checkpoint_every=500, keep=1)
+    config.log.update(every=25, norms_every=0, eval_every=300, eval_batches=32,
+                      checkpoint_every=1000, keep=1)
     config.runs.update(
-        pretrain=dict(memory=dict(placement='none', layers=())),
+        pretrain=dict(memory=dict(placement='none', layers=()), train=dict(steps=2100)),
         **{f'{name}_{placement}': dict(init_from=start, memory=dict(placement=placement))
            for name, start in (('scratch', ''), ('pretrained', 'pretrain'))
            for placement in ('replace', 'add')})

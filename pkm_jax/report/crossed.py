@@ -1,4 +1,4 @@
-"""The slots of four runs that cross both cures of Kim & Jung 2020: one picture of their findings."""
+"""The slots of four runs that cross both cures of Kim & Jung 2020, as one picture."""
 
 from collections.abc import Sequence
 

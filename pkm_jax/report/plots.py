@@ -40,8 +40,10 @@ def figures(runs: Sequence[RunRecord], theme: Theme) -> dict[str, Figure]:
             drawn['usage_training'] = usage_training_figure(runs, layers, theme)
         with_counts = [layer for layer in layers if counted(runs, layer)]
         for layer in with_counts:
-            draw = crossed_figure if crossed(runs, layer) else slots_figure
-            drawn[f'slots_layer_{layer}'] = draw(runs, layer, theme)
+            if crossed(runs, layer):
+                drawn[f'crossed_layer_{layer}'] = crossed_figure(runs, layer, theme)
+            else:
+                drawn[f'slots_layer_{layer}'] = slots_figure(runs, layer, theme)
         if layers:
             drawn['usage'] = usage_figure(runs, layers, theme)
         if with_counts:

@@ -25,8 +25,8 @@ def runs(tmp_path):
 def test_each_cell_has_its_place_and_share(runs):
     assert crossed(runs, '2') == {cell: 1 + number for number, cell in enumerate(CELLS)}
     drawn = figures(runs, LIGHT)
-    assert list(drawn)[:3] == ['loss', 'usage_training', 'slots_layer_2']
-    panels = [ax for ax in drawn['slots_layer_2'].axes if ax.get_images()]
+    assert list(drawn)[:3] == ['loss', 'usage_training', 'crossed_layer_2']
+    panels = [ax for ax in drawn['crossed_layer_2'].axes if ax.get_images()]
     order = [4, 2, 3, 1]        # scratch above, replace left
     for ax, index in zip(panels, order, strict=True):
         counts, text = runs[index].access['2'].top1, ax.texts[0].get_text()
