@@ -3,10 +3,10 @@ r"""The paper in miniature, on a laptop: minutes on two CPU cores.
     make quickstart
 
 Five runs of a small BERT on a text that comes with the program, the messages of presidents to
-Congress since 1910. `pretrain` learns without memory. Then all four cells of the paper's comparison, equally long:
-from scratch or from the weights of `pretrain`, with a product-key memory in the place of a
-feed-forward layer (`replace`) or beside it (`add`). Then a report compares them:
-runs/quickstart/report/report.html.
+Congress since 1910. `pretrain` learns without memory. Then all four cells of the paper's
+comparison, for equally many steps: from scratch or from the weights of `pretrain`, with a
+product-key memory in the place of a feed-forward layer (`replace`) or beside it (`add`). A report
+compares them, runs/quickstart/report/report.html, and `pretrained_add` fills three masks.
 """
 
 from pkm_jax.configs import bert_base_pkm
