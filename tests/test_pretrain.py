@@ -23,6 +23,7 @@ def test_the_quickstart_in_seconds(config, tmp_path):
     for section in ('model', 'data', 'train', 'log'):
         small[section].update(config[section].to_dict())
     small.memory.update(sub_keys=6, heads=2, top_k=3, query_width=8)
+    small.runs.pretrain.train.steps = small.train.steps
     small.workdir = str(tmp_path / 'quickstart')
     page = pretrain.run(small).read_text()
     assert '<img' in page
