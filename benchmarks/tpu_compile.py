@@ -1,6 +1,6 @@
 """The memory's kernels for TPUs, compiled by the TPU's compiler, beside their floors; not run.
 
-    python -m benchmarks.tpu_compile [--chips=v4,v5e,v5p,v6e] [--dtypes=bfloat16,float32]
+    python -m benchmarks.tpu_compile [--chips=v4,v5e,v5p,v6e,tpu7x] [--dtypes=bfloat16,float32]
 
 Needs the TPU compiler (pip install 'jax[tpu]'), no TPU; minutes. For each kernel and size what it
 moves and computes for 16,384 tokens of 4 heads: bytes between HBM and the chip, copies that it
@@ -25,18 +25,26 @@ from absl import app, flags, logging
 from jax.sharding import SingleDeviceSharding
 
 from pkm_jax import accelerators
-from pkm_jax.memory.kernels.tpu import embedding_bag, embedding_bag_backward, retrieval
+from pkm_jax.memory.kernels.tpu import (
+    embedding_bag,
+    embedding_bag_backward,
+    embedding_bag_forward,
+    own_reads,
+    retrieval,
+)
 from pkm_jax.planning import chips
 
-CHIPS = flags.DEFINE_list('chips', ['v4', 'v5e', 'v5p', 'v6e'], 'See pkm_jax.accelerators.')
+CHIPS = flags.DEFINE_list('chips', ['v4', 'v5e', 'v5p', 'v6e', 'tpu7x'],
+                          'See pkm_jax.accelerators.')
 DTYPES = flags.DEFINE_list('dtypes', ['bfloat16', 'float32'], 'Of values, queries and codebooks.')
 
 TOKENS, HEADS, HALF, SLOTS = 16_384, 4, 256, 2 ** 18
+OWNERS = 16         # of rows, of reads that are packed
 SORTED_TOKENS = 128     # as compiled: of so many tokens the compiler has the sorts done in seconds
 WIDTHS, KEYS, TOP_K = (384, 768, 1024, 4096), (128, 512, 1024, 2048), (8, 32)
 # Vector instructions of a core per second, and cores. The clock follows from the peak rate and the
 # size of the matrix units; two a cycle on v4 (Jouppi et al. 2023), four on later ones, for which no
-# number is published (jax-ml.github.io/scaling-book has four for v5p).
+# number is published (jax-ml.github.io/scaling-book has four for v5p). Of tpu7x nothing is.
 VECTOR = {'v4': (2 * 1.05e9, 2), 'v5e': (4 * 1.5e9, 1), 'v5p': (4 * 1.75e9, 2),
           'v6e': (4 * 1.75e9, 1)}
 # What takes no vector instruction, or is no arithmetic.
@@ -79,15 +87,36 @@ def reads(dtype: jnp.dtype, width: int, k: int) -> list[Case]:
     forward = Case('read', sizes, functools.partial(embedding_bag.forward, interpret=False),
                    arguments(TOKENS)[:3], few[:3], all_reads * (row + 8) + TOKENS * (row + 4),
                    all_reads, (per_token,))
+    # Reads of a chunk; rows that get zeros, of which there are none here; sums that leave.
     chunk = min(embedding_bag_backward.CHUNK, all_reads)
+    loops = chunk, *6 * (0,), embedding_bag_backward.LEAVING
     gradients = [Case(
         name, sizes, functools.partial(run, interpret=False), arguments(TOKENS), few,
         all_reads * (row + 20) + touched * row + out * width * item,
-        all_reads + touched * 2, (chunk, embedding_bag_backward.LEAVING), cores=1)
+        all_reads + touched * 2, loops, cores=1)
         for name, run, out, item in (
             ('its gradient, dense', embedding_bag.backward, SLOTS, size),
-            ('its gradient, compact', embedding_bag.compact_backward, touched, 4))]
-    return [forward, *gradients]
+            ('its gradient, compact', embedding_bag_backward.compact_gradients, touched, 4))]
+    return [forward, *gradients, *_own_gradients(few, arguments(TOKENS), sizes, loops)]
+
+
+def _own_gradients(few, whole, sizes, loops):
+    """Of one in OWNERS of these reads: the gradients of the rows, packed, and of the weights."""
+    values, slots, _, gradient = whole
+    own, row = slots.size // OWNERS, values.shape[1] * values.dtype.itemsize
+    packed = slots.size // own_reads.BLOCK * own_reads.window_size(OWNERS)
+    written, counts = min(SLOTS, own), jax.ShapeDtypeStruct((TOKENS,), jnp.int32)
+    few_counts = jax.ShapeDtypeStruct(few[1].shape[:1], jnp.int32)
+    rows = functools.partial(embedding_bag_backward.own_row_gradients, n_slots=SLOTS, owners=OWNERS,
+                             interpret=False)
+    products = functools.partial(embedding_bag_forward.weight_gradients, owners=OWNERS,
+                                 interpret=False)
+    return [
+        Case(f'of one of {OWNERS} owners: gradient of the rows', sizes, rows, whole[1:], few[1:],
+             own * row + SLOTS * values.shape[1] * 4 + packed * 12, own + written, loops, cores=1),
+        Case(f'of one of {OWNERS} owners: that of the weights', sizes, products,
+             (values, slots, counts, gradient), (few[0], few[1], few_counts, few[3]),
+             (own + TOKENS) * row + slots.size * 8, own, (slots.shape[1] // OWNERS,))]
 
 
 def searches(dtype: jnp.dtype, n_keys: int, k: int) -> list[Case]:
@@ -111,7 +140,7 @@ def searches(dtype: jnp.dtype, n_keys: int, k: int) -> list[Case]:
 def counted(case: Case) -> tuple[float, float]:
     """Floating-point operations of the matrix unit, and vector instructions, of all programs."""
     jaxpr = jax.make_jaxpr(case.run)(*case.arguments)
-    kernel, = [eqn for eqn in _equations(jaxpr.jaxpr) if eqn.primitive.name == 'pallas_call']
+    kernel, *_ = [eqn for eqn in _equations(jaxpr.jaxpr) if eqn.primitive.name == 'pallas_call']
     flops, vectors = _operations(kernel.params['jaxpr'], list(case.iterations))
     programs = math.prod(kernel.params['grid_mapping'].grid)
     return flops * programs, vectors * programs
@@ -169,10 +198,11 @@ def _registers(aval):
 
 def floor(case: Case, chip: str, flops: float, vectors: float) -> str:
     """Milliseconds at peak rates, and what takes them."""
-    rate, cores = VECTOR[chip]
     peaks = accelerators.CHIPS[chip]
-    times = {'b': case.bytes / peaks.bandwidth, 'm': flops / peaks.flops,
-             'v': vectors / (rate * min(cores, case.cores))}
+    times = {'b': case.bytes / peaks.bandwidth, 'm': flops / peaks.flops}
+    if chip in VECTOR:
+        rate, cores = VECTOR[chip]
+        times['v'] = vectors / (rate * min(cores, case.cores))
     longest = max(times, key=times.__getitem__)
     return f'{times[longest] * 1e3:.2f} {longest}'
 

@@ -13,6 +13,8 @@ When a pod is preempted or stopped the run starts again from its newest checkpoi
 takes; when one fails or hangs, --restarts times; what is refused (exit status 2), diverges (3) or
 has no room on a device (5) ends the job. The cluster needs its node pools, JobSet 0.10, Cloud
 Storage FUSE's CSI driver, and a service account that may write to the bucket.
+
+Guide: docs/launch.md, "GKE".
 """
 
 import argparse

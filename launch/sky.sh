@@ -12,7 +12,10 @@ launch/sky.sh [option …] [sky's option …] --config=NAME [--config.section.fi
 
     launch/sky.sh --name=one --accelerators=tpu-v6e-8 --bucket=gs://BUCKET \
         --config=bert_base_pkm --config.data.corpus='/bucket/corpora/*.jsonl.xz'
+    launch/sky.sh --name=one --accelerators=H100:8 --bucket=gs://BUCKET --on-demand --config=bert_base_pkm
+    launch/sky.sh --name=one --accelerators=H100:8 --bucket=gs://BUCKET --dry-run --config=bert_base_pkm
 
+Guide: docs/launch.md, "SkyPilot".
 Says whether the run fits, its tokens/s, days and chip hours, then launches launch/sky.yaml as a
 managed job (`sky jobs launch`), which finds a node where there is one, and another one when that is
 preempted; the run goes on from its newest checkpoint. Run it from this repository.

@@ -11,7 +11,10 @@ launch/slurm.sh [option …] [sbatch's option …] --config=NAME [--config.secti
 
     launch/slurm.sh --gpu=h100 --nodes=4 --gpus-per-node=8 --partition=gpu \
         --config=bert_base_pkm --config.data.corpus='/corpora/*.jsonl.xz'
+    launch/slurm.sh --gpu=a100 --processes=node --time=24:00:00 --config=bert_base_pkm
+    launch/slurm.sh --gpu=h100 --dry-run --config=bert_base_pkm
 
+Guide: docs/launch.md, "Slurm".
 Says whether the run fits, its tokens/s, days and GPU hours, then submits launch/slurm.sbatch, whose
 --help says what the job does. Run it from this repository, whose .venv and runs all nodes must see.
 

@@ -11,6 +11,14 @@ usage() {
     cat <<'END'
 launch/tpu_pod.sh [option …] COMMAND [--config=NAME [--config.section.field=value …]]
 
+Pretraining on Cloud TPU slices of any number of hosts. Guide: docs/launch.md, "TPU VMs".
+
+    export CLOUDSDK_COMPUTE_ZONE=us-west4-a BUCKET=mine
+    launch/tpu_pod.sh --name=pod --type=v5litepod-16 --version=v2-alpha-tpuv5-lite --spot watch \
+        --config=bert_base_pkm --config.data.corpus='/mnt/gcs/mine/corpora/*.jsonl.xz'
+    launch/tpu_pod.sh --name=pod status
+    launch/tpu_pod.sh --name=pod delete
+
   watch     all of it: plans, creates, installs, runs; creates slices that were preempted anew and
             goes on, until the run is done
   plan      whether the run fits, tokens/s, days and chip hours

@@ -1,7 +1,8 @@
-"""Ablations: python -m pkm_jax.ablate --config=configs/NAME.py
+r"""Trains a grid of settings and seeds: python -m pkm_jax.ablate --config=NAME
 
     python -m pkm_jax.ablate --config=ablation_grid:scale=small --config.data.corpus='/corpus/*.xz'
-    python -m pkm_jax.ablate --config=ablation_grid:scale=small --shard=2/3 …
+    python -m pkm_jax.ablate --config=ablation_grid:scale=small --shard=2/3 \
+        --config.data.corpus='/corpus/*.xz'
     python -m pkm_jax.ablate --config=bert_base_pkm --config.ablation.seeds='(0, 1, 2)' \
         --config.ablation.axes="(('memory.top_k', (8, 32)), ('memory.zero_start', (False, True)))"
 
@@ -9,6 +10,8 @@ Trains every cell of the section `ablation` of any configuration of pretraining,
 it, one after the other; fine-tunes each where there is a section `finetuning`; and writes
 WORKDIR/ablation/report.md. The same command goes on where it stopped and skips what is done. A cell
 that fails is named in the report, the others go on, and the exit status is 6.
+
+Guide: docs/ablation.md. Every field: docs/configuration.md.
 """
 
 import fnmatch

@@ -1,4 +1,4 @@
-"""Plans a run without its hardware: python -m pkm_jax.compile_check --config=… --topology=v5e:16x16
+"""Plans a run without its hardware: python -m pkm_jax.compile_check --config=NAME --topology=CHIPS
 
     python -m pkm_jax.compile_check --config=bert_base_pkm_pod --topology=v5e:16x16
     python -m pkm_jax.compile_check --config=bert_base_pkm --topology=h200:8 --config.seed=1
@@ -9,6 +9,8 @@ prints what a device would hold, compute and send, and how long all steps would 
 ('h200:8') it estimates. The exit status is 5 where the step does not fit, 2 where it cannot be
 planned. Minutes for BERT-base. The first state and evaluations are programs of their own, which are
 not compiled.
+
+Guide: docs/launch.md, "Plan". Plans that were made: docs/scaling.md.
 """
 
 import sys
@@ -26,6 +28,13 @@ from pkm_jax.planning.estimate import estimate
 from pkm_jax.planning.text import text_of
 from pkm_jax.refusal import ExitStatus, Refusal, ends
 
+TOPOLOGY = flags.DEFINE_string(
+    'topology', None, 'chips along each dimension, or number of GPUs, of '
+    f'{", ".join(CHIPS)}: v5e:16x16, v5p:4x4x4, h200:8; or as clouds name slices: v5litepod-256, '
+    'v5p-128')
+SLICES = flags.DEFINE_integer('slices', 1, 'TPU slices of that topology')
+PRICE = flags.DEFINE_float('price', 0., 'of a chip for an hour, in any currency: what the run '
+                           'costs')
 
 def run(config: ml_collections.ConfigDict, topology: str, slices: int = 1,
         price: float = 0.) -> bool:
@@ -53,8 +62,7 @@ def main(_: list[str]) -> None:
     logging.set_verbosity(logging.WARNING)
     jax.config.update('jax_platforms', 'cpu')     # what is here takes no part
     try:
-        given = flags.FLAGS
-        fits = run(given.config, given.topology, given.slices, given.price)
+        fits = run(flags.FLAGS.config, TOPOLOGY.value, SLICES.value, PRICE.value)
     except Refusal as refusal:
         raise ends(f'Not planned: {refusal}') from refusal
     sys.exit(ExitStatus.DONE if fits else ExitStatus.OUT_OF_MEMORY)
@@ -62,11 +70,5 @@ def main(_: list[str]) -> None:
 
 if __name__ == '__main__':      # defined here: pretrain.py has a flag of the same name
     command_line.define_config()
-    flags.DEFINE_string(
-        'topology', None, 'chips along each dimension, or number of GPUs, of '
-        f'{", ".join(CHIPS)}: v5e:16x16, v5p:4x4x4, h200:8; or as clouds name slices: '
-        'v5litepod-256, v5p-128')
-    flags.DEFINE_integer('slices', 1, 'TPU slices of that topology')
-    flags.DEFINE_float('price', 0., 'of a chip for an hour, in any currency: what the run costs')
     flags.mark_flags_as_required(['config', 'topology'])
     app.run(main, flags_parser=command_line.parse)

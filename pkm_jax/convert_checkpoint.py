@@ -1,4 +1,4 @@
-r"""Converts other people's BERTs to ours, and ours to Hugging Face folders. Offline.
+r"""Converts BERT weights in and out: python -m pkm_jax.convert_checkpoint --from=FOLDER --to=FOLDER
 
     python -m pkm_jax.convert_checkpoint --from=bert-base-uncased --to=runs/bert_base
     python -m pkm_jax.convert_checkpoint --from=bert-base-uncased --to=runs/with_memories \
@@ -6,7 +6,10 @@ r"""Converts other people's BERTs to ours, and ours to Hugging Face folders. Off
     python -m pkm_jax.convert_checkpoint --from=runs/bert_base_pkm --to=exported
 
 `--from` is a Hugging Face folder, a folder with an original TensorFlow checkpoint, one of our runs
-or one checkpoint of it. What became of every tensor is printed. `--to` appears whole or not at all.
+or one checkpoint of it; runs become Hugging Face folders. Nothing is downloaded. What became of
+every tensor is printed. `--to` appears whole or not at all.
+
+Guide: docs/weights.md.
 """
 
 import dataclasses
@@ -23,6 +26,7 @@ from pkm_jax.configuration.resolve import described_model, model_of
 from pkm_jax.console import survive_any_console
 from pkm_jax.convert import foreign, huggingface, labels, memories
 from pkm_jax.convert.folders import appearing
+from pkm_jax.convert.model_card import evaluation_of
 from pkm_jax.convert.tensors import ConversionLog, ForeignModel
 from pkm_jax.data import tokenizer
 from pkm_jax.data.files import expand
@@ -102,14 +106,16 @@ def write_run(folder: Path, pretrained: ForeignModel, source: Path) -> None:
 def export(source: Path, target: Path) -> ConversionLog:
     """The newest checkpoint of a run, or one of its checkpoints, as a Hugging Face folder."""
     run = source if (source / 'checkpoints').is_dir() else source.parent.parent
-    model = arrays.open_model(store.whole(store.of_run(source)))
+    checkpoint = store.whole(store.of_run(source))
+    model = arrays.open_model(checkpoint)
     params = model['params']
     described = read_description(run)
     config = model_of_weights(model_of(described), flatten(model))
     if HEADS_KEPT.value:
         config = dataclasses.replace(config, output_heads=tuple(HEADS_KEPT.value))
     return huggingface.save(target, config, params, model.get('statistics') or {},
-                            vocabulary=_vocabulary(run), run=described)
+                            vocabulary=_vocabulary(run), run=described,
+                            evaluation=evaluation_of(run, int(checkpoint.name)))
 
 
 def _vocabulary(folder: Path) -> Vocabulary | None:

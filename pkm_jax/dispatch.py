@@ -3,8 +3,8 @@
 An operation has a plain jnp reference, which runs everywhere, and can have kernels for NVIDIA GPUs
 and for TPUs. The choice is a primitive of its own, which is traced as the reference's shapes and
 lowered as one of them. So a program that is lowered for a GPU on a machine without one has the
-kernels, and a kernel's module is imported only where a program for its device is lowered. Kernels
-for TPUs have been compiled, but never run on one: they must be asked for.
+kernels, and a kernel's module is imported only where a program for its device is lowered. Those for
+TPUs have been compiled, but have run on none: `implementation='xla'` is without them.
 """
 
 import contextlib
@@ -32,14 +32,18 @@ class Kernel(NamedTuple):
 
 @dataclasses.dataclass(frozen=True)
 class Choice:
-    """A function of arrays and of static settings that is the reference or a kernel.
+    """A function of arrays and static settings that is computed by plain JAX or by a kernel.
 
-    A call takes an implementation and the function's arguments. None: the kernel where the program
-    is lowered for a GPU and the kernel can take the arguments, and otherwise the reference, which
-    is logged once for each operation and reason. 'xla': the reference. 'gpu', 'tpu': the kernel for
-    that platform, interpreted where the program is lowered for another.
+    A call takes an implementation and the function's arguments. The implementation is
 
-    Derivatives are the caller's; under `jax.vmap` the choice is the reference.
+    * None: the kernel for the platform that the program is lowered for, if there is one and it can
+      take the arguments, else plain JAX; that a kernel cannot is logged once for each operation and
+      reason;
+    * 'xla': plain JAX;
+    * 'gpu' or 'tpu': the kernel for that platform, interpreted where the program is lowered for
+      another.
+
+    It has no derivative of its own; its callers define them. Under `jax.vmap` it is plain JAX.
 
     Raises:
       Refusal: that kernel does not exist, or cannot take the arguments.
@@ -61,6 +65,10 @@ class Choice:
         leaves = choice_p.bind(*arrays, choice=self, forced=implementation,
                                static=tuple(sorted(static.items())), batched=())
         return jax.tree.unflatten(jax.tree.structure(shapes), leaves)
+
+    def has_kernel(self, platform: Implementation) -> bool:
+        """Whether there is one for 'gpu' or 'tpu', for some arguments at least."""
+        return platform == 'gpu' or self.load_tpu is not None
 
     def kernel(self, platform: Implementation) -> Kernel:
         """The kernel for 'gpu' or 'tpu'.
@@ -139,24 +147,24 @@ def _lower(context, *values, choice, forced, static, batched, platform=None):
     return mlir.lower_fun(function)(context, *values)
 
 
-def _lower_for_cuda(context, *values, choice, forced, static, batched):
-    if forced:
+def _lower_for(platform, context, *values, choice, forced, static, batched):
+    if forced or not choice.has_kernel(platform):
         return _lower(context, *values, choice=choice, forced=forced, static=static,
-                      batched=batched, platform='gpu')
-    kernel, reason = _supported(choice, context.avals_in, static, batched)
+                      batched=batched, platform=platform)
+    kernel, reason = _supported(choice, platform, context.avals_in, static, batched)
     if reason:
         _say_once(choice.operation, reason)
         function = _plain(choice, static, batched)
     else:
         function = _kernel(kernel, static, interpret=False)
     _record(choice.operation, f'plain XLA, slower: no kernel for {reason}' if reason else
-            'a GPU kernel')
+            f'a {platform.upper()} kernel')
     return mlir.lower_fun(function)(context, *values)
 
 
 mlir.register_lowering(choice_p, _lower)
-mlir.register_lowering(choice_p, functools.partial(_lower, platform='tpu'), platform='tpu')
-mlir.register_lowering(choice_p, _lower_for_cuda, platform='cuda')
+mlir.register_lowering(choice_p, functools.partial(_lower_for, 'tpu'), platform='tpu')
+mlir.register_lowering(choice_p, functools.partial(_lower_for, 'gpu'), platform='cuda')
 
 
 @contextlib.contextmanager
@@ -178,12 +186,12 @@ def _record(operation, implementation):
         found[operation] = implementation
 
 
-def _supported(choice, arrays, static, batched):
+def _supported(choice, platform, arrays, static, batched):
     """The kernel, and why not to use it."""
     if batched:
         return None, 'jax.vmap'
     try:
-        kernel = choice.load()
+        kernel = choice.kernel(platform)
     except (ImportError, AttributeError) as error:      # a backend that this jax lacks
         return None, f'jax {jax.__version__} ({error})'
     return kernel, kernel.unsupported(*_shapes(arrays), **dict(static))

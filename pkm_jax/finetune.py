@@ -1,12 +1,16 @@
-"""Fine-tuning: python -m pkm_jax.finetune --config=configs/NAME.py --config.init_from=FOLDER
+r"""Fine-tunes a model: python -m pkm_jax.finetune --config=NAME --config.init_from=FOLDER
 
-    python -m pkm_jax.finetune --config=glue:task=mrpc --config.init_from=runs/bert_base_pkm
-    python -m pkm_jax.finetune --config=squad:version=2 --config.init_from=FOLDER
-    python -m pkm_jax.finetune --config=text --config.data.train=my.csv --config.data.text=review \
-        --config.data.label=stars --config.init_from=FOLDER
+    python -m pkm_jax.finetune --config=glue:task=mrpc --config.init_from=runs/bert_base_pkm \
+        --config.data.folder=/data/glue
+    python -m pkm_jax.finetune --config=squad:version=2 --config.init_from=FOLDER \
+        --config.data.train=train-v2.0.json --config.data.validation=dev-v2.0.json
+    python -m pkm_jax.finetune --config=text --config.init_from=FOLDER \
+        --config.data.train=my.csv --config.data.text=review --config.data.label=stars
 
 FOLDER is a run, one of its checkpoints, or a Hugging Face BERT folder. The same command goes on
 where a run stopped. Results are in eval_results.json, predictions in predictions_SPLIT.jsonl.
+
+Guide: docs/finetuning.md. Every field: docs/configuration.md. Files: docs/data.md.
 """
 
 import json
@@ -99,7 +103,7 @@ def _report(run: Run, task: FinetuningTask, data: Labelled, found: dict[str, Eva
         prefix = {'validation': 'eval'}.get(kind, kind)
         values = evaluation.values | task.baseline(data, split) | {
             'samples': data.num_records(split)}
-        results |= {f'{prefix}_{name}' + (f'_{part}' if part else ''): value
+        results |= {f'{prefix}_{name.removeprefix("eval_")}' + (f'_{part}' if part else ''): value
                     for name, value in values.items() if isinstance(value, (int, float))}
     results |= _usage(run, found['validation'])
     results['score'] = task.score({split: one.values for split, one in found.items()})

@@ -1,11 +1,14 @@
-"""A look inside memories: python -m pkm_jax.inspect FOLDER --file=texts.txt
+"""Shows which slots fire for which words: python -m pkm_jax.inspect FOLDER --file=texts.txt
 
     python -m pkm_jax.inspect runs/bert_base_pkm --file=texts.txt
     python -m pkm_jax.inspect exported "A text to look at." --to=look
+    python -m pkm_jax.inspect runs/bert_base_pkm --file=texts.txt.xz --slots_shown=10000
 
 Writes inspect.html, a page of its own on which words show their slots and slots their words, and
-slots.npz, the same as arrays (pkm_jax/inspection/arrays.py names them). Memory does not grow with
-the file.
+slots.npz, the same as arrays. FOLDER is a run, one of its checkpoints or a Hugging Face folder,
+with a memory. The use of main memory does not grow with the file.
+
+Guide: docs/inspection.md. The arrays: pkm_jax/inspection/arrays.py.
 """
 
 import argparse

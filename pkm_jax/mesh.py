@@ -20,29 +20,32 @@ from pkm_jax.refusal import Refusal
 
 
 class Axes(NamedTuple):
-    """The axes of the mesh that split tokens and tables; () where nothing does."""
-    data: tuple[str, ...] = ('data',)
-    rows: tuple[str, ...] = ('rows',)
-    columns: tuple[str, ...] = ('columns',)
+    """Names of the mesh's axes that split tokens and value tables.
+
+    Tokens are split over all of them, a table over `rows` and `columns`; () splits nothing.
+    """
+    data: tuple[str, ...] = ('data',)           #: these split the tokens alone
+    rows: tuple[str, ...] = ('rows',)           #: these split the rows of a table
+    columns: tuple[str, ...] = ('columns',)     #: these split the columns of a table
 
     @property
     def memory(self) -> tuple[str, ...]:
-        """Those that a table is split over."""
+        """The axes that split a table: rows, then columns."""
         return *self.rows, *self.columns
 
     @property
     def names(self) -> tuple[str, ...]:
-        """All, in the order of the tokens."""
+        """All axes, in the order in which they split the tokens."""
         return *self.data, *self.memory
 
     @property
     def tokens(self) -> P:
-        """Of arrays with a leading axis of tokens or sequences."""
+        """The PartitionSpec of arrays whose first axis is one of tokens or sequences."""
         return P(_entry(self.names))
 
     @property
     def table(self) -> P:
-        """[S, V], and compact rows of it; without the second axis: [S]."""
+        """The PartitionSpec of a table [S, V]; its first entry is that of arrays [S]."""
         return P(_entry(self.rows), _entry(self.columns))
 
 
@@ -55,21 +58,22 @@ NONE = Axes((), (), ())
 
 
 class Shards(NamedTuple):
-    """How many parts tokens and tables are split into; all devices are data · rows · columns."""
-    data: int = 1
-    rows: int = 1
-    columns: int = 1
+    """Into how many parts tokens and tables are split, on data · rows · columns devices."""
+    data: int = 1       #: copies of each table
+    rows: int = 1       #: parts of a table by rows
+    columns: int = 1    #: parts of a table by columns
 
 
 def make_mesh(shards: Shards, devices: Sequence[jax.Device] | None = None) -> Mesh:
     """A mesh with the axes 'data', 'rows' and 'columns'; a memory group's devices are adjacent.
 
-    Of all devices, or of those given, which need not be there (planning/). Unlike `jax.make_mesh`
-    it also splits the axes of a TPU's torus, where a layout is not a product of whole ones. Of
-    several TPU slices each has whole memory groups: only data crosses the network between them.
+    `devices`: all devices of this machine or cluster unless they are given. The devices that share
+    one copy of a table are a memory group. Where there are several TPU slices, each of them holds
+    whole memory groups, so that only the data axis crosses the network between slices. Unlike
+    `jax.make_mesh` it can also split one axis of a TPU's torus over two axes of the mesh.
 
     Raises:
-      Refusal: a memory group is no part of a slice.
+      Refusal: a memory group does not fit into a slice.
     """
     devices = jax.devices() if devices is None else devices
     slices = len(set(map(slice_of, devices)))
@@ -117,9 +121,12 @@ def shards_in_use(axes: Axes = OWN) -> Shards:
 def axes_of(axes: Axes | None) -> tuple[Axes, bool]:
     """The axes that a layer splits its arrays over, and whether XLA is to split them instead.
 
-    None: nothing without a mesh; OWN where the mesh has them; else, of a mesh of somebody else's,
-    nothing: a table is on every device, and what goes token by token is left to the partitioner,
-    which cannot split a kernel. That is logged once for a mesh.
+    `axes` that are given are used. With None it depends on the mesh in use (`jax.set_mesh`):
+
+    * without a mesh, nothing is split;
+    * in a mesh with the axes 'data', 'rows' and 'columns' (`make_mesh`), these split;
+    * in any other mesh, every device has the whole table, and XLA's partitioner splits the tokens.
+      It cannot split kernels, so that they are not used. That is logged once for each mesh.
 
     Raises:
       Refusal: the mesh lacks one of the axes.

@@ -1,16 +1,17 @@
-"""What a trained model says of texts: python -m pkm_jax.predict FOLDER "The sky is [MASK]."
+"""Applies a trained model to texts: python -m pkm_jax.predict FOLDER "The sky is [MASK]."
 
     python -m pkm_jax.predict bert-base-uncased "The capital of France is [MASK]."
     python -m pkm_jax.predict runs/bert_base_pkm --file=texts.txt > words.jsonl
+    python -m pkm_jax.predict runs/squad "Who wrote it?" "It was written by Ada."
     python -m pkm_jax.predict runs/causal_pkm "In the beginning" --temperature=0.8 --top_p=0.95
 
-    python -m pkm_jax.predict runs/squad "Who wrote it?" "It was written by Ada."
+FOLDER is a run, one of its checkpoints, a converted checkpoint or a Hugging Face BERT folder. The
+output is what the model was trained for: words for masks, classes or numbers of texts and pairs,
+answers to questions over contexts, labels of words, or the continuation of a prompt. Without texts
+and --file they are read from standard input, one a line. Results come in the order of the texts: a
+JSON object a line, or, on a terminal, text.
 
-FOLDER is a run, one of its checkpoints, a converted checkpoint or a Hugging Face BERT folder. What
-is said is what the model was trained for: classes or numbers of texts and pairs, answers to
-questions over contexts, labels of words, words for masks, or how a prompt goes on. Without texts
-and --file they are read from standard input, one a line. Results come in the order of
-the texts: a JSON object a line, or, on a terminal, text.
+Guide: docs/inspection.md.
 """
 
 import argparse

@@ -1,11 +1,14 @@
-"""Pretraining: python -m pkm_jax.pretrain --config=configs/NAME.py
+r"""Pretrains a model, with or without memories: python -m pkm_jax.pretrain --config=NAME
 
     python -m pkm_jax.pretrain --config=quickstart
     python -m pkm_jax.pretrain --config=bert_base_pkm --config.data.corpus='/corpora/*.jsonl.xz'
-    python -m pkm_jax.pretrain --config=ablation:init=scratch,placement=replace --config.seed=1
+    python -m pkm_jax.pretrain --config=bert_base_pkm --config.init_from=bert-base-uncased \
+        --config.data.corpus='/corpora/*.jsonl.xz' --config.seed=1
 
-The configuration says what is trained; docs/configuration.md lists every field. The same command
-goes on where a run stopped.
+A configuration says what is trained, and --config.SECTION.FIELD=VALUE changes it. The same command
+goes on where a run stopped. At the end a report is written.
+
+Guide: docs/pretraining.md. Every field: docs/configuration.md.
 """
 
 from pathlib import Path

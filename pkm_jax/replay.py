@@ -1,10 +1,14 @@
 """Takes the step again at which a run diverged: python -m pkm_jax.replay, with the run's options
 
-    python -m pkm_jax.replay --config=bert_base_pkm --config.workdir=runs/bert_base_pkm …
+    python -m pkm_jax.replay --config=bert_base_pkm
+    python -m pkm_jax.replay --config=bert_base_pkm --config.workdir=runs/mine --config.seed=1
+    python -m pkm_jax.replay --config=glue:task=mrpc --config.workdir=runs/glue/mrpc
 
-Reads what the run kept in its folder (docs/reliability.md), on any devices, and prints the loss,
-the gradient norms by group of parameters, and the operation that gave the first NaN. Of
-fine-tuning, every run in the folder that diverged is replayed.
+Reads what the run kept in its folder, on any devices, and prints the loss, the gradient norms by
+group of parameters, and the operation that gave the first NaN. Of fine-tuning, every run in the
+folder that diverged is replayed.
+
+Guide: docs/reliability.md, "Processes and numbers".
 """
 
 import contextlib

@@ -1,11 +1,14 @@
-"""Which runs live, from outside: python -m pkm_jax.status RUN …
+"""Says which runs live, from outside: python -m pkm_jax.status RUN …
 
     python -m pkm_jax.status runs/one
     python -m pkm_jax.status /mnt/gcs/BUCKET/runs        # all runs below, of a mounted bucket too
     watch -n 60 python -m pkm_jax.status runs/*
 
-Reads running.json, metrics.jsonl and the checkpoints of each, and writes nothing. The exit status
-is 4 where a run is stalled or died without a word, 2 where a folder holds no run, else 0.
+Prints state, step, loss, tokens/s, newest checkpoint and host of each. Reads running.json,
+metrics.jsonl and the checkpoints, and writes nothing. The exit status is 4 where a run is stalled,
+dead or diverged, 2 where a folder holds no run, else 0.
+
+Guide: docs/launch.md, "Is it alive?".
 """
 
 import argparse
@@ -160,11 +163,7 @@ def _ago(then: float, now: float) -> str:
 
 def main(arguments: Sequence[str] | None = None) -> None:
     survive_any_console()
-    parser = argparse.ArgumentParser(prog='python -m pkm_jax.status', description=__doc__,
-                                     formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument('folders', metavar='RUN', nargs='+',
-                        help='the folder of a run, or one with runs in it')
-    given, now = parser.parse_args(arguments), time.time()
+    given, now = _parser().parse_args(arguments), time.time()
     try:
         found = [status_of(run, now) for folder in given.folders
                  for run in runs_in(Path(folder).expanduser())]
@@ -173,6 +172,14 @@ def main(arguments: Sequence[str] | None = None) -> None:
     print(table(found, now))
     if any(one.state in UNWELL for one in found):
         raise SystemExit(ExitStatus.HUNG)
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(prog='python -m pkm_jax.status', description=__doc__,
+                                     formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument('folders', metavar='RUN', nargs='+',
+                        help='the folder of a run, or one with runs in it')
+    return parser
 
 
 if __name__ == '__main__':

@@ -97,6 +97,7 @@ def test_a_killed_grid_goes_on_and_skips_what_is_done(grid, limited, tmp_path):
         np.testing.assert_array_equal(ours[name], theirs[name], err_msg=name)
 
 
+@pytest.mark.slow
 def test_a_failing_cell_is_named_and_the_others_go_on(grid, capsys):
     """One with settings that cannot be, what starts from it, and one with a fault of the program."""
     grid.ablation.seeds = (1,)

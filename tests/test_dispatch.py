@@ -26,11 +26,11 @@ BAG = (jnp.ones((9, 128)), jnp.zeros((4, 4), jnp.int32), jnp.ones((4, 4)))
 
 
 def kernels(function, *arguments, platforms=('cuda',)):
-    """Names of the Triton kernels in a program that is lowered for other devices, from here."""
+    """Names of the kernels in a program that is lowered for other devices, from here."""
     with use_abstract_mesh(H100):
         text = jax.jit(function).trace(*arguments).lower(lowering_platforms=platforms).as_text()
     assert len(re.findall('custom_call @.*triton', text)) == len(re.findall(' name = "', text))
-    return set(re.findall(' name = "([a-z_]+)"', text))
+    return set(re.findall(' (?:kernel_)?name = "([a-z_]+)"', text))
 
 
 @pytest.fixture
@@ -71,7 +71,10 @@ def test_a_named_implementation_is_used_everywhere():
     for_tpus = Choice('doubling', double, choice().load, lambda: choice().load())
     assert [constants(functools.partial(for_tpus, 'tpu', factor=.5), (platform,))
             for platform in ('cpu', 'tpu', 'cuda')] == [1, 2, 1]
-    assert constants(functools.partial(for_tpus, None, factor=.5), ('tpu',)) == .5
+    assert [constants(functools.partial(for_tpus, None, factor=.5), (platform,))
+            for platform in ('cpu', 'tpu')] == [.5, 2]
+    assert [constants(functools.partial(for_tpus, 'xla', factor=.5), (platform,))
+            for platform in ('cpu', 'tpu')] == [.5, .5]
 
 
 def test_other_implementations_are_refused_by_name():
@@ -116,7 +119,7 @@ def test_under_vmap_the_choice_is_the_reference(said):
 
 
 @pytest.mark.parametrize('sparse', [False, True])
-def test_a_layer_lowered_for_a_gpu_from_a_cpu_has_its_kernels(sparse, said):
+def test_a_layer_lowered_for_an_accelerator_from_a_cpu_has_its_kernels(sparse, said):
     memory = ProductKeyMemory(MemoryConfig(sub_keys=64, heads=2, top_k=8, query_width=64), 128,
                               rngs=nnx.Rngs(0))
     graph, params, rest = nnx.split(memory, nnx.Param, ...)
@@ -130,8 +133,9 @@ def test_a_layer_lowered_for_a_gpu_from_a_cpu_has_its_kernels(sparse, said):
     assert kernels(differentiate, *arguments) == {
         'best_sub_keys', 'best_pairs', 'spread_score_gradients', 'read_rows', 'read_backward_cuts',
         'read_backward', 'read_backward_add'} | (set() if sparse else {'read_backward_clear'})
-    for platform in ('cpu', 'tpu'):
-        assert not kernels(differentiate, *arguments, platforms=(platform,))
+    assert not kernels(differentiate, *arguments, platforms=('cpu',))
+    assert kernels(differentiate, *arguments, platforms=('tpu',)) == {
+        'best_slots', 'retrieval_backward', 'read_rows', 'read_backward'}
     assert not said.records
 
 
@@ -153,9 +157,11 @@ import sys, jax, jax.numpy as jnp
 from pkm_jax import embedding_bag
 arguments = jnp.ones((9, 128)), jnp.zeros((4, 4), jnp.int32), jnp.ones((4, 4))
 traced = jax.jit(jax.grad(lambda v, s, w: embedding_bag(v, s, w).sum())).trace(*arguments)
-traced.lower().compile(), traced.lower(lowering_platforms=('tpu',))
-kernels = 'jax.experimental.pallas', 'pkm_jax.memory.kernels.gpu'
+traced.lower().compile()
+kernels = 'jax.experimental.pallas', 'pkm_jax.memory.kernels.gpu', 'pkm_jax.memory.kernels.tpu'
 assert not [name for name in sys.modules if name.startswith(kernels)]
+traced.lower(lowering_platforms=('tpu',))
+assert not [name for name in sys.modules if name.startswith('pkm_jax.memory.kernels.gpu')]
 sys.modules['jax.experimental.pallas.triton'] = None
 traced.lower(lowering_platforms=('cuda',))
 '''
@@ -176,4 +182,7 @@ def test_what_was_chosen_is_recorded():
 
     assert chosen(values, 'cpu') == {'embedding bag': 'plain XLA'}
     assert chosen(values, 'cuda') == {'embedding bag': 'a GPU kernel'}
+    assert chosen(values, 'tpu') == {'embedding bag': 'a TPU kernel'}
+    assert 'no kernel for values of float16' in chosen(
+        values.astype(jnp.float16), 'tpu')['embedding bag']
     assert 'no kernel for a value width of 96' in chosen(values[:, :96], 'cuda')['embedding bag']

@@ -68,7 +68,7 @@ def test_classes(tuned, tmp_path):
     assert store.of_run(folder).parent.name == 'best' and (folder / 'tokenizer.json').exists()
     check_resumption(config, folder, tmp_path / 'killed')
     page = (folder / 'report/report.html').read_text()
-    assert 'commonest class of the training' in page
+    assert 'commonest class of the training' in page and 'erdict' not in page.split('</style>')[1]
 
 
 def check_resumption(config, straight, folder):
@@ -114,6 +114,7 @@ def pairs(size, seed):
     return rows
 
 
+@pytest.mark.slow
 def test_glue_with_a_memory_over_seeds(tuned, tmp_path):
     """Regression of pairs; what the server takes; usage before and after; mean and deviation."""
     header = '\t'.join(['index', *'abcdef', 'sentence1', 'sentence2', 'score'])

@@ -34,6 +34,12 @@ def test_locked_versions_are_within_the_requirements(python):
         assert operator == '>=' or version == least, requirement
 
 
+def test_the_version_is_the_same_everywhere():
+    citation = (ROOT / 'CITATION.cff').read_text()
+    assert re.search(r'^version: (.*)$', citation, re.MULTILINE)[1] == PROJECT['version']
+    assert f'\n## {PROJECT["version"]}' in (ROOT / 'CHANGELOG.md').read_text()
+
+
 def numbers(version):
     return tuple(int(part) for part in version.split('.') if part.isdigit())
 

@@ -1,4 +1,4 @@
-"""The README's Python runs as it stands."""
+"""The README's Python runs as it stands, and it is short."""
 
 import re
 from pathlib import Path
@@ -6,6 +6,13 @@ from pathlib import Path
 import numpy as np
 
 README = Path(__file__).parents[1] / 'README.md'
+
+
+def test_it_is_short_and_all_of_its_python_is_run_below():
+    text = README.read_text()
+    section = text.split('## Put it into your own model')[1].split('\n## ')[0]
+    assert len(text.splitlines()) <= 200
+    assert text.count('```python') == section.count('```python') == 3
 
 
 def test_the_blocks_of_your_own_model_run_one_after_the_other(capsys):

@@ -7,15 +7,17 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import ml_collections
-from absl import flags
+from absl import app, flags
 from ml_collections import config_flags
 from ml_collections.config_flags.config_flags import ConfigFileFlagParser
 
 from pkm_jax.refusal import Refusal, ends
 
+flags.disclaim_key_flags()      # --help shows --config as the program's own
 SHIPPED = Path(__file__).parents[1] / 'configs'
 HELP = ("A configuration: one of those that are shipped, such as quickstart, or the path of a "
         "file, with its arguments after ':'. Fields are set by --config.section.field=value.")
+HELPS = {'--help', '--helpshort', '--helpfull', '-?'}
 
 
 def define_config() -> flags.FlagHolder:
@@ -32,7 +34,7 @@ def parse(argv: Sequence[str]) -> list[str]:
         arguments = _with_paths(argv)
         if config := _config_named(arguments):
             check_fields(arguments, _configuration(config))
-        elif not {'--help', '--helpfull', '-?', '--helpshort'} & set(arguments):
+        elif not HELPS & set(arguments):
             raise Refusal(f'give --config, a path or one of {", ".join(shipped())}.')
     except Refusal as refusal:
         # Of one that a configuration raised, ml_collections makes a message with its traceback.
@@ -49,6 +51,8 @@ def parsed(argv: Sequence[str]) -> list[str]:
     Ends the program with one line where a flag is unknown or of a wrong type, or where something is
     no flag.
     """
+    if HELPS & set(argv):       # absl would end with status 1, that of a failure
+        app.usage(shorthelp='--helpfull' not in argv, writeto_stdout=True, exitcode=0)
     try:
         rest = flags.FLAGS(argv)
     except flags.Error as error:

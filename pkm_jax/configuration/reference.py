@@ -14,10 +14,14 @@ from pkm_jax.models.transformer import TransformerConfig
 
 INTRODUCTION = '''# Configuration
 
-Written by `python -m pkm_jax.configuration.reference` from the dataclasses that check it. Fields
-are set in a file of `configs/`, or on the command line: `--config.train.steps=1000`. Defaults here
-are those of the program; a configuration can have others. `pkm_jax.finetune` takes the sizes of the
-model from its weights, and steps, warmup and evaluations from the section `finetune`.
+All fields of all programs that take `--config`. A field is set in a file of `configs/`, or on the
+command line: `--config.train.steps=1000`. The defaults here are those of the program; a
+configuration can have others. `pkm_jax.finetune` takes the sizes of the model from its weights, and
+steps, warmup and evaluations from the section `finetune`. Letters such as N and H are those of the
+[method](method.md#notation).
+
+This page is written by `python -m pkm_jax.configuration.reference` from the dataclasses that check
+the fields.
 '''
 
 
@@ -54,7 +58,7 @@ def _fields(
 
 
 def _table(fields: Iterator[tuple[str, Any]]) -> list[str]:
-    return ['| field | default | |', '| --- | --- | --- |', *_rows(fields)]
+    return ['| field | default | meaning |', '| --- | --- | --- |', *_rows(fields)]
 
 
 def _rows(fields: Iterator[tuple[str, Any]]) -> list[str]:

@@ -141,13 +141,16 @@ def _settle_decoder(stored: dict[str, StoredTensor], left: dict[str, str], tied:
 
 def save(folder: str | Path, config: BertConfig, params: dict, statistics: dict, *,
          vocabulary: Vocabulary | None = None, run: dict[str, Any] | None = None,
+         evaluation: dict[str, Any] | None = None,
          shard_bytes: int = SHARD_BYTES) -> ConversionLog:
     """Writes a folder that transformers loads: with memory, its modelling file travels along.
 
-    `run` is the config.json of the run that trained it, for label names and the model card. The
-    folder appears whole or not at all. Heads in `params` that `config` does not name are left.
-    Files have at most `shard_bytes`; a larger value table is split into blocks of rows. `params`
-    may hold tables that are not in memory (`np.memmap`): they are read a block at a time.
+    `run` is the config.json of the run that trained it, for label names and the model card;
+    `evaluation` what these weights reached, for the card. The folder appears whole or not at all.
+    Heads in `params` that `config` does not name are left. Files have at most `shard_bytes`; a
+    larger value table is split into blocks of rows. `params` may hold tables that are not in memory
+    (`np.memmap`): they are read a block at a time.
+
     Raises:
       Refusal: there is such a folder, the parameters are not those of `config`, or no architecture
         has its heads.
@@ -174,7 +177,8 @@ def save(folder: str | Path, config: BertConfig, params: dict, statistics: dict,
             shutil.copy(MODELING, partial)
         if vocabulary:
             vocabulary.save(partial, config.max_length)
-        (partial / 'README.md').write_text(model_card(content, run or {}), encoding='utf-8')
+        (partial / 'README.md').write_text(model_card(content, run or {}, evaluation),
+                                           encoding='utf-8')
         write_weights(partial, stored, shard_bytes)
         log.taken += [Entry.of(path, names.huggingface(path), leaf)
                       for path, leaf in leaves.items()]

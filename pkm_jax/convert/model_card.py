@@ -1,5 +1,6 @@
-"""The README.md of an exported folder: what it is, what it was trained on, what loads it."""
+"""The README.md of an exported folder, the card of its model (docs/model_card.md)."""
 
+import json
 from pathlib import Path
 from typing import Any
 
@@ -9,13 +10,34 @@ TRIED = '4.40.2, 4.46.3, 4.53.3, 4.57.1 and 5.24.0'
 SOURCES = {'corpus': 'pretrained on', 'train': 'trained on', 'validation': 'chosen by'}
 
 
-def model_card(content: dict[str, Any], run: dict[str, Any]) -> str:
-    """Markdown for the folder whose `config.json` holds `content`; `run` is that of the run that
-    trained it, {} where it is not known."""
+# What the card cannot know, and its reader needs.
+TO_ADD = (
+    ('licence', 'of the weights, which is also a matter of what they were trained on and from'),
+    ('data', 'where the text is from, its languages, what was filtered, what is personal in it'),
+    ('use', 'what it is meant for, and what it must not be used for'),
+    ('limits', 'where it was seen to fail; whose language or views it does not represent'),
+    ('cost', 'hardware, hours, and energy where it is known'))
+USAGE = 'slots', 'top_1_usage', 'ceiling', 'top_k_usage', 'kl'
+PIPELINES = {'MaskedLM': 'fill-mask', 'SequenceClassification': 'text-classification',
+             'QuestionAnswering': 'question-answering',
+             'TokenClassification': 'token-classification'}
+
+
+def model_card(content: dict[str, Any], run: dict[str, Any],
+               evaluation: dict[str, Any] | None = None) -> str:
+    """Markdown for the folder whose `config.json` holds `content`.
+
+    `run` is the `config.json` of the run that trained it, {} where it is not known; `evaluation`
+    the line of its `metrics.jsonl` with what these very weights reached.
+    """
     (architecture,) = content['architectures']
     name = architecture.removeprefix('Pkm').replace('Bert', 'AutoModel', 1)
     auto = 'AutoModel' if name == 'AutoModelModel' else name
-    lines = ['---', 'library_name: transformers', '---', '', f'# {architecture}', '']
+    pipeline = PIPELINES.get(auto.removeprefix('AutoModelFor'))
+    lines = ['---', 'library_name: transformers',
+             *([f'pipeline_tag: {pipeline}'] if pipeline else []), 'tags:', '- pkm_jax',
+             *(['- product-key-memory'] if content.get('memory') else []), '---', '',
+             f'# {architecture}', '']
     if memory := content.get('memory'):
         slots = memory['sub_keys'] ** 2
         lines += [f'A BERT with product-key memories of {slots:,} slots in layers '
@@ -28,9 +50,54 @@ def model_card(content: dict[str, Any], run: dict[str, Any]) -> str:
     lines += ['```python', f'from transformers import {auto}, AutoTokenizer',
               f"model = {auto}.from_pretrained('FOLDER'{remote})",
               "tokenizer = AutoTokenizer.from_pretrained('FOLDER')", '```', '',
-              *_training(content, run),
-              'Written by [pkm_jax](https://arxiv.org/abs/2010.03881).']
+              *_training(content, run), *_evaluation(evaluation or {}),
+              '## Before you publish it', '', 'This card was written by a program, from the files '
+              'of the run. Add what they do not say:', '',
+              *(f'* **{what}**: {meaning}' for what, meaning in TO_ADD), '',
+              'Written by pkm_jax, which implements '
+              '[Kim and Jung (2020)](https://arxiv.org/abs/2010.03881).']
     return '\n'.join(lines) + '\n'
+
+
+def evaluation_of(run: Path, step: int) -> dict[str, Any]:
+    """What a run's weights of that step reached, as its `metrics.jsonl` says; {} if it does not."""
+    found: dict[str, Any] = {}
+    try:
+        lines = (run / 'metrics.jsonl').read_text(encoding='utf-8', errors='replace').splitlines()
+    except FileNotFoundError:
+        return found
+    for line in lines:
+        try:
+            record = json.loads(line)
+        except ValueError:      # cut short: the run mends that when it goes on
+            continue
+        if isinstance(record, dict) and (record.get('kind'), record.get('step')) == ('eval', step):
+            found = record
+    return found
+
+
+def _evaluation(record: dict[str, Any]) -> list[str]:
+    """Tables of the metrics, and of how each memory is used; nothing without an evaluation."""
+    numbers = {name: value for name, value in record.items()
+               if isinstance(value, int | float) and name not in ('step', 'time', 'tokens')}
+    if not numbers:
+        return []
+    lines = ['## Evaluation', '', f'By the run itself, on its validation data, at step '
+             f'{record["step"]:,}:', '', '| metric | value |', '| --- | --- |',
+             *(f'| {name} | {value:,.6g} |' for name, value in numbers.items()), '']
+    of_layers = record.get('memory')
+    memories = {layer: one for layer, one in
+                (of_layers if isinstance(of_layers, dict) else {}).items()
+                if isinstance(one, dict)
+                and all(isinstance(one.get(name), int | float) for name in USAGE)}
+    if memories:
+        lines += [f'Memory usage over {record.get("eval_tokens", 0):,} tokens (it grows with '
+                  'them):', '', '| layer | slots | top-1 usage | of at most | top-K usage | KL |',
+                  '| --- | --- | --- | --- | --- | --- |']
+        lines += [f'| {layer} | {one["slots"]:,} | {one["top_1_usage"]:.1%} | '
+                  f'{one["ceiling"]:.1%} | {one["top_k_usage"]:.1%} | {one["kl"]:.2f} |'
+                  for layer, one in memories.items()] + ['']
+    return lines
 
 
 def _training(content: dict[str, Any], run: dict[str, Any]) -> list[str]:

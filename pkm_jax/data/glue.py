@@ -19,7 +19,8 @@ class GlueTask:
     """Where a task's files are, what its columns are called, how its labels are written.
 
     `labels`: {as written: name}, in the order of the outputs; {} for numbers. `measures`: those
-    whose mean is the task's score.
+    whose mean is the task's score. `fields`: what published datasets call the text columns, where
+    they rename them.
     """
     folder: str
     text: str
@@ -31,6 +32,12 @@ class GlueTask:
     damaged: bool = False                   # rows with too few tabs are in the official file
     validation: tuple[str, ...] = ('dev',)  # names of files, the first being 'validation'
     test: tuple[str, ...] = ('test',)
+    fields: tuple[str, ...] = ()
+
+    @property
+    def columns(self) -> tuple[str, ...]:
+        """Of the texts: one or two."""
+        return tuple(name for name in (self.text, self.second) if name)
 
 
 _ENTAILED = {'entailment': 'entailment', 'not_entailment': 'not_entailment'}
@@ -39,14 +46,15 @@ TASKS = {
                      ('matthews_correlation',), header=('source', 'label', 'star', 'sentence')),
     'sst2': GlueTask('SST-2', 'sentence', '', 'label', {'0': 'negative', '1': 'positive'}),
     'mrpc': GlueTask('MRPC', '#1 String', '#2 String', 'Quality',
-                     {'0': 'not_equivalent', '1': 'equivalent'}, ('accuracy', 'f1')),
+                     {'0': 'not_equivalent', '1': 'equivalent'}, ('accuracy', 'f1'),
+                     fields=('sentence1', 'sentence2')),
     'stsb': GlueTask('STS-B', 'sentence1', 'sentence2', 'score', {}, ('pearson', 'spearmanr')),
     'qqp': GlueTask('QQP', 'question1', 'question2', 'is_duplicate',
                     {'0': 'not_duplicate', '1': 'duplicate'}, ('accuracy', 'f1'), damaged=True),
     'mnli': GlueTask('MNLI', 'sentence1', 'sentence2', 'gold_label',
                      {name: name for name in ('entailment', 'neutral', 'contradiction')},
                      validation=('dev_matched', 'dev_mismatched'),
-                     test=('test_matched', 'test_mismatched')),
+                     test=('test_matched', 'test_mismatched'), fields=('premise', 'hypothesis')),
     'qnli': GlueTask('QNLI', 'question', 'sentence', 'label', _ENTAILED),
     'rte': GlueTask('RTE', 'sentence1', 'sentence2', 'label', _ENTAILED),
     'wnli': GlueTask('WNLI', 'sentence1', 'sentence2', 'label',
@@ -77,11 +85,20 @@ def read_glue(folder: str, name: str, log: Callable[[str], None]) -> dict[str, T
         elif not split.startswith('test'):
             folders = ', '.join(one.folder for one in TASKS.values())
             raise Refusal(f'{path} is missing: data.folder = {folder!r} must hold the folders of '
-                          f'the official download, {folders}.')
-    diagnostics = [root / path for path in DIAGNOSTICS if (root / path).exists()]
-    if name == 'mnli' and diagnostics:
-        found[AX] = _texts(task, str(diagnostics[0]), True, log)
-    return found
+                          f'the official download, {folders}, or what pkm_glue prepared of it.')
+    diagnostics = read_diagnostics(folder, log) if name == 'mnli' else None
+    return found | ({AX: diagnostics} if diagnostics else {})
+
+
+def read_diagnostics(folder: str, log: Callable[[str], None]) -> Texts | None:
+    """The diagnostics AX, without labels; None where there are none.
+
+    Raises:
+      Refusal: a row is not what theirs are; it is named with the line.
+    """
+    paths = [Path(expand(folder)) / path for path in DIAGNOSTICS]
+    return next((_texts(TASKS['mnli'], str(path), True, log) for path in paths if path.exists()),
+                None)
 
 
 def submission(name: str, split: str) -> str:
@@ -100,8 +117,7 @@ def _texts(task: GlueTask, path: str, is_test: bool, log: Callable[[str], None])
     if skipped:
         log(f'data: {len(skipped):,} rows with another number of tabs are left out, as GLUE does; '
             f'the first is {skipped[0]}')
-    columns = [name for name in (task.text, task.second) if name]
-    for column in [*columns, *([] if is_test else [task.label])]:
+    for column in [*task.columns, *([] if is_test else [task.label])]:
         if column not in rows[0].values:
             raise Refusal(f'{path} has no column {column!r}, only '
                           f'{", ".join(map(repr, rows[0].values))}: it is not the official file.')

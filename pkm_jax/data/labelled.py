@@ -15,7 +15,8 @@ from jaxtyping import Int
 from pkm_jax.data.examples import ArraySpec, Example, token_arrays
 
 SPREAD = 64         # batches of a random draw that are sorted by length together
-NARROWEST = 16      # tokens: shorter batches are no faster
+PROGRAMS = 4        # lengths of batches: the step and the evaluation are compiled for each
+ROUND = 16          # tokens: between its multiples batches are no faster
 
 
 class Records(list):
@@ -34,8 +35,8 @@ class Labelled:
     """
     vocab_path: str
     vocab_size: int
-    splits: dict[str, Records]
-    source: dict[str, Any] = dataclasses.field(default_factory=dict)
+    splits: dict[str, Records] = dataclasses.field(repr=False)     # the loader prints what it maps
+    source: dict[str, Any] = dataclasses.field(default_factory=dict, repr=False)
 
     @functools.cached_property
     def fingerprint(self) -> str:
@@ -130,13 +131,19 @@ class ByLength:
         return batches if rng is None else rng.permutation(batches)
 
 
-def buckets_of(length: int) -> tuple[int, ...]:
-    """What batches are padded to: `length`, three quarters of it, its half, and so on.
+def buckets_of(lengths: Int[np.ndarray, 'n'], longest: int) -> tuple[int, ...]:
+    """The lengths, at most PROGRAMS, to which records of these lengths are padded least; ascending.
 
-    Multiples of 8 down to NARROWEST.
+    Multiples of ROUND, or `longest`, which none exceeds.
     """
-    found, size = {length}, length
-    while size % 2 == 0 and size // 2 >= NARROWEST:
-        found |= {size // 2, size * 3 // 4}
-        size //= 2
-    return tuple(sorted(size for size in found if size % 8 == 0 or size == length))
+    sizes, counts = np.unique(np.minimum(-(-lengths // ROUND) * ROUND, longest),
+                              return_counts=True)
+    before = np.concatenate([[0], np.cumsum(counts)])
+    # By how many of the sizes are covered: tokens of their records, padded, and the lengths.
+    best: list[tuple[float, tuple[int, ...]]] = [(0, ()), *[(np.inf, ())] * len(sizes)]
+    for _ in range(PROGRAMS):
+        best = [best[0], *(
+            min((best[start][0] + int(size) * (before[end] - before[start]),
+                 (*best[start][1], int(size))) for start in range(end))
+            for end, size in enumerate(sizes, 1))]
+    return best[-1][1]

@@ -38,6 +38,9 @@ def read_table(path: str, columns: Sequence[str], optional: Sequence[str] = ()) 
     wanted = (*columns, *(name for name in optional if name in rows[0].values))
     for row in rows:
         missing = [name for name in wanted if row.values.get(name) is None]
+        if missing and missing[0] in row.values:
+            raise Refusal(f'{row.place}: the value of {missing[0]!r} is null: every example needs '
+                          'one.')
         if missing:
             raise Refusal(f'{row.place} has no column {missing[0]!r}, only '
                           f'{", ".join(map(repr, row.values))}: name the column by its field of '

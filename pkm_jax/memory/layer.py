@@ -29,6 +29,8 @@ Randomness = nnx.Rngs | nnx.RngStream | Key[Array, '']
 class MemoryConfig:
     """Sizes of one memory; the defaults are the paper's.
 
+    docs/configuration.md explains each field, in its section `memory`.
+
     Raises:
       Refusal: a setting is out of its range; the message names it, its value and the remedy.
     """
@@ -76,24 +78,36 @@ class TableSlots(int):
 
 
 class MemoryReads(NamedTuple):
-    """What one call of a memory read, T being the product of the leading axes of its input."""
-    slots: Int32[Array, 'T H K']    # in descending order of score
-    weights: Float[Array, 'T H K']  # float32, of each token and head summing to 1; of padding 0
-    batch_stats: dict               # new running statistics of the query norm, {} without any
-    touched: Touched | None = None  # the rows that `delta` stands for, if given
+    """What one call of a memory read; T is the product of all axes of its input but the last."""
+    #: the slots that were read, in descending order of their scores
+    slots: Int32[Array, 'T H K']
+    #: their weights in float32; those of a token and head sum to 1, those of padding are 0
+    weights: Float[Array, 'T H K']
+    #: new running statistics of the query norm; {} where it has none
+    batch_stats: dict
+    #: the rows that `delta` stands for; None without a `delta`
+    touched: Touched | None = None
+    #: S, the number of slots of the table
     table_slots: TableSlots | None = None
-    query: Float[Array, 'T H 2 half'] | None = None     # after its norm: what searched
+    #: the queries after their norm, as they searched
+    query: Float[Array, 'T H 2 half'] | None = None
 
 
 class ProductKeyMemory(nnx.Module):
     """A memory of N² value rows that every token reads H·K of (Lample et al. 2019, section 3).
 
-    A call maps states [..., D] to what they read, [..., D]; where `deterministic` is false, it
-    also updates the running statistics of a batch norm. `read` does the same and changes nothing.
+    A call maps states [..., D] to what they read, [..., D]. Where `deterministic` is False, it also
+    updates the running statistics of the queries' batch norm. `read` computes the same, returns
+    the slots too, and changes nothing.
 
-    `values` can be the table of another memory of the same size. `axes` are those of the mesh in
-    use that split tokens and table; None: see `pkm_jax.mesh.axes_of`. `implementation`: see
-    `pkm_jax.dispatch.Choice`.
+    Args:
+      config: the sizes of the memory.
+      width: D, the width of the states.
+      dtype: of the computation; parameters are float32, and the table `config.values_dtype`.
+      values: the table of another memory of the same size, to share it; None makes a new one.
+      axes: the axes of the mesh that split tokens and table; None: see `pkm_jax.mesh.axes_of`.
+      implementation: which kernels run; None chooses, see `pkm_jax.dispatch.Choice`.
+      rngs: the random numbers that parameters are drawn from.
     """
 
     def __init__(
@@ -125,10 +139,10 @@ class ProductKeyMemory(nnx.Module):
         self, x: Float[Array, '... D'], mask: Bool[Array, '...'] | None = None, *,
         deterministic: bool | None = None, rngs: Randomness | None = None,
     ) -> Float[Array, '... D']:
-        """What the tokens x read, and running statistics updated unless `deterministic`.
+        """Returns what the tokens x read; updates the running statistics unless `deterministic`.
 
-        See `read` for the arguments. Under `jax.checkpoint`, where a module cannot change, call
-        `read` instead, and `update_batch_stats` outside.
+        See `read` for the arguments and errors. Under `jax.checkpoint`, where a module cannot
+        change, call `read` inside and `update_batch_stats` outside.
         """
         y, reads = self.read(x, mask, deterministic=deterministic, rngs=rngs)
         self.update_batch_stats(reads.batch_stats)
@@ -139,13 +153,17 @@ class ProductKeyMemory(nnx.Module):
         deterministic: bool | None = None, rngs: Randomness | None = None,
         delta: Float[Array, 'rows V'] | None = None,
     ) -> tuple[Float[Array, '... D'], MemoryReads]:
-        """What the tokens x read, and which slots; changes nothing.
+        """Returns what the tokens x read, and which slots; changes nothing.
 
-        `mask` says which tokens are real (None: all): padding reads nothing and counts nowhere.
-        `deterministic`: no dropout, and running instead of batch statistics; None: the attribute of
-        that name, False unless `eval()` was called. `rngs` are needed for dropout alone. With a
-        `delta` of zeros (`no_delta`) the gradient of the table is that of `delta` alone, a row for
-        each of `reads.touched`.
+        Args:
+          x: the states of the tokens.
+          mask: which tokens are real (None: all). Padding reads nothing and is in no statistic.
+          deterministic: True: no dropout, and the running statistics; False: dropout, and the
+            statistics of this batch; None: the attribute of that name, which is False until
+            `eval()` is called.
+          rngs: random numbers of the dropout; needed only where a rate is above 0.
+          delta: for sparse updates, the zeros of `no_delta`. Then the table is a constant of the
+            derivative, and the gradient of `delta` is that of the rows `reads.touched`.
 
         Raises:
           Refusal: states of another width, a mask of another shape, dropout without `rngs`, or a
@@ -211,33 +229,36 @@ class ProductKeyMemory(nnx.Module):
             query, batch_stats = self.query_norm(query, mask, not deterministic and len(x) > 0)
         query = dropout(query, config.query_dropout, keys[1])
 
-        scores, slots = sharded.top_k_product_keys(
-            query, self.codebooks[...].astype(self.dtype), config.top_k, axes=axes,
-            implementation=implementation)
+        with jax.named_scope('retrieval'):
+            scores, slots = sharded.top_k_product_keys(
+                query, self.codebooks[...].astype(self.dtype), config.top_k, axes=axes,
+                implementation=implementation)
         weights = jnp.where(mask[:, None, None], jax.nn.softmax(scores, axis=-1), 0)
         values, table_weights = self.values[...], weights.astype(config.weights_dtype)
         flat = -1, config.heads * config.top_k
         reads = slots.reshape(flat), table_weights.reshape(flat)
         settings = dict(axes=axes, implementation=implementation)
-        if delta is not None:
-            y, touched = sharded.sparse_embedding_bag(values, delta, *reads, **settings)
-        else:
-            # A step with dense updates reads about every row: to round all of them once takes less
-            # than to read them wider twice. An evaluation has no second read, nor memory to spare.
-            dtype = values.dtype if deterministic else self.dtype
-            y, touched = sharded.embedding_bag(values, *reads, dtype, **settings), None
+        with jax.named_scope('read'):
+            if delta is not None:
+                y, touched = sharded.sparse_embedding_bag(values, delta, *reads, **settings)
+            else:
+                # A step with dense updates reads about every row: to round all of them once takes
+                # less than to read them wider twice. An evaluation has no second read, nor memory
+                # to spare.
+                dtype = values.dtype if deterministic else self.dtype
+                y, touched = sharded.embedding_bag(values, *reads, dtype, **settings), None
         y = dropout(y, config.value_dropout, keys[2]).astype(self.dtype)
         y = self.output(y) if self.output else y
         return y.reshape(shape), MemoryReads(slots, weights, batch_stats, touched,
                                              TableSlots(len(values)), query)
 
     def update_batch_stats(self, batch_stats: dict[str, Array]) -> None:
-        """Writes what a `read` returned as `batch_stats`."""
+        """Sets the running statistics to `batch_stats`, which a `read` returned."""
         for name, array in batch_stats.items():
             getattr(self.query_norm, name)[...] = array
 
     def no_delta(self, tokens: int) -> Float[Array, 'rows V']:
-        """A delta for a call with that many tokens, in the mesh in use."""
+        """The zeros that `read` takes as `delta`, for so many tokens, padding included."""
         reads = tokens * self.config.heads * self.config.top_k
         slots, width = self.values.shape
         return sharded.no_delta(slots, width, reads, axes=self.axes)

@@ -29,13 +29,13 @@ def top_k_product_keys(
     *,
     implementation: Implementation | None = None,
 ) -> tuple[Float[Array, 'T H {k}'], Int32[Array, 'T H {k}']]:
-    """The k best of the N² slots of every head, exactly; differentiable through the scores.
+    """Scores and numbers of the k best of the N² slots of every head: exact and differentiable.
 
-    Slot i·N + j scores query[0]·codebooks[0, i] + query[1]·codebooks[1, j]: no scaling, float32
-    accumulation. Scores come in descending order; which of several slots with equal scores are
-    returned is unspecified. The k slots of a head are different ones whatever the scores are; with
-    NaN among them, which ones is unspecified too. Lample et al. 2019, section 3.1, with the
-    candidates pruned to `rank_pairs`. For `implementation` see `pkm_jax.dispatch.Choice`.
+    The score of slot i·N + j is query[0]·codebooks[0, i] + query[1]·codebooks[1, j], accumulated
+    in float32 and not scaled. Scores come in descending order. The k slots of a head are different
+    ones; which of several with equal scores are returned, or which with NaN, is not defined.
+    Gradients go through the scores. Lample et al. 2019, section 3.1, with the candidates pruned to
+    `rank_pairs`. `implementation`: see `pkm_jax.dispatch.Choice`.
 
     Raises:
       Refusal: k is not within 1..N, or the implementation cannot take these arrays.

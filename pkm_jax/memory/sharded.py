@@ -20,7 +20,7 @@ from pkm_jax.dispatch import Implementation
 from pkm_jax.memory import embedding_bag as bag
 from pkm_jax.memory import product_keys, sparse_rows
 from pkm_jax.memory.replica_exchange import replica_exchange
-from pkm_jax.memory.sparse_rows import SparseRows, Touched
+from pkm_jax.memory.sparse_rows import SparseRows, Touched, in_place
 from pkm_jax.mesh import (
     OWN,
     Axes,
@@ -54,7 +54,7 @@ def embedding_bag(
     def read(values, slots, weights):
         values = values.astype(dtype or values.dtype)
         own = _own(_gather(slots, axes.memory), _gather(weights, axes.memory), len(values), axes)
-        partial = bag.embedding_bag(values, *own, elsewhere=_elsewhere(axes),
+        partial = bag.embedding_bag(values, *own, owners=shards_in_use(axes).rows,
                                     implementation=implementation)
         return _to_owners(partial, axes)
 
@@ -79,11 +79,11 @@ def sparse_embedding_bag(
     weights: Float[Array, 'T R'], *,
     axes: Axes | None = None, implementation: Implementation | None = None,
 ) -> tuple[Float[Array, 'T V'], Touched]:
-    """`embedding_bag`, and the rows that it touched; the gradient of `delta` is that of these rows.
+    """`embedding_bag` with a compact gradient; returns also the rows that it touched.
 
-    `values` are a constant of the derivative. `delta` is the `no_delta` of T · R reads: the read
-    is Σ w · (values[slot] + delta[rank of slot]), of which no delta is ever added, and row i of its
-    gradient belongs to row `ids[i]` of the table. Reads of weight 0 touch nothing. `axes` None: see
+    `values` are a constant of the derivative. Row i of the gradient of `delta`, which are the zeros
+    of `no_delta` for T · R reads, is that of row `ids[i]` of the table, as if the read were
+    Σ w · (values[slot] + delta[place of slot]). Reads of weight 0 touch nothing. `axes`: see
     `pkm_jax.mesh.axes_of`.
 
     Raises:
@@ -130,12 +130,11 @@ def _sparse_forward(values, delta, slots, weights, axes, implementation):
         weights, group = _gather(weights, along), _of_group(every, axes)
         own, own_weights = _own(
             group, weights if along == axes.memory else _of_group(weights, axes), len(values), axes)
-        if not _elsewhere(axes):        # then reads of weight 0 are of some row
+        if shards_in_use(axes).rows == 1:       # then reads of weight 0 are of some row
             own = jnp.minimum(own, len(values) - 1)
-        partial = bag.embedding_bag(values, own, own_weights, elsewhere=_elsewhere(axes),
+        partial = bag.embedding_bag(values, own, own_weights, owners=shards_in_use(axes).rows,
                                     implementation=implementation)
-        ids, count = bag.touched(_in_shard(every, len(values), axes)[0], len(values),
-                                 elsewhere=_elsewhere(axes))
+        ids, count = _touched(every, group, len(values), axes)
         touched = Touched(_in_table(ids, len(values), n_slots, axes), count)
         return (_to_owners(partial, axes), touched, group if along == axes.memory else every,
                 weights)
@@ -158,13 +157,13 @@ def _sparse_backward(axes, implementation, residuals, gradients):
 
     def differentiate(values, slots, weights, gradient):
         slots, weights = _own(slots, weights, len(values), axes)
+        of_group = len(slots) if along == axes.memory else len(slots) // _devices(axes.data)
         rows, by_read = bag.compact_gradients(
             values, slots, weights, _to_readers(gradient, along, axes),
-            elsewhere=_elsewhere(axes), implementation=implementation)
+            0 if along == axes.memory else _group_index(axes) * of_group, tokens=of_group,
+            owners=shards.rows, implementation=implementation)
         if along == axes.memory and shards.data > 1:
             rows = sparse_rows.merge(jax.lax.all_gather(rows, axes.data), len(values), capacity)
-        else:
-            by_read = _of_group(by_read, axes)
         return (rows._replace(ids=_in_table(rows.ids, len(values), n_slots, axes)),
                 _sum_to_owners(by_read, axes.memory))
 
@@ -181,7 +180,10 @@ _sparse_bag.defvjp(_sparse_forward, _sparse_backward)
 def no_delta(
     n_slots: int, width: int, reads: int, *, axes: Axes | None = None,
 ) -> Float[Array, 'rows {width}']:
-    """Zeros for every row that `reads` reads can touch: the delta of a `sparse_embedding_bag`."""
+    """Zeros [rows, width], a row for each that so many reads of `n_slots` can touch.
+
+    The `delta` of a `sparse_embedding_bag` of T tokens with R reads each: `reads` is T · R.
+    """
     axes = axes_of(axes)[0]
     rows = shards_in_use(axes).rows * _capacity(n_slots, reads, axes)
     return jnp.zeros((rows, width), jnp.float32)
@@ -248,11 +250,6 @@ def _kept(along, axes):
     return P(axes.data or None) if along == axes.memory else P()
 
 
-def _elsewhere(axes):
-    """Whether most reads of a device's tokens are of rows that others have."""
-    return shards_in_use(axes).rows > 1
-
-
 # What follows runs within a shard, of `size` rows.
 
 def _in_shard(slots, size, axes):
@@ -269,6 +266,15 @@ def _in_table(ids, size, n_slots, axes):
     return jnp.where(ids < size, ids + start, n_slots)
 
 
+def _touched(every, group, size, axes):
+    """`bag.touched` of the slots of all; where every row has a place, each replica marks the rows
+    that its group reads, and they share the marks."""
+    if every.size < size or _devices(axes.data) == 1:
+        return bag.touched(_in_shard(every, size, axes)[0], size, owners=shards_in_use(axes).rows)
+    marks = bag.marked(_in_shard(group, size, axes)[0], size, owners=shards_in_use(axes).rows)
+    return in_place(jax.lax.pmax(marks.astype(jnp.int8), axes.data) > 0)
+
+
 def _own(slots, weights, size, axes):
     """Slots as rows of this shard, and weights: `size` and 0 for the reads of others."""
     slots, mine = _in_shard(slots, size, axes)
@@ -279,7 +285,11 @@ def _of_group(array, axes):
     """The tokens of this device's memory group, of those of all."""
     if _devices(axes.data) == 1:
         return array
-    return array.reshape(_devices(axes.data), -1, *array.shape[1:])[jax.lax.axis_index(axes.data)]
+    return array.reshape(_devices(axes.data), -1, *array.shape[1:])[_group_index(axes)]
+
+
+def _group_index(axes):
+    return jax.lax.axis_index(axes.data) if _devices(axes.data) > 1 else 0
 
 
 def _gather(array, names):

@@ -8,21 +8,25 @@ from jaxtyping import Array, Bool, Float, Int32
 
 
 class SparseRows(NamedTuple):
-    """Rows of a table: `rows[i]` belongs to row `ids[i]` of its S rows, or is zero, if that is S.
+    """A few rows of a table [S, V]: `rows[i]` belongs to row `ids[i]`; an id of S is not in use.
 
-    With fewer places than S the ids in use ascend without repetition, and those after the first
-    `count` are S. With S places row i has place i, so that nothing is gathered or scattered: its id
-    is i, or S if it is not in use. A table split by rows has one such list, and one count, after
-    another (memory/sharded).
+    With fewer places than S, the ids in use come first, in ascending order and each once. With S
+    places, row i has place i, so that nothing is gathered or scattered. The list of a table that is
+    split by rows is the lists of its parts, one after another, with a count for each.
     """
+    #: which rows
     ids: Int32[Array, 'rows']
-    rows: Float[Array, 'rows V']    # float32
+    #: what belongs to them, in float32; zeros where the id is S
+    rows: Float[Array, 'rows V']
+    #: how many are in use
     count: Int32[Array, 'shards']   # type: ignore[assignment]  # hides a method of tuples
 
 
 class Touched(NamedTuple):
-    """`ids` and `count` of the SparseRows that a read touched."""
+    """The rows that a read touched: `ids` and `count` of `SparseRows`."""
+    #: which rows; S where a place is not in use
     ids: Int32[Array, 'rows']
+    #: how many are in use
     count: Int32[Array, 'shards']   # type: ignore[assignment]  # hides a method of tuples
 
 

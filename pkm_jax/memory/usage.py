@@ -23,27 +23,28 @@ UNIT = 2. ** -UNIT_BITS
 
 
 class SlotCounts(NamedTuple):
-    """Of each of the S slots: how often it was read, how often it was a head's best, its mass.
-
-    Low and high words on the device, [2, S]; as numbers [S] from `host_counts`.
-    """
+    """What is counted of each of S slots, as integers of two 32-bit words, the low ones first."""
+    #: how often a head read the slot
     selected: UInt32[Array, '2 S']
+    #: how often it was the best slot of a head
     best: UInt32[Array, '2 S']
-    mass: UInt32[Array, '2 S']      # Σ of the weights it was read with, z' of Lample et al. 2019
+    #: sum of the weights with which it was read, z' of Lample et al. 2019
+    mass: UInt32[Array, '2 S']
 
 
 def no_counts(slots: int) -> SlotCounts:
-    """Counts before the first token."""
+    """Counts of zero for a table of so many slots."""
     return SlotCounts(*(jnp.zeros((2, slots), jnp.uint32) for _ in SlotCounts._fields))
 
 
 def count_slots(counts: SlotCounts, reads: MemoryReads, real: Bool[Array, '...']) -> SlotCounts:
-    """`counts` with the reads of the real tokens added; padding counts nowhere.
+    """Adds the reads of the real tokens to `counts`, and returns the sum.
 
-    `real` has one element for each token, in any shape: the mask of the read, say.
+    `real` has one element for each token, in any shape, such as the mask that `read` was given:
+    where it is False the token is padding, and is not counted.
 
     Raises:
-      Refusal: it has not, or the counts are of a table of another size.
+      Refusal: `real` has another number of elements, or the counts are of a table of another size.
     """
     tokens, slots = len(reads.slots), counts.selected.shape[1]
     if real.size != tokens:
@@ -128,11 +129,16 @@ def uniform_ceiling(slots: int, tokens: int, heads: int, picks: int = 1) -> floa
 
 
 def usage_metrics(counts: SlotCounts) -> dict[str, float]:
-    """Shares of the S slots in use, and how unevenly the mass is spread.
+    """How much of a memory is used, and how evenly (docs/method.md, section 4).
 
-    top_k_usage and top_1_usage are shares of slots with any mass, and best for some token; kl is
-    log S + Σ z log z in nats (0: uniform, log S: one slot); gini is within [0, 1]; slots_P is the
-    share of slots that hold P % of the mass. Counts of a device, or of `host_counts`.
+    * top_1_usage: share of the S slots that are the best of some head for at least one token;
+    * top_k_usage: share of the slots that were read with a weight above 0;
+    * kl: log S + Σ z log z in nats, z being a slot's share of the mass; 0 where all slots are
+      alike, log S where one has everything;
+    * gini: inequality of z, within [0, 1];
+    * slots_50, slots_90, slots_99: the smallest share of slots that holds so many % of the mass.
+
+    `counts` are those of `count_slots`, or of `host_counts`. All shares grow with the tokens.
 
     Raises:
       Refusal: nothing was counted.

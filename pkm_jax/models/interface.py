@@ -38,7 +38,7 @@ class ModelConfig(Protocol):
 
     @property
     def vocab_size(self) -> int:
-        """Rows of the word embedding; 0: one for each word, not known yet."""
+        """Rows of the word embedding; 0 where the vocabulary is not known yet."""
 
     @property
     def max_length(self) -> int:
@@ -46,34 +46,34 @@ class ModelConfig(Protocol):
 
     @property
     def dtype(self) -> str:
-        """Of the computation."""
+        """The dtype of the computation: 'float32' or 'bfloat16'."""
 
     @property
     def word_embedding(self) -> Path:
-        """Where it is among the parameters."""
+        """The path of the word embedding among the parameters."""
 
     def with_vocabulary(self, words: int) -> Any:
-        """The same with an embedding for that many words, where the size was not given."""
+        """The same sizes, with `vocab_size` set to that many words where it is 0."""
 
     def build(self, rngs: nnx.Rngs) -> nnx.Module:
         """The module, with fresh parameters."""
 
     @property
     def memories(self) -> dict[Any, MemorySite]:
-        """The memories by a name of each: that of its reads, deltas and marks, and in reports."""
+        """The memories by name. Their reads, deltas and marks have these names, in reports too."""
 
     def is_backbone(self, path: str) -> bool:
-        """Whether the parameter at 'layers/0/attention/query/kernel' is part neither of a memory
-        nor of a head that fine-tuning adds."""
+        """Whether the parameter at a path such as 'layers/0/attention/query/kernel' belongs to the
+        pretrained network: to no memory, and to no head that fine-tuning adds."""
 
     def unseen(self) -> dict[str, Any]:
-        """Settings that weights were trained with and that their shapes do not tell."""
+        """Settings that matter for trained weights and that cannot be told from their shapes."""
 
     def fast_paths(self, platform: str) -> list[str]:
-        """Lines on what makes a step fast or slow on 'cpu', 'gpu' or 'tpu', and why."""
+        """Lines for the log: what makes a step fast or slow on 'cpu', 'gpu' or 'tpu', and why."""
 
     def savings(self) -> list[Saving]:
-        """What could be set for a step to keep less memory."""
+        """Settings with which a step would need less device memory."""
 
     def forward_flops(self, length: int, predictions: int) -> int:
         """Floating-point operations of the matrix products of one sequence's forward pass, of

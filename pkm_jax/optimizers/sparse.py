@@ -39,7 +39,7 @@ def on_rows(inner: optax.GradientTransformation) -> optax.GradientTransformation
 
 
 def sparse_sgd(rate: Rate) -> optax.GradientTransformation:
-    """Stochastic gradient descent."""
+    """Stochastic gradient descent of the rows that were read, without moments."""
     return on_rows(optax.sgd(rate))
 
 
@@ -47,50 +47,57 @@ def lazy_adam(
     rate: Rate, beta1: float = 0.9, beta2: float = 0.999, epsilon: float = 1e-8, *,
     axes: Axes | None = None,
 ) -> optax.GradientTransformation:
-    """Adam whose moments decay only when their row is read: that of torch.optim.SparseAdam.
+    """Adam whose moments decay only when their row is read, as in torch.optim.SparseAdam.
 
-    Corrected for the bias of all steps taken; epsilon is added to √v before that correction.
+    The correction of the bias is that of all steps taken; epsilon is added to √v before it.
+    `rate` is a number or an Optax schedule; `axes`: see `pkm_jax.mesh.axes_of`.
     """
-    def change(gradient, first, second, step):
-        first = first + (1 - beta1) * (gradient - first)
-        second = second + (1 - beta2) * (gradient ** 2 - second)
-        return _adam_step(first, second, step, beta1, beta2, epsilon), (first, second)
+    def moments(gradient, first, second):
+        return (first + (1 - beta1) * (gradient - first),
+                second + (1 - beta2) * (gradient ** 2 - second))
 
-    return _by_row(rate, change, (_per_number, _per_number), axes)
+    def step(_, first, second, count):
+        return _adam_step(first, second, count, beta1, beta2, epsilon)
+
+    return _by_row(rate, moments, step, (_per_number, _per_number), axes)
 
 
 def rowwise_adam(
     rate: Rate, beta1: float = 0.9, beta2: float = 0.999, epsilon: float = 1e-8, *,
     axes: Axes | None = None,
 ) -> optax.GradientTransformation:
-    """`lazy_adam` with one second moment a row, of the mean square of its gradient."""
-    def change(gradient, first, second, step):
-        first = first + (1 - beta1) * (gradient - first)
-        second = second + (1 - beta2) * (jnp.mean(gradient ** 2, axis=1) - second)
-        scaled = _adam_step(first, second[:, None], step, beta1, beta2, epsilon)
-        return scaled, (first, second)
+    """`lazy_adam` with one second moment for each row, that of the mean square of its gradient."""
+    def moments(gradient, first, second):
+        return (first + (1 - beta1) * (gradient - first),
+                second + (1 - beta2) * (jnp.mean(gradient ** 2, axis=1) - second))
 
-    return _by_row(rate, change, (_per_number, _per_row), axes)
+    def step(_, first, second, count):
+        return _adam_step(first, second[:, None], count, beta1, beta2, epsilon)
+
+    return _by_row(rate, moments, step, (_per_number, _per_row), axes)
 
 
 def rowwise_adagrad(
     rate: Rate, epsilon: float = 1e-8, *, axes: Axes | None = None,
 ) -> optax.GradientTransformation:
-    """Adagrad (Duchi et al. 2011) with one sum a row, of the mean squares of its gradients."""
-    def change(gradient, total, step):
-        total = total + jnp.mean(gradient ** 2, axis=1)
-        return gradient / (jnp.sqrt(total)[:, None] + epsilon), (total,)
+    """Adagrad (Duchi et al. 2011) with one sum a row, of the mean squares of its gradient."""
+    def moments(gradient, total):
+        return total + jnp.mean(gradient ** 2, axis=1),
 
-    return _by_row(rate, change, (_per_row,), axes)
+    def step(gradient, total, _):
+        return gradient / (jnp.sqrt(total)[:, None] + epsilon)
+
+    return _by_row(rate, moments, step, (_per_row,), axes)
 
 
 def apply_updates(
     params: Any, updates: Any, key: Key[Array, ''], *, axes: Axes | None = None,
 ) -> Any:
-    """`optax.apply_updates`, of SparseRows to the rows they name.
+    """`optax.apply_updates` for trees in which `SparseRows` are the updates of tables.
 
-    Rows of a bfloat16 table are rounded stochastically, by bits that depend on the key, row and
-    column alone, so that no layout changes them. Tables stay split as they are.
+    Only the rows that they name change. Rows of a bfloat16 table are rounded stochastically; the
+    random bits depend on the key, the row and the column alone, so that they are the same on any
+    layout of devices. Tables stay split as they are.
 
     Raises:
       Refusal: the mesh in use lacks one of the axes.
@@ -148,12 +155,11 @@ def _per_row(table):
 
 
 def _by_row(
-    rate: Rate, change: Callable[..., tuple], zeros: tuple[Callable, ...], axes: Axes | None,
+    rate: Rate, change: Callable[..., tuple], step: Callable[..., Array],
+    zeros: tuple[Callable, ...], axes: Axes | None,
 ) -> optax.GradientTransformation:
-    """Descent by -rate · step, of `change(gradient, *moments, step number)` → step, new moments.
-
-    `zeros` make each moment of a table.
-    """
+    """Descent by -rate · `step(gradient, *new moments, step number)`, of new moments
+    `change(gradient, *moments)`. `zeros` make each moment of a table."""
     def init(params):
         return RowsState(jnp.zeros((), jnp.int32), tuple(
             jax.tree.map(start, params) for start in zeros))
@@ -165,10 +171,14 @@ def _by_row(
 
         def change_rows(count, scale, gradient, *moments):
             old = [take_rows(moment, gradient.ids, axes=split) for moment in moments]
-            step, new = change(gradient.rows, *old, count.astype(jnp.float32))
-            return gradient._replace(rows=-scale * step), *(
-                put_rows(moment, gradient.ids, rows, axes=split)
-                for moment, rows in zip(moments, new))
+            new = change(gradient.rows, *old)
+            tables = [put_rows(moment, gradient.ids, rows, axes=split)
+                      for moment, rows in zip(moments, new)]
+            if len(gradient.ids) == len(tables[0]):
+                tables = [_written_once(table) for table in tables]
+                new = tuple(take_rows(table, gradient.ids, axes=split) for table in tables)
+            change_of = step(gradient.rows, *new, count.astype(jnp.float32))
+            return gradient._replace(rows=-scale * change_of), *tables
 
         def of_table(*arrays):
             return on_auto_axes(change_rows, specs_of(arrays))(count, scale, *arrays)
@@ -179,6 +189,13 @@ def _by_row(
         return updates, RowsState(count, tuple(moments))
 
     return optax.GradientTransformation(init, update)
+
+
+def _written_once(moment):
+    """The moment, which on a TPU what follows reads as it is written: XLA would compute it again,
+    from the gradient and the old one."""
+    return jax.lax.platform_dependent(moment, tpu=jax.lax.optimization_barrier,
+                                      default=lambda moment: moment)
 
 
 def _map(function: Callable, updates: Any, *trees: Any) -> Any:

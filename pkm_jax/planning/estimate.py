@@ -19,6 +19,7 @@ from pkm_jax.planning import chips, device_memory, hlo
 from pkm_jax.planning.chips import Topology
 from pkm_jax.planning.device_memory import DeviceMemory
 from pkm_jax.planning.hlo import Collective
+from pkm_jax.planning.traffic import Traffic
 from pkm_jax.training.layout import Layout, lay_out, tables_of
 from pkm_jax.training.program import abstract_batch, make_program
 from pkm_jax.training.start import compilation_cache as compilation_cache_folder
@@ -43,9 +44,8 @@ class Estimate(NamedTuple):
     refusal: str            # of the compiler for want of memory: nothing below is known then
     flops: float            # model FLOPs (`Run.flops_per_step`)
     counted_flops: float    # by XLA's cost analysis: loop bodies once, no custom calls
-    counted_bytes: float    # HBM traffic by the same
-    waited_bytes: float     # of that, buffers of collectives where they end, which move nothing
-    loop_bytes: float       # what the loops' other iterations add to it
+    counted_bytes: float    # of all operands and results by the same, on the chip too
+    traffic: dict[str, int]     # bytes to and from HBM of a TPU's program, by what they are for
     unknown_loops: int      # of which the iterations are not known
     own_reads: int | None   # iterations taken for loops over the reads of one owner of rows
     transfers: tuple[Transfer, ...]
@@ -53,17 +53,16 @@ class Estimate(NamedTuple):
     compile_seconds: float
 
     @property
-    def moved_bytes(self) -> float:
+    def moved_bytes(self) -> int:
         """HBM traffic of a step, of a TPU's program."""
-        return self.counted_bytes - self.waited_bytes + self.loop_bytes
+        return sum(self.traffic.values())
 
     @property
     def seconds(self) -> dict[str, float]:
         """Of a step at the chip's peak rates, by what takes them; for GPUs without HBM, of which a
         program for CPUs says nothing."""
         chip = self.topology.chip
-        moved = self.moved_bytes if self.topology.is_tpu else 0.
-        return {'arithmetic': self.flops / chip.flops, 'HBM': moved / chip.bandwidth,
+        return {'arithmetic': self.flops / chip.flops, 'HBM': self.moved_bytes / chip.bandwidth,
                 'links': sum(transfer.seconds for transfer in self.transfers)}
 
     @property
@@ -113,7 +112,7 @@ def estimate(run: Run, topology: Topology) -> Estimate:
     if refusal:
         given = given | {device_memory.TEMPORARY: _refused_bytes(refusal)}
         return Estimate(topology, run, layout, DeviceMemory(given, available), refusal, flops, 0.,
-                        0., 0., 0., 0, None, (), (), seconds)
+                        0., {}, 0, None, (), (), seconds)
     needed = (device_memory.of_compiled(given, compiled[0], compiled[-1]) if topology.is_tpu else
               device_memory.estimated(given, run, layout))
     own_reads = _own_reads(run, layout)
@@ -121,8 +120,9 @@ def estimate(run: Run, topology: Topology) -> Estimate:
     costs = compiled[0].cost_analysis()
     transfers = _transfers(text, topology, mesh)
     return Estimate(topology, run, layout, DeviceMemory(needed, available), '', flops,
-                    costs['flops'], costs['bytes accessed'], text.waited_bytes(),
-                    text.uncounted_bytes(), text.unknown_loops(), own_reads, transfers,
+                    costs['flops'], costs['bytes accessed'],
+                    Traffic(text).by_part() if topology.is_tpu else {}, text.unknown_loops(),
+                    own_reads, transfers,
                     table_sized([one.collective for one in transfers], layout, run.model), seconds)
 
 

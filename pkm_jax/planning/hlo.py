@@ -1,4 +1,4 @@
-"""What a compiled program sends between devices, and what its loops move, from its HLO text."""
+"""What a compiled program sends between devices, and how often loops run, from its HLO text."""
 
 import itertools
 import math
@@ -8,35 +8,28 @@ from typing import NamedTuple
 
 import numpy as np
 
-from pkm_jax.memory.embedding_bag import OWN_READS
+from pkm_jax.memory.embedding_bag import OWN_READS, SKEWED_READS
 
 ITEM_BITS = {'pred': 8, 's4': 4, 'u4': 4, 's8': 8, 'u8': 8, 's16': 16, 'u16': 16, 'bf16': 16,
              'f16': 16, 's32': 32, 'u32': 32, 'f32': 32, 's64': 64, 'u64': 64, 'f64': 64}
 KINDS = ('all-gather', 'all-reduce', 'reduce-scatter', 'all-to-all', 'collective-permute')
-_ARRAY = re.compile(r'\b(' + '|'.join(ITEM_BITS) + r')\[([\d,]*)\](?:\{([^}]*)\})?')
+ARRAY = re.compile(r'\b(' + '|'.join(ITEM_BITS) + r')\[([\d,]*)\](?:\{([^}]*)\})?')
 _COLLECTIVE = re.compile(rf' = (.*?) ({"|".join([*KINDS, "all-reduce-scatter"])})(-start)?\(')
 # What the runtime exchanges between slices, beside what the program does within one of them.
 _BETWEEN_SLICES = re.compile(r' = \((.*?), .* send\(.*_xla_megascale_transfer_type="(\w+)"')
-_RESULT = re.compile(r' = (.*?) ([\w\-]+)\(')
-_MOVES_NOTHING = ('parameter', 'get-tuple-element', 'tuple', 'bitcast', 'while', 'constant')
 _CALLED = re.compile(r'(?:calls|\w+_computations?)=(%[\w.\-]+|\{.*?\})')
 _APPLIED = re.compile(r'to_apply=(%[\w.\-]+)')
 # Asynchronous collectives of a TPU are spread over several fusions, each of which names it: the one
 # that starts it counts.
-_ENDED = 'custom_call_target="AsyncCollectiveDone"'
-_CONTINUED = re.compile(rf'^async_collective_fusion|{_ENDED}')
+_CONTINUED = re.compile(r'^async_collective_fusion|custom_call_target="AsyncCollectiveDone"')
 # A reduce-scatter of a TPU is a fusion of this name around an all-reduce.
 _SCATTERED = 'all-reduce-scatter'
-# Instructions that change their first operand in place, and that take parts of it.
-_IN_PLACE = re.compile(r'%\S*(scatter|dynamic-update-slice|dynamic_update_slice)\S* = ')
-_GATHERS = re.compile(r'%\S*gather\S* = ')
 
 
 class Shape(NamedTuple):
     """An array of a program; bytes without the padding of its layout."""
     dtype: str
     dims: tuple[int, ...]
-    in_hbm: bool = True     # or in a memory on the chip
 
     @property
     def bytes(self) -> int:
@@ -82,95 +75,67 @@ class Collective(NamedTuple):
 class Module:
     """The computations of a compiled program, from its text as `compiled.as_text()` gives it.
 
-    `own_reads`: iterations of the loops that `embedding_bag.OWN_READS` names, which data decides.
+    `own_reads`: iterations of the loops that `embedding_bag.OWN_READS` names, which data decides;
+    those that SKEWED_READS names have none, as if reads are spread evenly.
     With several slices it is the program of one, whose devices have the first numbers of the mesh.
     """
 
     def __init__(self, text: str, own_reads: int | None = None, slices: int = 1):
         self._own_reads, self._slices = own_reads, slices
-        self._computations, self._results, self._entry, lines = {}, {}, '', []
+        self.computations: dict[str, list[str]] = {}
+        self._entry, lines = '', []
         for line in text.splitlines():
             heading = re.match(r'(ENTRY )?%?([\w.\-]+) \(.*\{$', line)
             if heading:
-                lines = self._computations.setdefault(heading[2], [])
+                lines = self.computations.setdefault(heading[2], [])
                 self._entry = heading[2] if heading[1] else self._entry
             elif line.startswith('  '):
                 lines.append(line.strip())
-                name = re.search(r'%([\w.\-]+) = ', line)
-                self._results[name[1]] = _shapes(_RESULT.search(line)[1])
+
+    def instructions(self) -> Iterator[Instruction]:
+        """Those of the program and of what it calls, but for the inside of fusions."""
+        return self._called_by(self._entry, 1)
 
     def collectives(self, devices: int) -> list[Collective]:
         """Every collective operation between more than one of that many devices."""
         found = (_collective(*instruction, devices // self._slices)
                  or _between_slices(*instruction, devices // self._slices, self._slices)
-                 for instruction in self._instructions(self._entry, 1, fused=True))
+                 for instruction in self._called_by(self._entry, 1, fused=True))
         return [one for one in found if one and len(one.groups[0]) > 1]
 
     def unknown_loops(self) -> int:
         """How many loops end when data says so; their bodies are counted once."""
-        return sum(self._trips(text) is None for text, _ in self._instructions(self._entry, 1)
+        return sum(self._trips(text) is None for text, _ in self.instructions()
                    if ' while(' in text)
 
-    def uncounted_bytes(self) -> int:
-        """HBM traffic of the iterations that XLA's cost analysis leaves out: all but the first.
-
-        Each result in HBM counts as written and read once, what a gather takes as read, and what a
-        scatter puts in place as read and written.
-        """
-        return sum(self._traffic(text) * (times - 1)
-                   for text, times in self._instructions(self._entry, 1) if times > 1)
-
-    def waited_bytes(self) -> int:
-        """What XLA's cost analysis counts where asynchronous collectives end, though nothing moves.
-
-        It is the buffer, as read and written. The start counts, fusions that carry it do not.
-        """
-        return sum(2 * sum(shape.bytes for shape in _shapes(_RESULT.search(text)[1]))
-                   for text, _ in self._instructions(self._entry, 1)
-                   for name in re.findall(r'calls=%([\w.\-]+)', text)
-                   if _ENDED in '\n'.join(self._computations[name]))
-
-    def _traffic(self, text):
-        """Bytes that an instruction moves to and from HBM."""
-        result, operation = _RESULT.search(text).groups()
-        shapes = _shapes(result)
-        if operation in _MOVES_NOTHING:
-            return 0
-        if _IN_PLACE.search(text):
-            operands = re.search(rf' {operation}\((.*?)\)', text)[1]
-            put = [shape.bytes for name in re.findall(r'%([\w.\-]+)', operands)
-                   for shape in self._results.get(name, []) if shape.dims != shapes[0].dims]
-            return 2 * max(put, default=0)
-        taken = sum(shape.bytes for shape in shapes) if _GATHERS.search(text) else 0
-        return taken + 2 * sum(shape.bytes for shape in shapes if shape.in_hbm)
-
-    def _instructions(self, name: str, times: int, fused: bool = False) -> Iterator[Instruction]:
+    def _called_by(self, name: str, times: int, fused: bool = False) -> Iterator[Instruction]:
         """Those of a computation and of what it calls; of fusions the inside only if asked for."""
-        for text in self._computations[name]:
+        for text in self.computations[name]:
             if name.startswith(_SCATTERED):
                 text = text.replace(' all-reduce(', f' {_SCATTERED}(')
             yield Instruction(text, times)
             if ' while(' in text:
                 body = re.search(r'body=%?([\w.\-]+)', text)[1]
-                yield from self._instructions(body, times * (self._trips(text) or 1), fused)
+                trips = self._trips(text)
+                yield from self._called_by(body, times * (1 if trips is None else trips), fused)
             called = _CALLED.findall(text) + (_APPLIED.findall(text) if ' call(' in text else [])
             for callee in re.findall(r'%([\w.\-]+)', ' '.join(called)):
                 if (fused or ' fusion(' not in text) and not self._continues(callee):
-                    yield from self._instructions(callee, times, fused)
+                    yield from self._called_by(callee, times, fused)
 
     def _trips(self, text):
         """Iterations of a loop: as it says, or the one number that its condition compares with."""
         known = re.search(r'"known_trip_count":\{"n":"(\d+)"', text)
         if known:
             return int(known[1])
-        condition = self._computations[re.search(r'condition=%?([\w.\-]+)', text)[1]]
+        condition = self.computations[re.search(r'condition=%?([\w.\-]+)', text)[1]]
         numbers = re.findall(r's32\[\]\S* constant\((\d+)\)', '\n'.join(condition))
         if len(numbers) == 1:
             return int(numbers[0])
-        return self._own_reads if OWN_READS in text else None
+        return 0 if SKEWED_READS in text else self._own_reads if OWN_READS in text else None
 
     def _continues(self, name):
-        return bool(_CONTINUED.search('\n'.join([name, *self._computations[name]])))
+        return bool(_CONTINUED.search('\n'.join([name, *self.computations[name]])))
 
 
 def _collective(text, times, devices):
@@ -201,8 +166,8 @@ def _between_slices(text, times, devices, slices):
 
 
 def _shapes(text: str) -> list[Shape]:
-    return [Shape(dtype, tuple(map(int, filter(None, dims.split(',')))), 'S(' not in (layout or ''))
-            for dtype, dims, layout in _ARRAY.findall(text)]
+    return [Shape(dtype, tuple(map(int, filter(None, dims.split(',')))))
+            for dtype, dims, _ in ARRAY.findall(text)]
 
 
 def _groups(text: str, devices: int) -> tuple[tuple[int, ...], ...]:

@@ -16,6 +16,7 @@ def text_of(estimate: Estimate, name: str, price: float = 0.) -> str:
     an hour, 0: not named."""
     parts = [[_title(estimate, name), *estimate.layout.reasons], _memory(estimate)]
     if not estimate.refusal:
+        parts += [_traffic(estimate)] if estimate.traffic else []
         parts += [_collectives(estimate), [*_step(estimate), _whole_run(estimate, price)]]
     return '\n\n'.join('\n'.join(part) for part in [*parts, verdict(estimate)])
 
@@ -34,6 +35,16 @@ def _memory(estimate):
                                                        '   estimated: nothing here is compiled')]
     lines += [f'  {kind:42}{_gb(size):>10}' for kind, size in needed.bytes.items()]
     return [*lines, f'  {"in all":42}{_gb(needed.total):>10}   of {_gb(needed.available)}']
+
+
+def _traffic(estimate):
+    """HBM traffic by what it is for; no less than SMALL of it each."""
+    total, rate = estimate.moved_bytes, estimate.topology.chip.bandwidth
+    lines = [f'{"between HBM and the chip in a step":72}{"GB":>8} {"ms":>8}']
+    shown = {part: size for part, size in estimate.traffic.items() if size >= SMALL * total}
+    rest = total - sum(shown.values())
+    return lines + [f'  {part:70}{_gb(size):>8} {size / rate * 1e3:>8.2f}' for part, size in [
+        *shown.items(), *([('smaller', rest)] if rest else []), ('in all', total)]]
 
 
 def _collectives(estimate):
@@ -76,10 +87,9 @@ def _step(estimate):
              if estimate.unknown_loops else '')
     if estimate.own_reads:
         loops += f' (passes over own reads: {estimate.own_reads}, as if spread evenly)'
-    moved = (f'{_gb(estimate.counted_bytes)} GB as XLA counts (also what stays on the chip; loop '
-             f'bodies once), less {_gb(estimate.waited_bytes)} GB where collectives end, '
-             f'{_gb(estimate.loop_bytes)} GB in their other iterations{loops}, at '
-             f'{chip.bandwidth / 1e9:,.0f} GB/s' if estimate.topology.is_tpu else
+    moved = (f'{_gb(estimate.moved_bytes)} GB of arrays in HBM{loops} at '
+             f'{chip.bandwidth / 1e9:,.0f} GB/s (XLA counts {_gb(estimate.counted_bytes)} GB: what '
+             f'stays on the chip too, loop bodies once)' if estimate.topology.is_tpu else
              'not known: the program for CPUs moves other bytes than that for GPUs')
     return [
         'a step of a device, at peak rates',

@@ -5,7 +5,7 @@ import html
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
-from pkm_jax.report.finetuned import finetuned, worst_errors
+from pkm_jax.report.finetuned import finetuned, results_of, worst_errors
 from pkm_jax.report.plots import figures
 from pkm_jax.report.runs import RunRecord, read_runs, thousands
 from pkm_jax.report.table import table
@@ -128,14 +128,17 @@ def _page(folder: Path, runs: Sequence[RunRecord], widths: dict[str, float]) -> 
     title = html.escape(folder.resolve().name)
     images = ''.join(_figure(folder / 'report', *item) for item in widths.items())
     errors = ''.join(worst_errors(run) for _, run in finetuned(runs))
-    if not any(run.layers for run in runs):
+    # The finding is one of pretraining: it is no question where all runs were fine-tuned.
+    pretrained = [run for run in runs if not results_of(run)]
+    said = ''.join(_verdict(one, runs) for one in verdicts(runs)) if pretrained else ''
+    if pretrained and not any(run.layers for run in runs):
         images += '<p>None of the runs has evaluated a memory, so there is no usage to show.</p>'
     return f"""<!doctype html>
 <html lang="en"><head><meta charset="utf-8">
 <meta name="viewport" content="width=device-width, initial-scale=1">
 <title>{title}: product-key memory report</title><style>{CSS.read_text()}</style></head><body><main>
 <header><p>Product-key memory report</p><h1>{title}</h1></header>
-{''.join(_verdict(said, runs) for said in verdicts(runs))}
+{said}
 {f'<ul class="notes">{notes}</ul>' if notes else ''}
 {images}
 {errors and f'<h2>Worst errors</h2>{errors}'}

@@ -46,6 +46,8 @@ class TextClassification(Labelling):
 
     def __post_init__(self) -> None:
         super().__post_init__()
+        if len(self.labels) == 1 and self.problem == 'single_label':
+            raise Refusal(f'data.labels = {self.labels}: name two classes or more, or none.')
         if self.class_weights != 'none' and self.problem != 'single_label':
             raise Refusal(f'data.class_weights = {self.class_weights!r} with data.problem = '
                           f"{self.problem!r}: only 'single_label' has classes to weigh.")

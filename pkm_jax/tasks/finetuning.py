@@ -63,7 +63,7 @@ class Labelling(abc.ABC):
     vocab: str = setting('', "vocab.txt, tokenizer.json or their folder; '': that of init_from")
     length: int = setting(128, 'L, tokens of the longest sequence', least=8)
     buckets: tuple[int, ...] = setting(
-        (), 'lengths that batches are padded to, ascending; (): chosen, of those that occur')
+        (), 'lengths that batches are padded to, ascending; (): the four that pad least')
     workers = 0             # data are in memory: threads make batches
     vocab_size = 30_522     # of a plan
     head_name = ''          # of the model's heads the one that is read
@@ -99,12 +99,12 @@ class Labelling(abc.ABC):
         return tokenizer.load(self.vocab or found)
 
     def with_buckets(self, data: Labelled) -> Any:
-        """The same with the buckets that some example of the data falls into."""
+        """The same with buckets: those that are set and some example falls into, else chosen."""
         lengths = np.concatenate([data.lengths(split) for split in data.splits])
         if self.buckets and lengths.max() > self.buckets[-1]:
             raise Refusal(f'data.buckets = {self.buckets}, but a sequence has {lengths.max()} '
                           f'tokens: end with {lengths.max()} or more, or with data.length.')
-        buckets = np.array(self.buckets or buckets_of(self.length))
+        buckets = np.array(self.buckets or buckets_of(lengths, self.length))
         found = np.unique(buckets[np.searchsorted(buckets, lengths)])
         return dataclasses.replace(self, buckets=tuple(map(int, found)))
 

@@ -10,6 +10,7 @@ import numpy as np
 
 from pkm_jax.data import glue
 from pkm_jax.data.columns import Texts
+from pkm_jax.data.glue_builder import read_prepared
 from pkm_jax.data.labelled import Labelled
 from pkm_jax.fields import setting
 from pkm_jax.tasks import scores
@@ -27,7 +28,8 @@ class Glue(TextClassification):
       Refusal: a value is out of its range.
     """
     name: str = setting('mrpc', 'the task', choices=tuple(glue.TASKS))
-    folder: str = setting('glue', 'the unpacked download: the folder that CoLA, SST-2, … are in')
+    folder: str = setting('glue', 'the unpacked download, with the folders CoLA, SST-2, …; or the '
+                                  'data_dir in which TFDS prepared pkm_glue')
 
     @property
     def _task(self):
@@ -55,7 +57,7 @@ class Glue(TextClassification):
 
     def read(self, log: Callable[[str], None]) -> dict[str, Texts]:
         """The task's splits; see `glue.read_glue`."""
-        return glue.read_glue(self.folder, self.name, log)
+        return read_prepared(self.folder, self.name) or glue.read_glue(self.folder, self.name, log)
 
     def names(self, found: dict[str, Any]) -> tuple[str, ...]:
         """Those that GLUE gives, in its order."""

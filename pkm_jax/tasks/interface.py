@@ -49,50 +49,51 @@ class Data(Protocol):
 class Task(Protocol):
     """What is learnt, and from what."""
     length: int         # tokens of an example
-    buckets: tuple[int, ...]    # that batches are padded to, ascending; `length` alone: no others
-    vocab_size: int     # words of a vocabulary that is not there yet, as plans assume
+    buckets: tuple[int, ...]    # lengths that batches are padded to, ascending, such as (length,)
+    vocab_size: int     # words that a plan assumes where there is no vocabulary yet
     workers: int        # processes that make batches; 0: threads of this one
-    lower_is_better: tuple[str, ...]    # of the metrics of an evaluation: those of errors
+    lower_is_better: tuple[str, ...]    # metrics of an evaluation of which less is better: errors
 
     @property
     def loss_name(self) -> LossName:
-        """Of its loss."""
+        """What the loss is called in reports."""
 
     def check(self, model: ModelConfig) -> None:
-        """Refuses what cannot work with this model, by name."""
+        """Refuses settings that cannot work with this model; the message names them."""
 
     def prepare(self, vocabulary: str, log: Callable[[str], None]) -> Data:
-        """The data, from a cache if they are there. `vocabulary` is that of the weights to start
-        from, or ''."""
+        """Returns the prepared data, from the cache where they are there. `vocabulary` is the path
+        of that of the weights to start from, or ''."""
 
     def examples(self, data: Records, seed: int) -> Examples:
-        """How records become examples; `seed` is of what is random in that."""
+        """How records become examples; `seed` decides what is random in it, such as masks."""
 
     @property
     def arrays(self) -> dict[str, ArraySpec]:
-        """Those of an example."""
+        """The arrays of one example, by name."""
 
     def terms(self, batch: Batch) -> Float[Array, '']:
-        """The number of terms of the batch's loss, which is their mean."""
+        """The number of terms of the batch's loss; the loss of a step is their mean."""
 
     def real(self, batch: Batch) -> Bool[Array, 'T']:
-        """Which of the tokens that memories read for are no padding."""
+        """Which tokens are real and no padding, in the order in which memories read for them."""
 
     def outcome(
         self, model: nnx.Module, batch: Batch, *, deterministic: bool,
         rngs: Key[Array, ''] | None = None, deltas: dict[Any, Array] | None = None,
     ) -> Outcome:
-        """Sums over the batch. `deltas` stand for the value rows that a sparse update changes."""
+        """Runs the model over the batch, and sums its loss. `deltas` are those of memories that are
+        updated sparsely, by their names (`ProductKeyMemory.read`)."""
 
     def metrics(self, sums: dict[str, Array]) -> dict[str, Array]:
-        """What one reads of a step or an evaluation, from the sums 'loss', 'terms' and those of
-        `outcome`; for jax and NumPy arrays alike."""
+        """The metrics of a step or an evaluation, computed from the sums 'loss', 'terms' and those
+        of `outcome`. It must work for jax and for NumPy arrays."""
 
     def evaluation(
         self, sums: dict[str, Any], outputs: dict[str, Any], data: Data, split: str,
     ) -> dict[str, float]:
-        """Metrics of an evaluation over a split of the data, of which `outputs` are those of all
-        real examples, in the order of the batches."""
+        """The metrics of an evaluation over a split of the data. `outputs` are those of all its
+        examples without padding, in the order of the batches."""
 
     def predictions(self) -> int:
         """Tokens of a sequence that are compared with the vocabulary (`ModelConfig`)."""

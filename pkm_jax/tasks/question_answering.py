@@ -102,8 +102,9 @@ class QuestionAnswering(Labelling):
         """
         without = [one for one in questions if not one.answers]
         if without and not self.unanswerable:
-            raise Refusal(f'{without[0].place} has no answer, as {len(without):,} questions: set '
-                          'data.unanswerable = True (--config=squad:version=2), or take them out.')
+            raise Refusal(f'{without[0].place} has no answer, {len(without):,} of all have none: '
+                          'set data.unanswerable = True (--config=squad:version=2), or take them '
+                          'out.')
         wrong = {number: f'{one.place}: {why}' for number, one in enumerate(questions)
                  if (why := unalignable(one))}
         held = {part.number for part, span in zip(parts, spans) if span != (0, 0)}

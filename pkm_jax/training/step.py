@@ -92,25 +92,26 @@ def train_step(
         ((gradient, sums), batch_stats, last_selected), rows = jax.lax.scan(
             add_micro_step, (start, state.batch_stats, state.last_selected), inputs)
 
-    gradient = _with_tables(gradient, sites, _summed(rows, sites, state.params))
-    loss, norm = sums['loss'] / terms, optax.tree.norm(rows_of(gradient))
-    sound = is_sound(loss, norm, state.optimizer)
-    updates, optimizer_state = optax.with_extra_args_support(optimizer).update(
-        rows_if(sound, gradient, state.params), state.optimizer, state.params, loss=loss)
-    params = apply_updates(state.params, updates, rounding)
-    metrics = {**task.metrics({**sums, 'terms': terms}), 'skipped': (~sound).astype(jnp.int32),
-               'grad_norm': norm, 'norms': {'grad_norm': group_norms(gradient, tables)}}
-    if all_norms:
-        metrics['norms'] |= _norms_of_change(updates, params, tables, sparse)
-    if sparse:
-        last_selected = {name: _mark_rows(last, rows[name].ids, state.step, sound)
-                         for name, last in state.last_selected.items()}
-    else:
-        last_selected = state_if(sound, last_selected, state.last_selected)
-    return TrainState(
-        state.step + 1, params_if(sound, updates, params, state.params),
-        state_if(sound, batch_stats, state.batch_stats),
-        state_if(sound, optimizer_state, state.optimizer), last_selected), metrics
+    with jax.named_scope('update'):
+        gradient = _with_tables(gradient, sites, _summed(rows, sites, state.params))
+        loss, norm = sums['loss'] / terms, optax.tree.norm(rows_of(gradient))
+        sound = is_sound(loss, norm, state.optimizer)
+        updates, optimizer_state = optax.with_extra_args_support(optimizer).update(
+            rows_if(sound, gradient, state.params), state.optimizer, state.params, loss=loss)
+        params = apply_updates(state.params, updates, rounding)
+        metrics = {**task.metrics({**sums, 'terms': terms}), 'skipped': (~sound).astype(jnp.int32),
+                   'grad_norm': norm, 'norms': {'grad_norm': group_norms(gradient, tables)}}
+        if all_norms:
+            metrics['norms'] |= _norms_of_change(updates, params, tables, sparse)
+        if sparse:
+            last_selected = {name: _mark_rows(last, rows[name].ids, state.step, sound)
+                             for name, last in state.last_selected.items()}
+        else:
+            last_selected = state_if(sound, last_selected, state.last_selected)
+        return TrainState(
+            state.step + 1, params_if(sound, updates, params, state.params),
+            state_if(sound, batch_stats, state.batch_stats),
+            state_if(sound, optimizer_state, state.optimizer), last_selected), metrics
 
 
 def eval_step(

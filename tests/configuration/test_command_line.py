@@ -112,3 +112,10 @@ def test_no_program_ignores_what_is_no_option(module, options, tmp_path):
 def test_arguments_for_a_configuration_that_takes_none():
     with pytest.raises(Refusal, match='bert_base_pkm.py:layers=2: this configuration takes no arg'):
         command_line._configuration(f'{ROOT}/configs/bert_base_pkm.py:layers=2')
+
+
+@pytest.mark.parametrize('arguments', [['--help'], ['--config=quickstart', '--helpshort']])
+def test_help_is_no_failure(arguments, capsys):
+    with pytest.raises(SystemExit) as ending:
+        command_line.parse(['program', *arguments])
+    assert ending.value.code == 0 and capsys.readouterr().out

@@ -30,7 +30,7 @@ def test_the_recipe_that_run_glue_is_known_by():
     assert run.train.steps == 3 * 4 and run.train.warmup == 1 and run.train.best == 'accuracy'
     assert run.log.eval_every == run.log.checkpoint_every == 4 and run.log.eval_batches == 2
     assert run.model.output_heads == ('pooler', 'classifier') and run.model.classes == 3
-    assert run.task.labels == ('a', 'b', 'c') and run.task.buckets == (24,)
+    assert run.task.labels == ('a', 'b', 'c') and run.task.buckets == (32,)
     assert run.model.layers == 2 and not run.log.eval_at_start
 
 

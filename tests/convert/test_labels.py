@@ -7,6 +7,7 @@ import pytest
 
 from pkm_jax.configuration.resolve import task_of
 from pkm_jax.convert import huggingface, labels
+from pkm_jax.convert.model_card import evaluation_of
 
 GOLDENS = Path(__file__).parent / 'goldens'
 RUN = {'task': 'classification', 'init_from': '/weights/bert_base', 'seed': 3,
@@ -66,4 +67,23 @@ def test_the_card_says_what_was_trained_on_what(tmp_path):
                  'at most 1,200 steps of 32 examples, learning rate 2e-05, seed 3'):
         assert f'* {fact}\n' in card
     export('masked_lm', tmp_path / 'plain', None)
-    assert '## Training' not in (tmp_path / 'plain/README.md').read_text()
+    card = (tmp_path / 'plain/README.md').read_text()
+    assert '## Training' not in card and '## Evaluation' not in card
+
+
+def test_the_card_says_what_these_weights_reached(tmp_path):
+    """Those of the step that is exported, of lines some of which are damaged."""
+    usage = dict(slots=16, top_1_usage=.5, ceiling=.75, top_k_usage=1., kl=.25, curve=[[1, 2]])
+    lines = [dict(kind='eval', step=2, loss=3.), dict(kind='train', step=4, loss=9.),
+             dict(kind='eval', step=4, tokens=7, loss=2.5, eval_tokens=1024,
+                  memory={'1': usage, '2': {'slots': 'many'}})]
+    (tmp_path / 'metrics.jsonl').write_text('\n'.join(map(json.dumps, lines)) + '\n{"kind": "ev')
+    found = evaluation_of(tmp_path, 4)
+    model = huggingface.load(GOLDENS / 'memory_added')
+    huggingface.save(tmp_path / 'out', model.config, model.params, model.statistics,
+                     evaluation=found)
+    card = (tmp_path / 'out/README.md').read_text()
+    assert 'at step 4:' in card and '| loss | 2.5 |' in card and '| eval_tokens | 1,024 |' in card
+    assert '| 1 | 16 | 50.0% | 75.0% | 100.0% | 0.25 |' in card and 'many' not in card
+    assert 'pipeline_tag: fill-mask\n' in card and 'tokens | 7' not in card
+    assert evaluation_of(tmp_path, 3) == {} == evaluation_of(tmp_path / 'out', 4)

@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 
 from pkm_jax.data.labelled import (
+    PROGRAMS,
     ByLength,
     Labelled,
     LabelledExamples,
@@ -93,8 +94,22 @@ def test_a_fingerprint_is_of_what_the_records_hold(data):
     assert Labelled('', 100, {'train': Records(other)}).fingerprint != data.fingerprint
 
 
-@pytest.mark.parametrize('length, expected', [
-    (128, (16, 24, 32, 48, 64, 96, 128)), (384, (24, 48, 72, 96, 144, 192, 288, 384)),
-    (100, (100,)), (8, (8,))])
-def test_buckets_are_halves_and_three_quarters(length, expected):
-    assert buckets_of(length) == expected
+def test_buckets_pad_as_little_as_any():
+    """Against all choices of lengths; those that are no multiples end at the longest allowed."""
+    rng = np.random.default_rng(0)
+    lengths = rng.choice([5, 17, 30, 33, 60, 70, 90, 99], 200, p=rng.dirichlet(np.ones(8)))
+
+    def padded(buckets):
+        return sum(min(size for size in buckets if size >= length) for length in lengths)
+
+    multiples = [16, 32, 48, 64, 80, 96]
+    least = min(padded((*some, 100)) for some in itertools.combinations(multiples, PROGRAMS - 1))
+    found = buckets_of(lengths, 100)
+    assert padded(found) == least and found[-1] == 100 and len(found) == PROGRAMS
+    assert buckets_of(np.array([3, 20, 20]), 128) == (16, 32)
+    assert buckets_of(np.array([8]), 8) == (8,)
+
+
+def test_showing_data_does_not_show_records(data):
+    """Grain asks for it when a stream begins: of all records it took a minute."""
+    assert len(repr(data)) < 200

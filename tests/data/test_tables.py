@@ -53,7 +53,7 @@ def test_places_are_lines_of_the_file(written):
     ('a.jsonl', '{"text": "a"}\n{"text": \n', 'a.jsonl, line 2 is no JSON'),
     ('a.jsonl', '[1]\n', 'a.jsonl, line 1 is no JSON object but a list'),
     ('a.jsonl', '{"text": "a"}\n{"label": "a"}\n', "a.jsonl, line 2 has no column 'text'"),
-    ('a.jsonl', '{"text": null}\n', "a.jsonl, line 1 has no column 'text'"),
+    ('a.jsonl', '{"text": null}\n', "a.jsonl, line 1: the value of 'text' is null"),
     ('a.jsonl', '{"text": "a"}\n{"text": "\\ud83d"}\n', 'a.jsonl, line 2 is no JSON .*surrogates'),
     ('a.parquet', 'no', 'a.parquet is no Parquet file'),
     ('a.tsv', b'text\n\xff\n', r'a.tsv is not UTF-8 \(line 2'),

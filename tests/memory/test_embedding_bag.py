@@ -98,7 +98,7 @@ def test_reads_made_elsewhere_add_nothing(which, n_slots, block, monkeypatch):
     away = ELSEWHERE[which](np.random.default_rng(7))
     read, d_values, d_weights = expected(values, slots, np.where(away, 0, weights), gradient)
     slots = jnp.where(away, n_slots, slots)
-    settings = dict(elsewhere=True, implementation='xla')
+    settings = dict(owners=2, implementation='xla')
 
     ours, pull = jax.vjp(lambda v, w: embedding_bag(v, slots, w, **settings), values, weights)
     rows, by_read = compact_gradients(values, slots, weights, gradient, **settings)
@@ -125,7 +125,7 @@ def test_passes_are_as_many_as_a_block_has_own_reads(monkeypatch):
         return carry, weights.T
 
     own = np.arange(6)[None] < np.array([3, 6, 0, 5, 1, 4, 2])[:, None]
-    bag._over_blocks(count, None, jnp.where(own, 0, 9), jnp.ones((7, 6)), n_slots=9, elsewhere=True)
+    bag._over_blocks(count, None, jnp.where(own, 0, 9), jnp.ones((7, 6)), n_slots=9, owners=2)
     jax.effects_barrier()
     assert sorted(passes) == [0, 2, 4, 6]
 

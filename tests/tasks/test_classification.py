@@ -9,6 +9,7 @@ from flax import nnx
 from pkm_jax.data.columns import balanced, held_out, label_names
 from pkm_jax.data.loader import evaluation_batches
 from pkm_jax.models.bert import BertConfig
+from pkm_jax.refusal import Refusal
 from pkm_jax.tasks.classification import Classification
 from tests.conftest import WORDS
 
@@ -54,6 +55,12 @@ def test_rows_without_an_example_count_for_nothing(prepared):
                        sum(float(task.terms(batch)) for batch in batches)))
     assert totals[0][1] == totals[1][1] == 8
     assert totals[0][0] == pytest.approx(totals[1][0], rel=1e-5)
+
+
+def test_one_name_is_no_choice():
+    with pytest.raises(Refusal, match=r"data.labels = \('a',\): name two"):
+        Classification(labels=('a',))
+    Classification(labels=('a',), problem='multi_label')
 
 
 def test_names_and_held_out_examples():

@@ -72,6 +72,7 @@ def test_a_saved_place_of_the_stream_with_a_flipped_bit_is_not_gone_on_from(conf
         np.testing.assert_array_equal(array, expected[name], err_msg=name)
 
 
+@pytest.mark.slow
 def test_a_run_goes_on_over_other_devices_and_micro_batches(config, monkeypatch, capsys):
     """The same examples; without dropout and batch norm the same numbers but for rounding."""
     config.model.update(dropout=0., attention_dropout=0.)

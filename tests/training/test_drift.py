@@ -48,6 +48,7 @@ def test_drift_needs_to_know_when_slots_were_read(config):
         train(config)
 
 
+@pytest.mark.slow
 def test_refreshing_values_takes_off_loss(config):
     """What the slots took off adds up to the fall, here of a loss that is near quadratic."""
     config.memory.update(drift_tokens=40)

@@ -60,7 +60,7 @@ def test_a_step_that_is_not_finite_changes_its_number_alone(shards, options):
         assert np.mean(changed) > .8
 
 
-@pytest.mark.parametrize('sparse', [False, True])
+@pytest.mark.parametrize('sparse', [pytest.param(False, marks=pytest.mark.slow), True])
 def test_a_loss_above_a_multiple_of_its_mean_is_skipped(sparse):
     training = Training(ONE, sparse=sparse, skip_loss_spikes=1.5)
     with jax.set_mesh(training.mesh):

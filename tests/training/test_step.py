@@ -103,6 +103,7 @@ def test_padding_and_unasked_predictions_change_nothing():
         np.testing.assert_array_equal(ours, theirs)
 
 
+@pytest.mark.slow
 def test_dropout_differs_by_step_and_part_and_is_reproducible():
     _, state, take = setup(rate=0.5)
     first = take(state, batch())[1]['loss']

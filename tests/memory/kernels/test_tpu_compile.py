@@ -13,7 +13,7 @@ BF16, F32 = jnp.dtype('bfloat16'), jnp.dtype('float32')
 
 @needs_tpu_compiler
 @pytest.mark.parametrize('chip', ['v5e', *(pytest.param(chip, marks=pytest.mark.slow)
-                                           for chip in ('v4', 'v5p', 'v6e'))])
+                                           for chip in ('v4', 'v5p', 'v6e', 'tpu7x'))])
 def test_the_compiler_takes_every_kernel(chip):
     for case in tpu_compile.reads(BF16, 768, 8) + tpu_compile.searches(F32, 128, 8):
         assert tpu_compile.compile_seconds(case, chip) > 0

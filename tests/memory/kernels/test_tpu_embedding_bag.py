@@ -10,7 +10,7 @@ from jax.experimental.pallas import tpu as pltpu
 
 from pkm_jax.memory.embedding_bag import compact_gradients, embedding_bag
 from pkm_jax.memory.kernels.tpu import embedding_bag as kernel
-from pkm_jax.memory.kernels.tpu import embedding_bag_backward, embedding_bag_forward
+from pkm_jax.memory.kernels.tpu import embedding_bag_backward, embedding_bag_forward, own_reads
 
 bag = functools.partial(embedding_bag, implementation='tpu')
 LIMIT = {'float32': 1e-6, 'bfloat16': 5e-3}
@@ -23,6 +23,8 @@ def small_tiles(monkeypatch):
     monkeypatch.setattr(embedding_bag_forward, 'IN_FLIGHT', 4)
     for name, value in {'IN_FLIGHT': 4, 'LEAVING': 2, 'CHUNK': 16, 'LANES': 16}.items():
         monkeypatch.setattr(embedding_bag_backward, name, value)
+    for name, value in {'BLOCK': 8, 'LANES': 4, 'MULTIPLE': 1, 'SPREAD': 1.}.items():
+        monkeypatch.setattr(own_reads, name, value)
     jax.clear_caches()
 
 
@@ -71,8 +73,8 @@ def test_of_reads_made_elsewhere_none_is_added(share, reads):
     values, slots, weights, _ = make(np.where(away, 30, random_slots(19, reads, 30)), 30, 128,
                                      'float32')
     weights = jnp.where(away, 0, weights)
-    want = embedding_bag(values, slots, weights, elsewhere=True)
-    np.testing.assert_array_equal(bag(values, slots, weights, elsewhere=True), want)
+    want = embedding_bag(values, slots, weights, owners=2)
+    np.testing.assert_array_equal(bag(values, slots, weights, owners=2), want)
 
 
 @pytest.mark.parametrize('case', CASES)
@@ -109,6 +111,44 @@ def test_compact_rows_are_those_of_the_reference(share, n_slots):
     np.testing.assert_array_equal(got.count, want.count)
     np.testing.assert_allclose(got.rows, want.rows, rtol=1e-5, atol=1e-5)
     np.testing.assert_allclose(by_read, want_by_read, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize('spread, dtype', [
+    ('evenly', 'float32'), ('evenly', 'bfloat16'), ('all on one row', 'float32'),
+    ('all here', 'bfloat16'), ('all elsewhere', 'float32')])
+def test_own_rows_are_those_of_the_reference(spread, dtype):
+    """Of one owner in four, however reads are spread: then some blocks have more than a window."""
+    slots = {'evenly': random_slots(21, 6, 48), 'all on one row': np.full((21, 6), 3),
+             'all here': random_slots(21, 6, 12), 'all elsewhere': np.full((21, 6), 12)}[spread]
+    values, slots, weights, gradient = make(np.minimum(slots, 12), 12, 128, dtype)
+    weights = jnp.where(slots < 12, weights, 0)
+    settings = dict(first=jnp.int32(7), tokens=10, owners=4)
+    want, want_by_read = compact_gradients(values, slots, weights, gradient, **settings)
+    got, by_read = compact_gradients(values, slots, weights, gradient, implementation='tpu',
+                                     **settings)
+    np.testing.assert_array_equal(got.ids, want.ids)
+    np.testing.assert_array_equal(got.count, want.count)
+    np.testing.assert_allclose(got.rows, want.rows, rtol=1e-5, atol=1e-5)
+    np.testing.assert_allclose(by_read, want_by_read, rtol=1e-4, atol=1e-4)
+    again, _ = compact_gradients(values, slots, weights, gradient, implementation='tpu', **settings)
+    np.testing.assert_array_equal(again.rows, got.rows)
+
+
+def test_windows_hold_each_own_read_once():
+    """The last of three overlaps the one before: blocks of 8 in windows of 3."""
+    slots, size = np.minimum(random_slots(40, 5, 8), 6), 3
+    blocks = own_reads.in_blocks(jnp.asarray(slots, jnp.int32), jnp.ones(slots.shape), 6)
+    windows = int(own_reads.windows(blocks, 6, size))
+    assert windows == 3
+    found = [np.asarray(part) for number in range(windows)
+             for part in [own_reads.window(blocks, number, 6, size)]
+             for part in [np.stack([part.slots, part.order])[:, np.asarray(part.slots) < 6]]]
+    for slot, _ in found:
+        assert (np.diff(slot) >= 0).all()
+    slot, order = np.concatenate(found, axis=1)
+    own = np.flatnonzero(slots.reshape(-1) < 6)
+    np.testing.assert_array_equal(np.sort(order), own)
+    np.testing.assert_array_equal(slots.reshape(-1)[order], slot)
 
 
 @pytest.mark.parametrize('when', ['eager', 'on_wait'])

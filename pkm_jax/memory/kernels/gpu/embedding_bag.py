@@ -1,5 +1,6 @@
 """Weighted sum of value rows and its derivative on an NVIDIA GPU, in the place of the reference."""
 
+import jax
 import jax.numpy as jnp
 from jax import ShapeDtypeStruct
 from jaxtyping import Array, Float, Int32
@@ -13,7 +14,7 @@ DTYPES = (jnp.float32, jnp.bfloat16)
 
 def unsupported(
     values: ShapeDtypeStruct, slots: ShapeDtypeStruct, *_: ShapeDtypeStruct,
-    elsewhere: bool = False,
+    owners: int = 1, tokens: int = 0,
 ) -> str | None:
     """Why the kernels cannot read this table with these slots; None if they can."""
     if values.dtype not in DTYPES:
@@ -27,10 +28,10 @@ def unsupported(
 
 def forward(
     values: Float[Array, 'S V'], slots: Int32[Array, 'T R'], weights: Float[Array, 'T R'], *,
-    elsewhere: bool = False, interpret: bool,
+    owners: int = 1, interpret: bool,
 ) -> Float[Array, 'T V']:
     """The sum, in the dtype of `values`."""
-    slots, weights = _everywhere(values, slots, weights, elsewhere)
+    slots, weights = _everywhere(values, slots, weights, owners)
     if slots.shape[1] == 1:     # a gather
         return (values[slots[:, 0]] * weights.astype(jnp.float32)).astype(values.dtype)
     return sum_rows(values, slots, weights, interpret=interpret)
@@ -38,18 +39,19 @@ def forward(
 
 def backward(
     values: Float[Array, 'S V'], slots: Int32[Array, 'T R'], weights: Float[Array, 'T R'],
-    gradient: Float[Array, 'T V'], *, elsewhere: bool = False, interpret: bool,
+    gradient: Float[Array, 'T V'], *, owners: int = 1, interpret: bool,
 ) -> tuple[Float[Array, 'S V'], Float[Array, 'T R']]:
     """Dense gradients of values, in their dtype, and of weights; deterministic."""
-    own, weights = _everywhere(values, slots, weights, elsewhere)
+    own, weights = _everywhere(values, slots, weights, owners)
     table, by_read = dense_gradients(values, own, weights, gradient, interpret=interpret)
-    return table, jnp.where(slots < len(values), by_read, 0) if elsewhere else by_read
+    return table, jnp.where(slots < len(values), by_read, 0) if owners > 1 else by_read
 
 
 def compact_backward(
     values: Float[Array, 'S V'], slots: Int32[Array, 'T R'], weights: Float[Array, 'T R'],
-    gradient: Float[Array, 'T V'], *, elsewhere: bool = False, interpret: bool,
-) -> tuple[SparseRows, Float[Array, 'T R']]:
+    gradient: Float[Array, 'T V'], first: Int32[Array, ''], *, owners: int = 1, tokens: int,
+    interpret: bool,
+) -> tuple[SparseRows, Float[Array, '{tokens} R']]:
     """The rows of the values' gradient that were read, and the weights' gradient; deterministic."""
     # The kernel reads everywhere: slot S - 1 for S.
     last = len(values) - 1
@@ -59,12 +61,12 @@ def compact_backward(
     return (SparseRows(jnp.where(in_use, ids, last + 1),
                        jnp.where(in_use[:, None], rows.astype(jnp.float32), 0),
                        jnp.sum(in_use, dtype=jnp.int32)[None]),
-            jnp.where(slots <= last, by_read, 0))
+            jax.lax.dynamic_slice_in_dim(jnp.where(slots <= last, by_read, 0), first, tokens))
 
 
-def _everywhere(values, slots, weights, elsewhere):
-    """Reads of slots that exist: the kernels make those that are elsewhere too, with weight 0."""
-    if not elsewhere:
+def _everywhere(values, slots, weights, owners):
+    """Reads of slots that exist: the kernels make those of other owners too, with weight 0."""
+    if owners == 1:
         return slots, weights
     mine = slots < len(values)
     return jnp.where(mine, slots, 0), jnp.where(mine, weights, 0)

@@ -5,10 +5,16 @@ import jax.numpy as jnp
 from jax import ShapeDtypeStruct
 from jaxtyping import Array, Float, Int32
 
-from pkm_jax.memory.kernels.tpu.embedding_bag_backward import compact_gradients, dense_gradients
-from pkm_jax.memory.kernels.tpu.embedding_bag_forward import sum_rows
+from pkm_jax.memory.embedding_bag import marked, reference_backward
+from pkm_jax.memory.kernels.tpu import own_reads
+from pkm_jax.memory.kernels.tpu.embedding_bag_backward import (
+    compact_gradients,
+    dense_gradients,
+    own_row_gradients,
+)
+from pkm_jax.memory.kernels.tpu.embedding_bag_forward import sum_rows, weight_gradients
 from pkm_jax.memory.kernels.tpu.rows import Interpret
-from pkm_jax.memory.sparse_rows import SparseRows
+from pkm_jax.memory.sparse_rows import SparseRows, in_place
 
 DTYPES = (jnp.float32, jnp.bfloat16)
 MOST_TOKENS = 2 ** 28   # a number in scalar memory has three bits beside the token's
@@ -17,7 +23,7 @@ MOST_READS = 1024       # of a token: a tile of eight tokens is what scalar memo
 
 def unsupported(
     values: ShapeDtypeStruct, slots: ShapeDtypeStruct, *_: ShapeDtypeStruct,
-    elsewhere: bool = False,
+    owners: int = 1, tokens: int = 0,
 ) -> str | None:
     """Why the kernels cannot read this table with these slots; None if they can."""
     if values.dtype not in DTYPES:
@@ -31,38 +37,55 @@ def unsupported(
 
 def forward(
     values: Float[Array, 'S V'], slots: Int32[Array, 'T R'], weights: Float[Array, 'T R'], *,
-    elsewhere: bool = False, interpret: Interpret,
+    owners: int = 1, interpret: Interpret,
 ) -> Float[Array, 'T V']:
-    """The sum, in the dtype of `values`; of reads that are mostly elsewhere a token's own alone."""
-    if slots.shape[1] == 1 and not elsewhere:       # a gather
+    """The sum, in the dtype of `values`; of several owners' reads a token's own alone."""
+    if slots.shape[1] == 1 and owners == 1:       # a gather
         rows = values[slots[:, 0]].astype(jnp.float32)
         return (rows * weights.astype(jnp.float32)).astype(values.dtype)
-    if elsewhere:
-        slots, weights, counts = _own_first(slots, weights, len(values))
+    if owners > 1:
+        slots, weights, _, counts = _own_first(slots, weights, len(values))
     else:
         counts = jnp.full(len(slots), slots.shape[1], jnp.int32)
-    return sum_rows(values, slots, weights, counts, interpret=interpret)
+    return sum_rows(values, slots, weights, counts, owners=owners, interpret=interpret)
 
 
 def backward(
     values: Float[Array, 'S V'], slots: Int32[Array, 'T R'], weights: Float[Array, 'T R'],
-    gradient: Float[Array, 'T V'], *, elsewhere: bool = False, interpret: Interpret,
+    gradient: Float[Array, 'T V'], *, owners: int = 1, interpret: Interpret,
 ) -> tuple[Float[Array, 'S V'], Float[Array, 'T R']]:
     """Dense gradients of values, in their dtype, and of weights; deterministic."""
+    if slots.shape[1] == 1 and owners == 1:       # a scatter
+        return reference_backward(values, slots, weights, gradient)
     return dense_gradients(values, slots, weights, gradient, interpret=interpret)
 
 
 def compact_backward(
     values: Float[Array, 'S V'], slots: Int32[Array, 'T R'], weights: Float[Array, 'T R'],
-    gradient: Float[Array, 'T V'], *, elsewhere: bool = False, interpret: Interpret,
-) -> tuple[SparseRows, Float[Array, 'T R']]:
+    gradient: Float[Array, 'T V'], first: Int32[Array, ''], *, owners: int = 1, tokens: int,
+    interpret: Interpret,
+) -> tuple[SparseRows, Float[Array, '{tokens} R']]:
     """The rows of the values' gradient that were read, and the weights' gradient; deterministic."""
-    return compact_gradients(values, slots, weights, gradient, interpret=interpret)
+    n_slots = len(values)
+    if owners == 1 or slots.size < max(n_slots, own_reads.BLOCK * own_reads.LANES):
+        rows, by_read = compact_gradients(values, slots, weights, gradient, interpret=interpret)
+        return rows, jax.lax.dynamic_slice_in_dim(by_read, first, tokens)
+    ids, count = in_place(marked(slots, n_slots, owners=owners))
+    sums = own_row_gradients(slots, weights, gradient, n_slots, owners=owners, interpret=interpret)
+    slots, weights, gradient = (jax.lax.dynamic_slice_in_dim(array, first, tokens)
+                                for array in (slots, weights, gradient))
+    own, _, place, counts = _own_first(slots, weights, n_slots)
+    by_own = weight_gradients(values, own, counts, gradient, owners=owners, interpret=interpret)
+    by_read = jax.lax.sort((place, by_own.astype(weights.dtype)), dimension=1, num_keys=1)[1]
+    return SparseRows(ids, sums, count), jnp.where(slots < n_slots, by_read, 0)
 
 
 def _own_first(slots, weights, n_slots):
-    """Slots and weights, each token's own first in their order, and how many there are; a token
-    without any reads slot 0 with weight 0."""
-    others, slots, weights = jax.lax.sort((slots == n_slots, slots, weights), num_keys=1)
+    """Slots, weights and places among the token's reads, own ones first in their order, and how
+    many there are; a token without any reads slot 0 with weight 0."""
+    place = jnp.broadcast_to(jnp.arange(slots.shape[1], dtype=jnp.int32), slots.shape)
+    others, slots, weights, place = jax.lax.sort((slots == n_slots, slots, weights, place),
+                                                 num_keys=1)
     counts = jnp.sum(~others, axis=1, dtype=jnp.int32)
-    return jnp.where(others, 0, slots), jnp.where(others, 0, weights), jnp.maximum(counts, 1)
+    return (jnp.where(others, 0, slots), jnp.where(others, 0, weights), place,
+            jnp.maximum(counts, 1))

@@ -11,6 +11,7 @@ over the memory bandwidth.
 """
 
 import functools
+import math
 
 import jax
 import jax.numpy as jnp
@@ -18,7 +19,7 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 from jaxtyping import Array, Float, Int32
 
-from pkm_jax.memory.kernels.tpu.rows import Interpret, as_rows, padded_tokens
+from pkm_jax.memory.kernels.tpu.rows import LANES, Interpret, as_rows, padded_tokens, sum_lanes
 
 IN_FLIGHT = 64      # rows, a power of two: a latency of 1 µs at one copy started in 16 ns
 READS = 8_192       # of a program: what scalar memory holds twice
@@ -32,35 +33,107 @@ def tokens_of_program(reads: int) -> int:
 
 def sum_rows(
     values: Float[Array, 'S V'], slots: Int32[Array, 'T R'], weights: Float[Array, 'T R'],
-    counts: Int32[Array, 'T'], *, interpret: Interpret,
+    counts: Int32[Array, 'T'], *, owners: int = 1, interpret: Interpret,
 ) -> Float[Array, 'T V']:
     """The sum over the first `counts[t]` reads of each token, 1 to R, in the dtype of `values`."""
-    tokens, reads = slots.shape
-    tile = tokens_of_program(reads)
-    table = as_rows(values)
-    pieces, lanes = table.shape[1:]
-    scalars = [padded_tokens(array, tile, fill).reshape(-(-tokens // tile), 1, -1)
-               for array, fill in ((slots, 0), (weights.astype(jnp.float32), 0), (counts, 1))]
-    tiles = len(scalars[0])
+    tokens, table = len(slots), as_rows(values, interpret)
+    scalars, tile = _tiled(slots, counts, weights.astype(jnp.float32))
+    tiles, row = len(scalars[0]), table.shape[1:]
     sums = pl.pallas_call(
-        functools.partial(_sum_tile, reads=reads), grid=(tiles,), name='read_rows',
+        functools.partial(_sum_tile, reads=slots.shape[1]), grid=(tiles,), name='read_rows',
         interpret=interpret,
-        in_specs=[*(pl.BlockSpec((1, *array.shape[1:]), lambda n: (n, 0, 0),
-                                 memory_space=pltpu.SMEM) for array in scalars),
-                  pl.BlockSpec(memory_space=pl.ANY)],
-        out_specs=pl.BlockSpec((tile, pieces, lanes), lambda n: (n, 0, 0)),
-        out_shape=jax.ShapeDtypeStruct((tiles * tile, pieces, lanes), values.dtype),
-        scratch_shapes=[pltpu.VMEM((IN_FLIGHT, pieces, lanes), values.dtype),
-                        pltpu.SemaphoreType.DMA((IN_FLIGHT,))],
+        in_specs=[*map(_in_scalar_memory, scalars), pl.BlockSpec(memory_space=pl.ANY)],
+        out_specs=pl.BlockSpec((tile, *row), lambda n: (n, 0, 0)),
+        out_shape=jax.ShapeDtypeStruct((tiles * tile, *row), values.dtype),
+        scratch_shapes=_ring(table),
         compiler_params=pltpu.CompilerParams(dimension_semantics=('parallel',)),
+        cost_estimate=_cost(slots, owners, scalars, table),
     )(*scalars, table)
     return sums.reshape(tiles * tile, -1)[:tokens, :values.shape[1]]
 
 
-def _sum_tile(slots, weights, counts, table, sums, rows, arrived, *, reads):
-    """One program: see the module."""
-    tokens = sums.shape[0]
+def weight_gradients(
+    values: Float[Array, 'S V'], slots: Int32[Array, 'T R'], counts: Int32[Array, 'T'],
+    gradient: Float[Array, 'T V'], *, owners: int = 1, interpret: Interpret,
+) -> Float[Array, 'T R']:
+    """values[slot] · gradient of each token's first `counts[t]` reads, float32; 0 of the others."""
+    (tokens, reads), table = slots.shape, as_rows(values, interpret)
+    scalars, tile = _tiled(slots, counts)
+    gradient = as_rows(padded_tokens(gradient, tile), interpret)
+    tiles, row = len(scalars[0]), table.shape[1:]
+    places = -(-tile * reads // LANES) * LANES
+    products = pl.pallas_call(
+        functools.partial(_multiply_tile, reads=reads), grid=(tiles,), name='weight_gradients',
+        interpret=interpret,
+        in_specs=[*map(_in_scalar_memory, scalars), pl.BlockSpec((tile, *row), lambda n: (n, 0, 0)),
+                  pl.BlockSpec(memory_space=pl.ANY)],
+        out_specs=pl.BlockSpec((1, places // LANES, LANES), lambda n: (n, 0, 0)),
+        out_shape=jax.ShapeDtypeStruct((tiles, places // LANES, LANES), jnp.float32),
+        scratch_shapes=[*_ring(table), pltpu.VMEM((places, row[1]), jnp.float32)],
+        compiler_params=pltpu.CompilerParams(dimension_semantics=('parallel',)),
+        cost_estimate=_cost(slots, owners, scalars, table),
+    )(*scalars, gradient, table)
+    return products.reshape(tiles, places)[:, :tile * reads].reshape(-1, reads)[:tokens]
 
+
+def _tiled(slots, counts, *more):
+    """Slots, counts and what else scalar memory holds, a tile of tokens in each row; its tokens."""
+    tile = tokens_of_program(slots.shape[1])
+    return [padded_tokens(array, tile, fill).reshape(-(-len(slots) // tile), 1, -1)
+            for array, fill in ((slots, 0), (counts, 1), *((one, 0) for one in more))], tile
+
+
+def _in_scalar_memory(array):
+    return pl.BlockSpec((1, *array.shape[1:]), lambda n: (n, 0, 0), memory_space=pltpu.SMEM)
+
+
+def _ring(table):
+    """Places for rows on their way, and the semaphores that say when they are there."""
+    return [pltpu.VMEM((IN_FLIGHT, *table.shape[1:]), table.dtype),
+            pltpu.SemaphoreType.DMA((IN_FLIGHT,))]
+
+
+def _cost(slots, owners, scalars, table):
+    """Of a table of which each of several owners has about as many reads."""
+    row = math.prod(table.shape[1:])
+    return pl.CostEstimate(
+        flops=2 * slots.size // owners * row, transcendentals=0,
+        bytes_accessed=(slots.size // owners + len(slots)) * row * table.dtype.itemsize
+        + sum(array.size * 4 for array in scalars))
+
+
+def _sum_tile(slots, counts, weights, table, sums, rows, arrived, *, reads):
+    """One program: see the module."""
+    def begin(_):
+        return jnp.zeros(sums.shape[1:], jnp.float32)
+
+    def add(at, total, row):
+        return total + weights[0, 0, at] * row
+
+    def end(token, total):
+        sums[token] = total.astype(sums.dtype)
+
+    _for_each_read(slots, counts, table, rows, arrived, sums.shape[0], reads, begin, add, end)
+
+
+def _multiply_tile(slots, counts, gradient, table, sums, rows, arrived, products, *, reads):
+    """One program: the sums of the products of every row with its token's gradient."""
+    def begin(token):
+        return gradient[token].astype(jnp.float32)
+
+    def multiply(at, by_token, row):
+        products[pl.ds(at, 1)] = jnp.sum(by_token * row, axis=0, keepdims=True)
+        return by_token
+
+    products[...] = jnp.zeros_like(products)
+    _for_each_read(slots, counts, table, rows, arrived, gradient.shape[0], reads, begin, multiply,
+                   lambda token, _: None)
+    sums[0] = sum_lanes(products[...], products.shape[0], LANES)
+
+
+def _for_each_read(slots, counts, table, rows, arrived, tokens, reads, begin, add, end):
+    """`end(token, state)` for every token, of a state that `begin(token)` gives and that becomes
+    `add(place, state, float32 row)` with each of its reads; rows come IN_FLIGHT ahead."""
     def copy(slot, place):
         return pltpu.make_async_copy(table.at[slot], rows.at[place], arrived.at[place])
 
@@ -76,19 +149,19 @@ def _sum_tile(slots, weights, counts, table, sums, rows, arrived, *, reads):
         return token + last.astype(jnp.int32), jnp.where(last, 0, read + 1)
 
     def add_read(token, read, carry):
-        total, place, ahead = carry
+        state, place, ahead = carry
         copy(0, place).wait()
-        total += weights[0, 0, token * reads + read] * rows[place].astype(jnp.float32)
-        return total, (place + 1) & IN_FLIGHT - 1, start_next(ahead, place)
+        state = add(token * reads + read, state, rows[place].astype(jnp.float32))
+        return state, (place + 1) & IN_FLIGHT - 1, start_next(ahead, place)
 
-    def sum_token(token, carry):
-        total, *carry = jax.lax.fori_loop(
+    def on_token(token, carry):
+        state, *carry = jax.lax.fori_loop(
             0, counts[0, 0, token], lambda read, carry: add_read(token, read, carry),
-            (jnp.zeros(sums.shape[1:], jnp.float32), *carry))
-        sums[token] = total.astype(sums.dtype)
+            (begin(token), *carry))
+        end(token, state)
         return tuple(carry)
 
     nothing = jnp.int32(0)
     ahead = jax.lax.fori_loop(0, IN_FLIGHT, lambda place, ahead: start_next(ahead, place),
                               (nothing, nothing))
-    jax.lax.fori_loop(0, tokens, sum_token, (nothing, ahead))
+    jax.lax.fori_loop(0, tokens, on_token, (nothing, ahead))
