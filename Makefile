@@ -25,8 +25,12 @@ $(VENV)/tpu/installed: $(VENV)/installed
 LIBTPU := $(CURDIR)/$(VENV)/tpu/libtpu/libtpu.so
 PYTEST := env $$(test -e $(LIBTPU) && echo TPU_LIBRARY_PATH=$(LIBTPU)) $(BIN)/python -m pytest -n 2 --dist worksteal
 
+MASKS := 'The people of the United [MASK] of America.' 'My fellow [MASK], God bless America.' \
+	'We must work for peace in the [MASK].'
+
 quickstart: $(VENV)/installed
 	JAX_NUM_CPU_DEVICES=2 $(BIN)/python -m pkm_jax.pretrain --config=configs/quickstart.py
+	$(BIN)/python -m pkm_jax.predict runs/quickstart/pretrained_add --format=text $(MASKS)
 
 # The site, site/index.html; a warning, such as a link to nowhere, is an error.
 $(VENV)/docs-installed: $(VENV)/installed

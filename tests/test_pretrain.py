@@ -18,30 +18,34 @@ from pkm_jax.refusal import Refusal
 
 
 def test_the_quickstart_in_seconds(config, tmp_path):
-    """Its three runs, each with what the shrunken configuration leaves of it, and their report."""
+    """Its five runs, each with what the shrunken configuration leaves of it, and their report."""
     small = quickstart.get_config()
     for section in ('model', 'data', 'train', 'log'):
         small[section].update(config[section].to_dict())
     small.memory.update(sub_keys=6, heads=2, top_k=3, query_width=8)
+    small.runs.pretrain.train.steps = small.train.steps
     small.workdir = str(tmp_path / 'quickstart')
     page = pretrain.run(small).read_text()
     assert '<img' in page
-    for name, memories in (('pretrain', 0), ('add', 1), ('replace', 1)):
+    cells = [f'{start}_{placement}' for start in ('scratch', 'pretrained')
+             for placement in ('replace', 'add')]
+    for name, memories in (('pretrain', 0), *((cell, 1) for cell in cells)):
         folder = tmp_path / 'quickstart' / name
         lines = [json.loads(line) for line in (folder / 'metrics.jsonl').read_text().splitlines()]
         assert lines[-1]['kind'] == 'eval' and len(lines[-1].get('memory', {})) == memories
         assert name in page
     pretrained = store.read_weights(store.newest(tmp_path / 'quickstart' / 'pretrain'))
-    added = store.read_weights(store.newest(tmp_path / 'quickstart' / 'add'))
-    replaced = store.read_weights(store.newest(tmp_path / 'quickstart' / 'replace'))
-    assert pretrained.keys() < added.keys()
-    assert not any('layers/1/feed_forward' in name for name in replaced)
+    weights = {cell: store.read_weights(store.newest(tmp_path / 'quickstart' / cell))
+               for cell in cells}
+    assert pretrained.keys() < weights['pretrained_add'].keys() == weights['scratch_add'].keys()
+    for start in ('scratch', 'pretrained'):
+        assert not any('layers/1/feed_forward' in name for name in weights[f'{start}_replace'])
 
 
 def test_every_run_is_checked_before_the_first_starts(config, tmp_path):
     small = quickstart.get_config()
     small.workdir = str(tmp_path / 'quickstart')
-    small.runs.replace.memory.top_k = 65
+    small.runs.scratch_replace.memory.top_k = 65
     with pytest.raises(Refusal, match='top_k = 65'):
         pretrain.run(small)
     assert not (tmp_path / 'quickstart').exists()

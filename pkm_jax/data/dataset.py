@@ -13,7 +13,7 @@ from pathlib import Path
 import tensorflow_datasets as tfds
 from etils import epath
 
-from pkm_jax.data import installed_docs, tfds_text, tokenizer
+from pkm_jax.data import tfds_text, tokenizer
 from pkm_jax.data import vocabulary as vocabularies
 from pkm_jax.data.corpus import Corpus, Counts, Splits
 from pkm_jax.data.files import ContentHashes, expand, make_folder, read_json
@@ -26,6 +26,8 @@ from pkm_jax.refusal import Refusal
 FORMAT = 2                      # raise it when the same text would give other records
 MANY_UNKNOWN = 0.05             # of the tokens: said as a warning
 MOST_UNKNOWN = 0.5              # of the tokens: refused unless asked for
+# Texts that come with the program, by name: texts/README.md.
+SHIPPED = {'state-of-the-union': Path(__file__).parent / 'texts/state_of_the_union.txt.xz'}
 _FILES = 'files.json'           # {file of a prepared folder: [size, SHA-256]}
 
 
@@ -69,9 +71,9 @@ def prepare(corpus: str | list[str], *, vocab: str = '', vocab_size: int = 30_52
             log: Callable[[str], None] = print) -> Prepared:
     """Returns the dataset of `corpus`, prepared in the folder `cache` unless it is there already.
 
-    corpus: 'installed-docs'; paths and globs of text files (.txt, .jsonl, also .gz and .xz), a list
-        or with ',' between; 'tfds:NAME'; or a directory that this function or TFDS prepared, local
-        or gs://. `~` is expanded in all paths.
+    corpus: paths and globs of text files (.txt, .jsonl, also .gz and .xz), a list or with ','
+        between; the name of a SHIPPED text; 'tfds:NAME'; or a directory that this function or TFDS
+        prepared, local or gs://. `~` is expanded in all paths.
     vocab: '' trains a WordPiece vocabulary of `vocab_size` on the corpus; else a tokenizer.json, a
         vocab.txt, or a folder with one. See `tokenizer.load`.
     lowercase, strip_accents: how text is normalised. None: a trained vocabulary lowers capitals and
@@ -97,7 +99,7 @@ def prepare(corpus: str | list[str], *, vocab: str = '', vocab_size: int = 30_52
     cache = Path(expand(cache))
     vocabulary = tokenizer.load(vocab, lowercase, strip_accents, log) if vocab else None
     hashes = ContentHashes(cache)
-    text = _open_text(corpus, encoding, cache, hashes, log)
+    text = _open_text(corpus, encoding, hashes)
     make_folder(cache, 'data.cache')
     if text is None:
         prepared = open_prepared(expand(str(corpus)), hashes)
@@ -138,8 +140,7 @@ def open_prepared(path: str | os.PathLike, hashes: ContentHashes | None = None) 
     return Prepared(path=os.fspath(path), **{name: facts[name] for name in names})
 
 
-def _open_text(corpus: str | list[str], encoding: str, cache: Path, hashes: ContentHashes,
-               log: Callable[[str], None]) -> Corpus | None:
+def _open_text(corpus: str | list[str], encoding: str, hashes: ContentHashes) -> Corpus | None:
     """The text that `corpus` names, None where it names a directory of tokens."""
     if isinstance(corpus, str):
         if '://' in corpus or os.path.isdir(expand(corpus)):
@@ -148,9 +149,8 @@ def _open_text(corpus: str | list[str], encoding: str, cache: Path, hashes: Cont
                 return tfds_text.directory(str(path), hashes)
             if '://' in corpus:
                 raise Refusal(f'{corpus} is no prepared directory: it has no dataset_info.json')
-        if corpus == 'installed-docs':
-            make_folder(cache, 'data.cache')
-            corpus = [str(installed_docs.extract(cache / 'installed-docs.txt', log))]
+        if corpus in SHIPPED:
+            corpus = [str(SHIPPED[corpus])]
         elif corpus.startswith('tfds:'):
             return tfds_text.named(corpus.removeprefix('tfds:'), hashes)
     return text_files(corpus, hashes, encoding)

@@ -47,7 +47,7 @@ def text_files(patterns: str | list[str], hashes: ContentHashes,
     if missing or not patterns:
         named = ', '.join(map(repr, missing)) or 'an empty list'
         raise Refusal(f'no text file matches {named} (looked in {os.getcwd()}): {_KINDS}, a '
-                      'prepared directory, or "installed-docs"')
+                      'prepared directory, or "state-of-the-union"')
     files = sorted({Path(path) for found in matches.values() for path in found})
     for path in files:
         if _kind(path) not in ('.txt', '.jsonl'):

@@ -8,6 +8,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 from pkm_jax.memory.usage import uniform_ceiling
+from pkm_jax.report.crossed import crossed, crossed_figure
 from pkm_jax.report.finetuned import finetuned, predictions_figure, score_figure
 from pkm_jax.report.runs import (
     RunRecord,
@@ -36,11 +37,15 @@ def figures(runs: Sequence[RunRecord], theme: Theme) -> dict[str, Figure]:
                 drawn[f'predictions_{index}'] = figure
         layers = layers_of(runs)
         if layers:
-            drawn['usage'] = usage_figure(runs, layers, theme)
             drawn['usage_training'] = usage_training_figure(runs, layers, theme)
         with_counts = [layer for layer in layers if counted(runs, layer)]
         for layer in with_counts:
-            drawn[f'slots_layer_{layer}'] = slots_figure(runs, layer, theme)
+            if crossed(runs, layer):
+                drawn[f'crossed_layer_{layer}'] = crossed_figure(runs, layer, theme)
+            else:
+                drawn[f'slots_layer_{layer}'] = slots_figure(runs, layer, theme)
+        if layers:
+            drawn['usage'] = usage_figure(runs, layers, theme)
         if with_counts:
             drawn['access'] = access_figure(runs, with_counts, theme)
     return drawn

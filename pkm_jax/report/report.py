@@ -29,6 +29,9 @@ CAPTIONS = {
     'slots': 'One pixel a slot, row and column its two sub-keys; the same colour scale for all '
              'runs. Above: any of the K reads of a head. Below: the best of them, which is what '
              'top-1 usage counts.',
+    'crossed': 'The four cells of the comparison, one pixel a slot, row and column its two '
+               'sub-keys; the same colour scale for all. A slot counts as used that is the best '
+               'of a head for some token: top-1 usage.',
     'access': 'Slots of the last evaluation, sorted by use. Left, the share of all read weights '
               'that the most used slots hold together: the closer to the diagonal, the more '
               'evenly used. Right, how often each slot was read; a line ends where the slots '

@@ -24,8 +24,7 @@ def slots_figure(runs: Sequence[RunRecord], layer: str, theme: Theme) -> Figure:
     figure = Figure(figsize=(0.9 + 3.9 * columns, 8.2 * len(blocks)),
                     layout=ConstrainedLayoutEngine(h_pad=0.1))
     grid = figure.subplots(2 * len(blocks), columns, squeeze=False)
-    viridis = matplotlib.colormaps['viridis'](np.linspace(*theme.access, 256))
-    colours = ListedColormap(viridis).with_extremes(bad=theme.never)
+    colours = access_colours(theme)
     fields = (('count', 'selected', 'times among the K reads'),
               ('top1', 'best', 'times the best of a head'))
     for offset, (field, verb, label) in enumerate(fields):
@@ -33,7 +32,7 @@ def slots_figure(runs: Sequence[RunRecord], layer: str, theme: Theme) -> Figure:
         norm = LogNorm(1, max(most, 2))
         for row, block in zip(grid[offset::2], blocks, strict=True):
             for ax, (index, run) in zip(row, block, strict=False):
-                _slot_image(ax, getattr(run.access[layer], field), norm, colours)
+                slot_image(ax, getattr(run.access[layer], field), norm, colours)
                 used = np.mean(getattr(run.access[layer], field) > 0)
                 tokens = thousands(run.memory_evals[-1]['eval_tokens'])
                 ax.set_title(f'{run.name}: {used:.1%} {verb}', color=style(index)[0])
@@ -85,7 +84,14 @@ def access_figure(runs: Sequence[RunRecord], layers: Sequence[str], theme: Theme
     return figure
 
 
-def _slot_image(ax: Axes, counts: np.ndarray, norm: LogNorm, colours: Colormap) -> None:
+def access_colours(theme: Theme) -> Colormap:
+    """From one read to many; a slot that was never read is plain."""
+    viridis = matplotlib.colormaps['viridis'](np.linspace(*theme.access, 256))
+    return ListedColormap(viridis).with_extremes(bad=theme.never)
+
+
+def slot_image(ax: Axes, counts: np.ndarray, norm: LogNorm, colours: Colormap) -> None:
+    """Counts of N² slots as N × N pixels, first sub-keys down, second ones across."""
     side = math.isqrt(len(counts))
     image = np.ma.masked_equal(counts.reshape(side, side), 0)
     ax.imshow(image, norm=norm, cmap=colours)

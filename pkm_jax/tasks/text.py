@@ -25,7 +25,7 @@ class LanguageModelling:
       Refusal: a value is out of its range.
     """
     corpus: str = setting('', "globs of .txt or .jsonl files (with ',' between), a prepared "
-                              "folder, 'tfds:NAME' or 'installed-docs'")
+                              "folder, 'tfds:NAME' or 'state-of-the-union'")
     vocab: str = setting('', "vocab.txt, tokenizer.json or their folder; '': that of init_from, "
                              'else trained on the corpus')
     vocab_size: int = setting(30_522, 'words of a trained vocabulary', least=1)
@@ -63,7 +63,7 @@ class LanguageModelling:
         """
         if not self.corpus.strip():
             raise Refusal("data.corpus is empty: give globs of text files, a prepared folder, "
-                          "'tfds:NAME' or 'installed-docs'.")
+                          "'tfds:NAME' or 'state-of-the-union'.")
         return dataset.prepare(
             self.corpus, vocab=self.vocab or vocabulary, vocab_size=self.vocab_size,
             lowercase=self.lowercase, strip_accents=self.strip_accents, encoding=self.encoding,

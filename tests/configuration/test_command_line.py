@@ -28,10 +28,10 @@ def parse(monkeypatch, *arguments):
 
 def test_the_command_line_overrides_a_configuration(monkeypatch):
     config = parse(monkeypatch, f'--config={ROOT}/configs/ablation.py:placement=replace,scale=small',
-                   '--config.memory.layers=(0,2)', '--config.train.steps=70',
+                   '--config.memory.layers=(0,1)', '--config.train.steps=70',
                    '--config.data.lowercase=False')
     run, = runs_of(config)
-    assert run.model.placement == 'replace' and run.model.memory_layers == (0, 2)
+    assert run.model.placement == 'replace' and run.model.memory_layers == (0, 1)
     assert run.train.steps == 70 and run.task.lowercase is False
 
 
@@ -57,14 +57,15 @@ def test_unknown_fields_are_refused_with_those_nearest(argument, nearest):
 def test_known_fields_pass():
     command_line.check_fields(
         ['--config=quickstart', '--config.train.steps=3', '--noconfig.model.remat',
-         '--config.runs.add.init_from=x', '--config.runs.replace.memory.placement=add',
+         '--config.runs.pretrained_add.init_from=x', '--config.runs.scratch_replace.memory.placement=add',
          '--config.memory.shards.rows=2'],
         quickstart.get_config())
 
 
 @pytest.mark.parametrize('argument, said', [
-    ('--config.runs.add.train.steps=3', "of the run 'add' only what .*: init_from. --config.train.steps sets it"),
-    ('--config.runs.ad.train.steps=3', "no run 'ad'; those of this configuration: pretrain, add")])
+    ('--config.runs.scratch_add.train.steps=3',
+     "of the run 'scratch_add' only what .*: init_from, memory.placement. --config.train.steps sets it"),
+    ('--config.runs.ad.train.steps=3', "no run 'ad'; those of this configuration: pretrain, scratch_rep")])
 def test_of_a_run_what_it_sets_can_be_changed(argument, said):
     with pytest.raises(Refusal, match=said):
         command_line.check_fields([argument], quickstart.get_config())

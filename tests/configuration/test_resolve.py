@@ -61,11 +61,13 @@ def test_ablation_arguments():
 
 def test_runs_of_the_quickstart(config):
     runs = {run.name: run for run in runs_of(quickstart.get_config())}
-    assert list(runs) == ['pretrain', 'add', 'replace']
-    assert runs['pretrain'].model.placement == 'none' and not runs['pretrain'].model.memories
-    assert runs['add'].init_from == runs['pretrain'].workdir == 'runs/quickstart/pretrain'
-    assert runs['replace'].init_from == '' and runs['replace'].model.placement == 'replace'
-    assert runs['add'].model.memories.keys() == runs['replace'].model.memories.keys() != set()
+    first = runs.pop('pretrain')
+    assert first.model.placement == 'none' and not first.model.memories
+    crossed = {(run.model.placement, run.init_from) for run in runs.values()}
+    assert len(runs) == 4 and crossed == {
+        (placement, start) for placement in ('replace', 'add') for start in ('', first.workdir)}
+    assert len({run.train.steps for run in runs.values()}) == 1
+    assert {tuple(run.model.memories) for run in runs.values()} == {(1,)}
     assert [run.name for run in runs_of(config)] == ['run']
 
 

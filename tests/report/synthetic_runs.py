@@ -130,7 +130,7 @@ def make_run(
 
 
 def make_quickstart(folder, *, added=0.3, replaced=1.4, **kwargs):
-    """The three runs of the quickstart; `added` and `replaced` are the skews at the end."""
+    """Three runs such as the quickstart has; `added` and `replaced` are the skews at the end."""
     make_run(folder / 'pretrain', losses=(9.0, 6.4), seed=1)
     make_run(
         folder / 'add',
