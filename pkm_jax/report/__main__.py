@@ -1,7 +1,7 @@
 """Draws the report of runs, finished or not: python -m pkm_jax.report FOLDER [RUN …]
 
     python -m pkm_jax.report runs/bert_base_pkm
-    python -m pkm_jax.report runs/quickstart pretrain add
+    python -m pkm_jax.report runs/quickstart pretrain pretrained_add
     python -m pkm_jax.report runs/ablation_grid_bert_small
 
 Draws loss, memory usage and slots of one or several runs, and writes FOLDER/report/report.html: one
