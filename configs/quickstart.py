@@ -7,6 +7,10 @@ Congress since 1910. `pretrain` learns without memory. Then all four cells of th
 comparison, for equally many steps: from scratch or from the weights of `pretrain`, with a
 product-key memory in the place of a feed-forward layer (`replace`) or beside it (`add`). A report
 compares them, runs/quickstart/report/report.html, and `pretrained_add` fills three masks.
+
+13 minutes of processor time: some seven on two idle cores. Loss and top-1 usage, one run each:
+`pretrain` 4.05; `scratch_replace` 4.76, 66 %; `scratch_add` 4.95, 75 %; `pretrained_replace` 3.25,
+90 %; `pretrained_add` 3.25, 91 % (docs/results.md).
 """
 
 from pkm_jax.configs import bert_base_pkm

@@ -64,7 +64,7 @@ def test_known_fields_pass():
 
 @pytest.mark.parametrize('argument, said', [
     ('--config.runs.scratch_add.train.steps=3',
-     "of the run 'scratch_add' only what .*: init_from, memory.placement. --config.train.steps sets it"),
+     "of the run 'scratch_add' only what .*: init_from, memory, memory.placement. --config"),
     ('--config.runs.ad.train.steps=3', "no run 'ad'; those of this configuration: pretrain, scratch_rep")])
 def test_of_a_run_what_it_sets_can_be_changed(argument, said):
     with pytest.raises(Refusal, match=said):
