@@ -23,7 +23,7 @@ $(VENV)/tpu/installed: $(VENV)/installed
 	&& touch $@ || echo 'No TPU compiler for this machine: its tests are skipped.'
 
 LIBTPU := $(CURDIR)/$(VENV)/tpu/libtpu/libtpu.so
-PYTEST := env $$(test -e $(LIBTPU) && echo TPU_LIBRARY_PATH=$(LIBTPU)) $(BIN)/python -m pytest -n 2 --dist worksteal
+PYTEST := env $$(test -e $(LIBTPU) && echo TPU_LIBRARY_PATH=$(LIBTPU)) $(BIN)/python -m pytest -n 2 --dist worksteal --durations=40
 
 MASKS := 'The people of the United [MASK] of America.' 'My fellow [MASK], God bless America.' \
 	'We must work for peace in the [MASK].'
