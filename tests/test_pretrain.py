@@ -17,6 +17,7 @@ from pkm_jax.checkpoints import store
 from pkm_jax.refusal import Refusal
 
 
+@pytest.mark.slow
 def test_the_quickstart_in_seconds(config, tmp_path):
     """Its five runs, each with what the shrunken configuration leaves of it, and their report."""
     small = quickstart.get_config()

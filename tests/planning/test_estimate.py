@@ -115,6 +115,7 @@ def test_the_pod_configuration_fits():
     assert tables * math.prod(found.layout.shards[1:]) == 4096 ** 2 * 768 * 2
 
 
+@pytest.mark.slow
 @needs_tpu_compiler
 def test_slices_share_data_and_no_table(tiny):
     """Between slices there is a network: gradients cross it, memory groups do not."""
@@ -133,6 +134,7 @@ def test_slices_share_data_and_no_table(tiny):
         estimate(run_of(tiny), chips.parse('v5e:2x2', slices=2))
 
 
+@pytest.mark.slow
 @needs_tpu_compiler
 def test_both_cores_of_a_chip_are_devices(tiny):
     found = estimate(run_of(tiny), chips.parse('tpu7x:2x2x1'))

@@ -52,6 +52,7 @@ def test_activations_are_helped_by_smaller_parts(config, monkeypatch):
         train(config)
 
 
+@pytest.mark.slow
 def test_other_errors_of_the_runtime_keep_their_traceback(config, monkeypatch):
     fail(monkeypatch, '_loop', 'INTERNAL: something else')
     with pytest.raises(jax.errors.JaxRuntimeError, match='something else'):
