@@ -26,7 +26,6 @@ from pkm_jax.configuration.resolve import described_model, model_of
 from pkm_jax.console import survive_any_console
 from pkm_jax.convert import foreign, huggingface, labels, memories
 from pkm_jax.convert.folders import appearing
-from pkm_jax.convert.model_card import evaluation_of
 from pkm_jax.convert.tensors import ConversionLog, ForeignModel
 from pkm_jax.data import tokenizer
 from pkm_jax.data.files import expand
@@ -34,6 +33,7 @@ from pkm_jax.data.vocabulary import Vocabulary
 from pkm_jax.models.bert import HEADS, BertConfig
 from pkm_jax.models.interface import flatten
 from pkm_jax.refusal import Refusal, ends
+from pkm_jax.training.metrics_file import evaluation_of
 
 FROM = flags.DEFINE_string('from', None, 'Folder to convert.', required=True)
 TO = flags.DEFINE_string('to', None, 'Folder to write; must not exist.', required=True)

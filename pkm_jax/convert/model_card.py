@@ -1,6 +1,5 @@
 """The README.md of an exported folder, the card of its model (docs/model_card.md)."""
 
-import json
 from pathlib import Path
 from typing import Any
 
@@ -57,23 +56,6 @@ def model_card(content: dict[str, Any], run: dict[str, Any],
               'Written by pkm_jax, which implements '
               '[Kim and Jung (2020)](https://arxiv.org/abs/2010.03881).']
     return '\n'.join(lines) + '\n'
-
-
-def evaluation_of(run: Path, step: int) -> dict[str, Any]:
-    """What a run's weights of that step reached, as its `metrics.jsonl` says; {} if it does not."""
-    found: dict[str, Any] = {}
-    try:
-        lines = (run / 'metrics.jsonl').read_text(encoding='utf-8', errors='replace').splitlines()
-    except FileNotFoundError:
-        return found
-    for line in lines:
-        try:
-            record = json.loads(line)
-        except ValueError:      # cut short: the run mends that when it goes on
-            continue
-        if isinstance(record, dict) and (record.get('kind'), record.get('step')) == ('eval', step):
-            found = record
-    return found
 
 
 def _evaluation(record: dict[str, Any]) -> list[str]:

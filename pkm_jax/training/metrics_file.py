@@ -44,6 +44,15 @@ class MetricsFile:
         self._file.close()
 
 
+def evaluation_of(run: Path, step: int) -> dict[str, Any]:
+    """What a run's weights of that step reached, as its `metrics.jsonl` says; {} if it does not."""
+    path = run / 'metrics.jsonl'
+    lines = path.read_bytes().splitlines(keepends=True) if path.exists() else []
+    found = [record for line in lines if (record := _record(line))
+             and (record['kind'], record['step']) == ('eval', step)]
+    return found[-1] if found else {}
+
+
 def _mended(lines: list[bytes], step: int, every: int,
             known: dict[str, Any] | None) -> tuple[list[bytes], list[str]]:
     """The lines that stay, and what a person should know of the others."""

@@ -7,7 +7,7 @@ import pytest
 
 from pkm_jax.configuration.resolve import task_of
 from pkm_jax.convert import huggingface, labels
-from pkm_jax.convert.model_card import evaluation_of
+from pkm_jax.training.metrics_file import evaluation_of
 
 GOLDENS = Path(__file__).parent / 'goldens'
 RUN = {'task': 'classification', 'init_from': '/weights/bert_base', 'seed': 3,
