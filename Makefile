@@ -23,7 +23,9 @@ $(VENV)/tpu/installed: $(VENV)/installed
 	&& touch $@ || echo 'No TPU compiler for this machine: its tests are skipped.'
 
 LIBTPU := $(CURDIR)/$(VENV)/tpu/libtpu/libtpu.so
-PYTEST := env $$(test -e $(LIBTPU) && echo TPU_LIBRARY_PATH=$(LIBTPU)) $(BIN)/python -m pytest -n 2 --dist worksteal --durations=40
+# Each takes tests that are neighbours, which share fixtures and compiled functions.
+WORKERS := -n 2 --dist worksteal
+PYTEST := env $$(test -e $(LIBTPU) && echo TPU_LIBRARY_PATH=$(LIBTPU)) $(BIN)/python -m pytest $(WORKERS) --durations=40
 
 MASKS := 'The people of the United [MASK] of America.' 'My fellow [MASK], God bless America.' \
 	'We must work for peace in the [MASK].'
@@ -73,7 +75,7 @@ ifeq ($(NEWEST),)
 	@echo 'No Python 3.13 here: the tests under the newest jax are skipped (NEWEST=… names one).'
 else
 	$(MAKE) PYTHON=$(NEWEST) VENV=.venv-newest .venv-newest/installed
-	.venv-newest/bin/python -m pytest -n 2 --dist worksteal -m 'not slow' $(NEWEST_TESTS)
+	.venv-newest/bin/python -m pytest $(WORKERS) -m 'not slow' $(NEWEST_TESTS)
 endif
 
 lint: $(VENV)/installed

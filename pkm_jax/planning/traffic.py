@@ -122,8 +122,7 @@ class Traffic:
         if _STARTED in inner[-1].text:
             return given, max(sizes)
         for place, name in enumerate(line.operands):
-            taken = self._taken(_parameter(inner, place), called)
-            read += self._size(name) if taken is None else min(taken, self._size(name))
+            read += self._part_of(name, self._taken(_parameter(inner, place), called))
         root = inner[-1]
         if root.operation == 'tuple':
             return read, sum(self._put(self._by_name[name], size)
@@ -132,11 +131,11 @@ class Traffic:
 
     def _taken_by(self, line):
         """Bytes that an instruction reads of its operands."""
-        read = 0
-        for name in set(line.operands):
-            taken = self._taken_of(line, name)
-            read += self._size(name) if taken is None else min(taken, self._size(name))
-        return read
+        return sum(self._part_of(name, self._taken_of(line, name)) for name in set(line.operands))
+
+    def _part_of(self, name, taken):
+        """Bytes read of an array in HBM of which so many are taken; None: all."""
+        return self._size(name) if taken is None else min(taken, self._size(name))
 
     def _taken(self, name, computation):
         """Bytes that a fused computation takes of an array of its; None: all."""
