@@ -50,7 +50,7 @@ class Choice:
     """
     operation: str                  # for messages
     reference: Callable
-    load: Callable[[], Kernel]      # imports the kernel for NVIDIA GPUs,
+    load: Callable[[], Kernel] | None           # imports the kernel for NVIDIA GPUs,
     load_tpu: Callable[[], Kernel] | None = None    # and that for TPUs
 
     def __call__(self, implementation: Implementation | None, *arrays: Any, **static: Any) -> Any:
@@ -68,7 +68,7 @@ class Choice:
 
     def has_kernel(self, platform: Implementation) -> bool:
         """Whether there is one for 'gpu' or 'tpu', for some arguments at least."""
-        return platform == 'gpu' or self.load_tpu is not None
+        return (self.load if platform == 'gpu' else self.load_tpu) is not None
 
     def kernel(self, platform: Implementation) -> Kernel:
         """The kernel for 'gpu' or 'tpu'.

@@ -8,6 +8,7 @@ gathered: a table, its gradient, its optimiser state.
 
 import functools
 import math
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
@@ -219,6 +220,32 @@ def put_rows(
 
     spec = P(*axes.table[:table.ndim])
     return on_shards(put, (spec, _rows(axes).ids, spec), spec, axes)(table, ids, rows)
+
+
+def on_parts(
+    function: Callable, table: Array, ids: Int32[Array, 'rows'], whole: Sequence[Array],
+    parts: Sequence[Array], *, axes: Axes = OWN,
+) -> tuple[Array, ...]:
+    """`function(part, ids, start, *whole, *parts)` of each part of a table, with a place in `ids`
+    for each row. It returns the part changed, numbers [rows, 1], and `parts` from the third on
+    changed.
+
+    `ids` are those of the part, `start` the slot and the column with which it begins; `parts` are
+    arrays [S, V] or [S], split as the table.
+    """
+    def run(table, ids, whole, parts):
+        shards = shards_in_use(axes)
+        start = jnp.stack([jnp.int32(size) * (jax.lax.axis_index(names) if split > 1 else 0)
+                           for size, names, split in zip(
+                               table.shape, (axes.rows, axes.columns), shards[1:])])
+        return tuple(function(table, _in_shard(ids, len(table), axes)[0], start, *whole, *parts))
+
+    def spec(array):
+        return P(*axes.table[:array.ndim])
+
+    specs: Any = spec(table), _rows(axes).ids, tuple(P() for _ in whole), tuple(map(spec, parts))
+    out = axes.table, axes.table, *map(spec, parts[2:])
+    return on_shards(run, specs, out, axes)(table, ids, tuple(whole), tuple(parts))
 
 
 def _rows(axes) -> Any:

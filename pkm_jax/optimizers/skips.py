@@ -8,7 +8,7 @@ import optax
 from jaxtyping import Array, Bool, Float
 
 from pkm_jax.memory.sparse_rows import is_rows
-from pkm_jax.optimizers.sparse import RowsState
+from pkm_jax.optimizers.sparse import RowsState, is_of_table
 
 FORGETS = 0.01      # share of a running mean that each step replaces
 
@@ -29,8 +29,9 @@ def limit_loss(
     def init(params):
         return LossLimit(jnp.full((), jnp.inf), inner.init(params))
 
-    def update(updates, state, params=None, *, loss, **_):
-        updates, changed = inner.update(updates, state.inner, params)
+    def update(updates, state, params=None, *, loss, **others):
+        updates, changed = optax.with_extra_args_support(inner).update(
+            updates, state.inner, params, **others)
         moved = state.limit + FORGETS * (factor * loss - state.limit)
         return updates, LossLimit(
             jnp.where(jnp.isinf(state.limit), factor * loss, moved), changed)
@@ -60,8 +61,8 @@ def rows_if(sound: Bool[Array, ''], gradient: Any, params: Any) -> Any:
 def params_if(sound: Bool[Array, ''], updates: Any, changed: Any, params: Any) -> Any:
     """The `changed` parameters, or those of before; tables stay as they are, see `rows_if`."""
     return jax.tree.map(
-        lambda update, new, old: new if is_rows(update) else jnp.where(sound, new, old),
-        updates, changed, params, is_leaf=is_rows)
+        lambda update, new, old: new if is_of_table(update) else jnp.where(sound, new, old),
+        updates, changed, params, is_leaf=is_of_table)
 
 
 def state_if(sound: Bool[Array, ''], changed: Any, state: Any) -> Any:

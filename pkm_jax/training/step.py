@@ -16,7 +16,7 @@ from pkm_jax.memory.usage import SlotCounts, count_slots, mark_selected
 from pkm_jax.models.interface import MemorySite, at, replaced, table_paths
 from pkm_jax.optimizers.groups import group_norms
 from pkm_jax.optimizers.skips import is_sound, params_if, rows_if, state_if
-from pkm_jax.optimizers.sparse import apply_updates
+from pkm_jax.optimizers.sparse import apply_updates, norms_of
 from pkm_jax.tasks.interface import Batch, Task
 from pkm_jax.training.state import TrainState, gathered
 
@@ -97,7 +97,8 @@ def train_step(
         loss, norm = sums['loss'] / terms, optax.tree.norm(rows_of(gradient))
         sound = is_sound(loss, norm, state.optimizer)
         updates, optimizer_state = optax.with_extra_args_support(optimizer).update(
-            rows_if(sound, gradient, state.params), state.optimizer, state.params, loss=loss)
+            rows_if(sound, gradient, state.params), state.optimizer, state.params, loss=loss,
+            rounding=rounding)
         params = apply_updates(state.params, updates, rounding)
         metrics = {**task.metrics({**sums, 'terms': terms}), 'skipped': (~sound).astype(jnp.int32),
                    'grad_norm': norm, 'norms': {'grad_norm': group_norms(gradient, tables)}}
@@ -187,7 +188,8 @@ def _norms_of_change(updates, params, tables, sparse):
     be summed. Of a table of which few rows change there is no norm: to pass over it would take
     longer than the step.
     """
-    norms = {'update_norm': group_norms(updates, tables), 'param_norm': group_norms(params, tables)}
+    norms = {'update_norm': group_norms(norms_of(updates), tables),
+             'param_norm': group_norms(params, tables)}
     if sparse:
         del norms['param_norm']['values']
     return norms
