@@ -112,7 +112,8 @@ def _tiled(slots, weights, counts, sizes):
     counts = padded_tokens(counts, TILE, 1)
     slots, weights = (padded_tokens(jnp.pad(array, ((0, 0), (0, sizes.reads - array.shape[1]))),
                                     TILE) for array in (slots, weights.astype(jnp.float32)))
-    slots = jnp.where(jnp.arange(sizes.reads) < counts[:, None], slots, NO_READ)
+    place = jnp.arange(sizes.reads, dtype=jnp.int32)
+    slots = jnp.where(place[None] < counts[:, None], slots, NO_READ)
     counts = jnp.pad(counts.reshape(-1, TILE), ((0, 0), (0, LANES - TILE)))
     return slots.reshape(-1), weights.reshape(-1), counts.reshape(-1)
 
