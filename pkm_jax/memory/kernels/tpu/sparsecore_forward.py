@@ -62,7 +62,7 @@ class Kept(NamedTuple):
     left: Any
 
 
-def unsupported(values: ShapeDtypeStruct, reads: int, chip: Chip) -> str | None:
+def unsupported(values: Any, reads: int, chip: Chip) -> str | None:
     """Why a subcore cannot read so many rows of this table for a token; None if it can."""
     if _piece(values, reads, chip) is None:
         return f'{reads} reads a token do not fit a subcore of {chip.memory} bytes'
