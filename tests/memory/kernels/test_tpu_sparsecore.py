@@ -9,9 +9,11 @@ import numpy as np
 import pytest
 from jax.experimental.pallas import tpu as pltpu
 
+from benchmarks import tpu_sparsecore
 from pkm_jax.memory.embedding_bag import embedding_bag
 from pkm_jax.memory.kernels.tpu import sparsecore, sparsecore_forward
 from tests.memory.kernels.test_tpu_embedding_bag import LIMIT, error, make, random_slots
+from tests.planning.tiny import needs_tpu_compiler
 
 CHIP = sparsecore.Chip(cores=1, subcores=2, lanes=4, memory=2 ** 16)
 
@@ -21,6 +23,7 @@ def few_streams(monkeypatch):
     """Tiles of four tokens, places for rows that are used several times in each."""
     monkeypatch.setattr(sparsecore_forward, 'TILE', 4)
     monkeypatch.setattr(sparsecore_forward, 'STREAMS', 2)
+    jax.clear_caches()
 
 
 def read(values, slots, weights, counts, interpret=True, chip=CHIP, **settings):
@@ -39,7 +42,8 @@ CASES = {
 }
 
 
-@pytest.mark.parametrize('case', CASES)
+@pytest.mark.parametrize('case', [case if case in ('parts that are not full', 'an odd width') else
+                                  pytest.param(case, marks=pytest.mark.slow) for case in CASES])
 def test_sums_agree_with_float64(case):
     """Each token's first few reads alone, of one to all of them."""
     values, slots, weights, _ = make(*CASES[case])
@@ -52,6 +56,7 @@ def test_sums_agree_with_float64(case):
     assert error(sums, want) < LIMIT[str(values.dtype)]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize('when', ['eager', 'on_wait'])
 def test_nothing_is_summed_before_it_is_there(when):
     """Rows in pieces; copies when they start or as late as they can be; memory that no copy came to
@@ -66,7 +71,8 @@ def test_nothing_is_summed_before_it_is_there(when):
                                   read(values, slots, weights, counts))
 
 
-@pytest.mark.parametrize('share', [0., .8, 1.])
+@pytest.mark.parametrize('share', [.8, pytest.param(0., marks=pytest.mark.slow),
+                                   pytest.param(1., marks=pytest.mark.slow)])
 def test_by_the_setting_reads_and_gradients_are_the_references(share, monkeypatch):
     """Reads made elsewhere are not added; sums keep their order, and so every bit."""
     monkeypatch.setenv(sparsecore.SETTING, '1')
@@ -119,3 +125,15 @@ def test_without_the_setting_or_sparsecores_the_tensorcore_reads(monkeypatch, ca
         assert sparsecore.chosen(interpret=False) is None
     assert [record.message for record in caplog.records] == [
         'PKM_JAX_SPARSECORE=1: this device has no SparseCores; the TensorCore reads.']
+
+
+@needs_tpu_compiler
+@pytest.mark.parametrize('chip', ['v6e', *(pytest.param(chip, marks=pytest.mark.slow)
+                                           for chip in ('v5p', 'tpu7x'))])
+def test_the_compiler_takes_the_read(chip, monkeypatch):
+    """With the sizes that it is for; six instructions for each read and vector of words."""
+    monkeypatch.undo()
+    read = tpu_sparsecore.Read(768, 8, jnp.dtype('bfloat16'))
+    found = tpu_sparsecore.compiled(read, chip)
+    assert found.instructions == 6 * tpu_sparsecore.TOKENS * 32 * 384 // found.chip.lanes
+    assert 'read_rows_on_sparsecores' in found.program.as_text()
