@@ -117,7 +117,7 @@ class Rows(NamedTuple):
             return act(pltpu.make_async_copy(self.table.at[which, self.columns], self.into,
                                              self.arrived))
 
-        def on_row(row, _):
+        def on_row(row, __):
             index = self.indices[self.start + row]
 
             @pl.when(index != NO_READ)

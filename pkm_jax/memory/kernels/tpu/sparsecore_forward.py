@@ -145,7 +145,7 @@ def _sum_tiles(sizes, number, subcores, slots, weights, counts, table, sums, *ke
             kept.sums, sums.at[:, pl.ds((number + n * subcores) * TILE, TILE),
                                pl.ds(piece * sizes.piece, sizes.piece)], kept.left.at[0])
 
-    def on_tile(n, _):
+    def on_tile(n, __):
         for copy in scalars_in(n):
             copy.wait()
 
