@@ -11,6 +11,7 @@ from jax.experimental import topologies
 
 from pkm_jax.accelerators import CHIPS, Chip
 from pkm_jax.refusal import Refusal
+from pkm_jax.training.layout_time import Rates
 
 GPUS_PER_HOST = 8
 
@@ -111,6 +112,12 @@ def devices(topology: Topology) -> Sequence[jax.Device]:
         raise Refusal(
             f"--topology={topology.name} needs the TPU compiler, but no TPU: pip install "
             f"'jax[tpu]' ({error}).") from error
+
+
+def rates(topology: Topology) -> Rates:
+    """Those that a layout for it is chosen by."""
+    return Rates(topology.chip, topology.size // topology.slices if topology.is_tpu else
+                 GPUS_PER_HOST)
 
 
 def link_rate(topology: Topology, places: Sequence[Sequence[int]]) -> float:

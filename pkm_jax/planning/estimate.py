@@ -94,7 +94,7 @@ def estimate(run: Run, topology: Topology) -> Estimate:
     chip, count = topology.chip, topology.size
     run = run.with_vocabulary(run.task.vocab_size)      # text is not needed
     available = chip.memory - RESERVED if topology.is_tpu else int(chip.memory * GPU_SHARE)
-    layout = lay_out(run, count, device_bytes=available)
+    layout = lay_out(run, count, device_bytes=available, rates=chips.rates(topology))
     mesh = make_mesh(layout.shards, chips.devices(topology))
     with jax.set_mesh(mesh):
         program = make_program(run, run.model, layout.sparse, mesh)
