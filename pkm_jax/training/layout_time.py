@@ -17,9 +17,9 @@ from pkm_jax.memory.embedding_bag import even_passes
 from pkm_jax.memory.replica_exchange import replica_exchange
 from pkm_jax.mesh import Shards
 
-# Of devices of which nothing is published bytes alone are compared: one that is sent counts as eight
-# that are read (H100 7, H200 11, A100 7, TPUs 4 to 5), over a network as 64. CPU devices send through
-# the memory that they share.
+# Of devices of which nothing is published bytes alone are compared: one that is sent counts as
+# eight that are read (H100 7, H200 11, A100 7, TPUs 4 to 5), over a network as 64. CPU devices send
+# through the memory that they share.
 UNKNOWN = Chip(0, 0., bandwidth=8., links=1., dimensions=0, network=1 / 8, kinds=())
 CPU = UNKNOWN._replace(bandwidth=1.)
 SLOW_NETWORK = 30   # links over the network where that is not published, at least (docs/design.md)
@@ -62,7 +62,7 @@ class Rates(NamedTuple):
     def said(self, seconds: float) -> str:
         """An estimate in words."""
         return (f'{seconds * 1e3:,.2f} ms' if self.known else
-                f'{seconds / 1e6:,.3g} MB sent or as good as sent')
+                f'{seconds / 1e6:,.1f} MB sent or as good as sent')
 
     @staticmethod
     def span(shards: Shards, axes: tuple[str, ...]) -> int:
