@@ -173,6 +173,19 @@ def test_several_devices_and_one_agree(config, tmp_path, monkeypatch):
         np.testing.assert_allclose(array, several[name], atol=2e-5, err_msg=name)
 
 
+@pytest.mark.slow
+def test_another_layout_is_said(config, capsys):
+    with killed_after(4):
+        train(config)
+    with killed_after(5):
+        train(config)
+    assert 'of the checkpoint' not in capsys.readouterr().out
+    config.memory.shards.update(rows=2, columns=1)
+    train(config)
+    assert ('layout: 4 × 2 × 1 (data × rows × columns), of the checkpoint 8 × 1 × 1: '
+            in capsys.readouterr().out)
+
+
 def test_a_run_can_be_lengthened_on_purpose(config, capsys):
     folder = train(config)
     config.train.steps = 9
