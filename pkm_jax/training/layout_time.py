@@ -92,7 +92,8 @@ def rates_here() -> Rates:
     device = jax.local_devices()[0]
     if device.platform == 'cpu':
         return Rates(CPU, plain=True)
-    places = Counter(getattr(other, 'slice_index', 0) for other in jax.devices())
+    # Of GPUs the slice is the host that they are in.
+    places = Counter(getattr(other, 'slice_index', other.process_index) for other in jax.devices())
     return Rates(chip_of(device.device_kind) or UNKNOWN, min(places.values()))
 
 
