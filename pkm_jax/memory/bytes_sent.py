@@ -53,8 +53,9 @@ def bytes_sent(shards: Shards, read: Read, sparse: bool) -> list[Sent]:
             ('gradients of the reads', ('data', 'rows') if whole else ('rows',),
              (tokens if whole else group) * part * value)]
         if exchange == 'rows':
+            numbered = of_group < shard     # else each has its own place
             found.append(('rows of each replica', ('data',),
-                          data * min(shard, of_group) * (part + 1) * FLOAT))
+                          data * min(shard, of_group) * (part + numbered) * FLOAT))
         if read_numbers >= shard:
             found.append(('marks of what was read', ('data',), 2 * shard))
     else:
