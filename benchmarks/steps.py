@@ -35,7 +35,7 @@ def seconds_of(function, calls: int = CALLS, runs: int = RUNS) -> float:
 
 def run_of(config: ml_collections.ConfigDict, batch: int, length: int) -> Run:
     """The run of a configuration of masked words with so many sequences of so many tokens."""
-    predictions = config.data.max_predictions * length // config.data.length
+    predictions = -(-config.data.max_predictions * length // config.data.length)
     config.train.update(batch=batch)
     config.data.update(length=length, max_predictions=predictions)
     return runs_of(config)[0].with_vocabulary(WORDS)
