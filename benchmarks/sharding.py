@@ -27,7 +27,16 @@ import jax
 import ml_collections
 import numpy as np
 
-from benchmarks.steps import CALLS, RUNS, Step, compiled, random_batch, run_of, seconds_of_step
+from benchmarks.steps import (
+    CALLS,
+    RUNS,
+    WORDS,
+    Step,
+    compiled,
+    random_batch,
+    run_of,
+    seconds_of_step,
+)
 from pkm_jax.configs import bert_base_pkm, bert_base_pkm_pod
 from pkm_jax.configuration.run import Run
 from pkm_jax.mesh import Shards
@@ -45,6 +54,7 @@ PLAIN, MEMORIES, SPARSE = 'BERT-base', 'two memories of 512², dense', '2048² s
 TARGETS = {PLAIN: 0.96, MEMORIES: 0.96, SPARSE: 0.92}
 SCHEDULER = {'xla_gpu_enable_latency_hiding_scheduler': True}
 MEGABYTE = 2 ** 20
+FEW = 128       # words of small models
 # What may overlap the sum of gradients with the backward pass, as XLA of jax 0.10 to 0.12 calls it.
 OPTIONS: dict[str, dict[str, Any]] = {
     'scheduler': SCHEDULER,
@@ -98,7 +108,7 @@ def configuration(model: str, small: bool) -> ml_collections.ConfigDict:
 def run_on(model: str, devices: int, small: bool) -> Run:
     """Its run on so many devices."""
     rows, length = (4, 16) if small else (8 if model == SPARSE else 32, 512)
-    return run_of(configuration(model, small), rows * devices, length)
+    return run_of(configuration(model, small), rows * devices, length, FEW if small else WORDS)
 
 
 def chosen(run: Run, devices: int) -> Layout:
@@ -128,7 +138,7 @@ def check_equality(devices: int) -> Iterator[tuple[str, float]]:
     cases = {}
     for updates in ('dense', 'sparse'):
         config.memory.updates = updates
-        run, sparse = run_of(config, 16, 16), updates == 'sparse'
+        run, sparse = run_of(config, 16, 16, FEW), updates == 'sparse'
         cases |= {(updates, shards): (run, shards, sparse)
                   for shards in (Shards(), *kinds_of_layouts(run, devices))}
 

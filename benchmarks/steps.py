@@ -33,12 +33,12 @@ def seconds_of(function, calls: int = CALLS, runs: int = RUNS) -> float:
     return statistics.median(times[1:])
 
 
-def run_of(config: ml_collections.ConfigDict, batch: int, length: int) -> Run:
+def run_of(config: ml_collections.ConfigDict, batch: int, length: int, words: int = WORDS) -> Run:
     """The run of a configuration of masked words with so many sequences of so many tokens."""
     predictions = -(-config.data.max_predictions * length // config.data.length)
     config.train.update(batch=batch)
     config.data.update(length=length, max_predictions=predictions)
-    return runs_of(config)[0].with_vocabulary(WORDS)
+    return runs_of(config)[0].with_vocabulary(words)
 
 
 def random_batch(run: Run, seed: int = 0) -> dict[str, np.ndarray]:
@@ -47,7 +47,7 @@ def random_batch(run: Run, seed: int = 0) -> dict[str, np.ndarray]:
     length, predictions = run.task.length, run.task.predictions()
 
     def words(columns):
-        return rng.integers(5, WORDS, (rows, columns), dtype=np.int32)
+        return rng.integers(5, run.model.vocab_size, (rows, columns), dtype=np.int32)
 
     return {'tokens': words(length), 'segments': np.zeros((rows, length), np.int32),
             'lengths': np.full(rows, length, np.int32), 'mlm_labels': words(predictions),
