@@ -40,14 +40,8 @@ from benchmarks.steps import (
 from pkm_jax.configs import bert_base_pkm, bert_base_pkm_pod
 from pkm_jax.configuration.run import Run
 from pkm_jax.mesh import Shards
-from pkm_jax.training.layout import (
-    NARROWEST,
-    Layout,
-    bytes_of_device,
-    lay_out,
-    rates_here,
-    tables_of,
-)
+from pkm_jax.training.layout import NARROWEST, Layout, bytes_of_device, lay_out, tables_of
+from pkm_jax.training.layout_time import rates_here
 
 TOLERANCE = 2e-5        # of parameters after three steps of 1e-4 and 1e-3, and of losses
 PLAIN, MEMORIES, SPARSE = 'BERT-base', 'two memories of 512², dense', '2048² slots, sparse'
