@@ -6,6 +6,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import jax
 import pytest
 
 from benchmarks import layouts, sharding
@@ -33,8 +34,16 @@ def test_sharding_on_two_devices():
     assert found.count('| scheduler | 2 |') == 3 and 'failed' not in found
 
 
+@pytest.fixture
+def as_users_have_it():
+    """Without conftest.py's strictness, also in threads: the gradient of jax's attention needs it."""
+    jax.config.update('jax_numpy_dtype_promotion', 'standard')
+    yield
+    jax.config.update('jax_numpy_dtype_promotion', 'strict')
+
+
 @pytest.mark.slow
-def test_an_unknown_option_fails_alone(monkeypatch, capsys):
+def test_an_unknown_option_fails_alone(as_users_have_it, monkeypatch, capsys):
     monkeypatch.setattr(sharding, 'OPTIONS', {
         'wrong': {'xla_gpu_no_such': True}, 'right': {'xla_gpu_enable_pipelined_all_reduce': True}})
     sharding.try_options(2, {}, small=True)
