@@ -133,7 +133,8 @@ class _Files:
     """The files of a split, as TFDS' sequential writer names them."""
 
     def __init__(self, folder: Path, split: str):
-        self._split, self._lengths, self._bytes, self._writer = split, [], 0, None
+        self._split, self._lengths, self._bytes = split, [], 0
+        self._writer: ArrayRecordWriter = None
         self._template = tfds.core.ShardedFileTemplate(
             data_dir=folder, dataset_name=NAME, split=split, filetype_suffix='array_record',
             template='{DATASET}-{SPLIT}.{FILEFORMAT}-{SHARD_INDEX}')
