@@ -184,6 +184,8 @@ def _choose(possible: list[Candidate], asked: Parts, device_bytes: int | None, r
              f'half of a device is {budget / 1e9:,.2f} GB')
     if not fitting:
         return best.shards, f'{why}, the most there are ({limit})'
+    if len(possible) == 1:
+        return best.shards, f'{why}, all that there are ({limit})'
     next_best = (f'; next {_parts(fitting[1])}, {rates.said(fitting[1].seconds)}'
                  if len(fitting) > 1 else '; no other fits')
     return best.shards, (f'{why}, the least time by estimate of those that fit ({limit}): '
