@@ -167,7 +167,7 @@ def _choose_updates(run, memory, tables, reads):
 def _choose(possible: list[Candidate], asked: Parts, device_bytes: int | None, rates: Rates,
             ) -> tuple[Shards, str]:
     """The layout of the least time among those that take half of a device's memory or less, and
-    why; groups that links join before others.
+    why; those whose copies of a table lie within a slice before others.
 
     Where none fits, the most parts.
     """

@@ -56,8 +56,8 @@ class Rates(NamedTuple):
         return chip.links * min(crossed, chip.dimensions) / chip.dimensions
 
     def crosses(self, shards: Shards) -> bool:
-        """Whether the devices that share a copy of a table are in several slices or hosts."""
-        return bool(self.joined) and shards.rows * shards.columns > self.joined
+        """Whether a copy of a table is in several slices of TPUs, as `make_mesh` makes none."""
+        return bool(self.chip.dimensions) and shards.rows * shards.columns > self.joined
 
     def said(self, seconds: float) -> str:
         """An estimate in words."""
