@@ -7,12 +7,12 @@ from pkm_jax.configuration.resolve import runs_of
 from pkm_jax.planning import out_of_memory
 from pkm_jax.refusal import OutOfMemory
 from pkm_jax.training import loop
-from pkm_jax.training.layout import bytes_of_device, lay_out
+from pkm_jax.training.layout import lay_out_here
 
 
 def train(config):
     run, = runs_of(config)
-    layout = lay_out(run, jax.device_count(), jax.process_count(), bytes_of_device())
+    layout = lay_out_here(run)
     with out_of_memory.explained(run, layout):
         loop.train(run, layout)
 

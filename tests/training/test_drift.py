@@ -2,14 +2,13 @@
 
 import json
 
-import jax
 import numpy as np
 import pytest
 
 from pkm_jax.configuration.resolve import runs_of
 from pkm_jax.refusal import Refusal
 from pkm_jax.training import loop
-from pkm_jax.training.layout import lay_out
+from pkm_jax.training.layout import lay_out_here
 from pkm_jax.training.refresh import _best_step, refresh
 from tests.training.runs import killed_after, train
 
@@ -55,7 +54,7 @@ def test_refreshing_values_takes_off_loss(config):
     config.memory.update(drift_tokens=40)
     config.train.learning_rate = .003
     run, = runs_of(config)
-    layout = lay_out(run, jax.device_count())
+    layout = lay_out_here(run)
     folder = loop.train(run, layout)
     found = refresh(run, layout, batches=20)
     last = [json.loads(line) for line in (folder / 'metrics.jsonl').read_text().splitlines()][-1]

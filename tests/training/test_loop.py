@@ -178,6 +178,18 @@ def test_several_devices_and_one_agree(config, tmp_path, monkeypatch):
 
 
 @pytest.mark.slow
+def test_another_layout_is_said(config, capsys):
+    for batches in (4, 2):      # begun, and gone on with in the same layout
+        with killed_after(batches):
+            train(config)
+    assert 'of the checkpoint' not in capsys.readouterr().out
+    config.memory.shards.update(rows=2, columns=1)
+    train(config)
+    assert ('layout: 4 × 2 × 1 (data × rows × columns), of the checkpoint 8 × 1 × 1: '
+            in capsys.readouterr().out)
+
+
+@pytest.mark.slow
 def test_a_run_can_be_lengthened_on_purpose(config, capsys):
     folder = train(config)
     config.train.steps = 9
