@@ -4,10 +4,10 @@ r"""BERT-base with one memory of 4096² slots: 12.9 billion value parameters on 
     launch/tpu_pod.sh --name=pod --zone=ZONE --workdir=gs://BUCKET/runs/pod run \
         --config=configs/bert_base_pkm_pod.py --config.data.corpus=/mnt/gcs/BUCKET/corpora/wikipedia
 
-For 256 chips of v5e (16 GB), which the first command plans without any: the table is split into 16
-parts by rows and 4 by columns, four times over, and a chip is filled to a little more than half.
-What it exchanges and what that costs is in docs/scaling.md: 11.4 million tokens/s are estimated, so
-6.4 hours for 500k steps. It has not been run on a pod yet, and how it ends is unknown.
+For 256 chips of v5e (16 GB), which the first command plans without any: the table is split into 32
+parts by rows and 4 by columns, twice over, and a chip is filled to two fifths. What is exchanged
+and what that costs is in docs/scaling.md: 12.8 million tokens/s are estimated, so 5.7 hours for
+500k steps. It has not been run on a pod yet, and how it ends is unknown.
 
 Against the paper's recipe (configs/bert_base_pkm.py): one memory, in the middle of the network,
 bfloat16 values, whose rows are updated only where they were read, with one second moment a row, and

@@ -36,7 +36,7 @@ from pkm_jax.refusal import ExitStatus, Refusal
 from pkm_jax.report.ablation import write_ablation
 from pkm_jax.training import ending, start
 from pkm_jax.training.cells import CellFile, plan
-from pkm_jax.training.layout import bytes_of_device, lay_out
+from pkm_jax.training.layout import lay_out_here
 from pkm_jax.training.loop import train
 from pkm_jax.training.refresh import refresh
 
@@ -103,7 +103,7 @@ def _do(cell: Cell, config: ml_collections.ConfigDict, file: CellFile, whole: bo
     """Trains a cell, and where `whole` measures what refreshing does and fine-tunes it; all that is
     not done."""
     one = cell.run()
-    layout = lay_out(one, jax.device_count(), jax.process_count(), bytes_of_device())
+    layout = lay_out_here(one)
     check_same_run(one)
     steps, refreshes = one.train.steps, config.ablation.refresh_batches
     if not file.has('trained', steps):

@@ -35,6 +35,12 @@ CHIPS = {
 }
 
 
+def chip_of(kind: str) -> Chip | None:
+    """What is published of a device that JAX calls so; None where it is not known."""
+    return next((chip for chip in CHIPS.values() if kind in chip.kinds), None)
+
+
 def peak_flops(kind: str) -> float | None:
     """Of one device of this kind in FLOP/s, bfloat16 and dense; None where it is not known."""
-    return next((chip.flops for chip in CHIPS.values() if kind in chip.kinds), None)
+    chip = chip_of(kind)
+    return chip.flops if chip else None

@@ -35,7 +35,7 @@ from pkm_jax.report.report import write_report
 from pkm_jax.tasks.finetuning import FinetuningTask
 from pkm_jax.training import ending, start
 from pkm_jax.training.evaluation import Evaluation
-from pkm_jax.training.layout import bytes_of_device, lay_out
+from pkm_jax.training.layout import lay_out_here
 from pkm_jax.training.loop import train
 from pkm_jax.training.scoring import score
 
@@ -78,8 +78,7 @@ def finetune(config: dict[str, Any]) -> Results:
         data = task.prepare(vocabulary, hosts.say)
     task = task.of_data(data)
     runs = runs_of(config, task, data, pretrained.open_pretrained(config['init_from']).model)
-    layouts = [lay_out(one, jax.device_count(), jax.process_count(), bytes_of_device())
-               for one in runs]
+    layouts = [lay_out_here(one) for one in runs]
     results = {}
     for one, layout in zip(runs, layouts):
         with explained(one, layout):

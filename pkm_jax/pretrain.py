@@ -23,7 +23,7 @@ from pkm_jax.planning.out_of_memory import explained
 from pkm_jax.processes import hosts
 from pkm_jax.report.report import write_report
 from pkm_jax.training import ending, start
-from pkm_jax.training.layout import bytes_of_device, lay_out
+from pkm_jax.training.layout import lay_out_here
 from pkm_jax.training.loop import train
 
 CONFIG = command_line.define_config()
@@ -43,8 +43,7 @@ def run(config: ml_collections.ConfigDict) -> Path | None:
     runs = runs_of(config)
     start.use_compilation_cache(runs[0].compilation_cache)
     hosts.join(runs[0].distributed)
-    layouts = [lay_out(one, jax.device_count(), jax.process_count(), bytes_of_device())
-               for one in runs]
+    layouts = [lay_out_here(one) for one in runs]
     for one, layout in zip(runs, layouts):
         with explained(one, layout):
             train(one, layout)

@@ -32,7 +32,7 @@ from pkm_jax.data.files import expand
 from pkm_jax.mesh import make_mesh
 from pkm_jax.refusal import Refusal, ends
 from pkm_jax.training.divergence import DIAGNOSIS, FOLDER, why
-from pkm_jax.training.layout import bytes_of_device, lay_out
+from pkm_jax.training.layout import lay_out_here
 from pkm_jax.training.program import make_program
 from pkm_jax.training.state import batch_sharding
 
@@ -66,7 +66,7 @@ def replay(run: Run) -> str:
         raise Refusal(f'{folder} holds no diagnosis: the run in {run.folder} has not diverged.')
     if tokenizer.find(run.folder):
         run = run.with_vocabulary(len(tokenizer.load(run.folder).tokens))
-    layout = lay_out(run, jax.device_count(), 1, bytes_of_device())
+    layout = lay_out_here(run)
     mesh = make_mesh(layout.shards)
     with jax.set_mesh(mesh), contextlib.closing(Checkpoints(folder, 1)) as kept:
         program = make_program(run, run.model, layout.sparse, mesh)

@@ -21,6 +21,7 @@ from pkm_jax.data.packing import write_records
 from pkm_jax.data.progress import progress_bar
 from pkm_jax.data.text_files import text_files
 from pkm_jax.data.vocabulary import Vocabulary
+from pkm_jax.data.workers import workers_for
 from pkm_jax.refusal import Refusal
 
 FORMAT = 2                      # raise it when the same text would give other records
@@ -243,7 +244,7 @@ def _write_folder(folder: Path, text: Corpus, vocabulary: Vocabulary, length: in
     with _appearing(folder) as partial:
         vocabulary.save(partial)
         facts = dict(format=FORMAT, length=length, vocab_size=len(vocabulary.tokens))
-        write_records(partial, paragraphs, vocabulary, length, facts)
+        write_records(partial, paragraphs, vocabulary, length, facts, workers_for(text.size))
         hashes = ContentHashes(partial)
         files = {path.name: [path.stat().st_size, hashes.of(path)]
                  for path in sorted(partial.iterdir())}

@@ -20,6 +20,7 @@ from tokenizers import (
     trainers,
 )
 
+from pkm_jax.data.worker import tokenizer_of
 from pkm_jax.refusal import Refusal
 
 ROLES = ('pad', 'unk', 'cls', 'sep', 'mask')
@@ -151,9 +152,7 @@ class Vocabulary:
 
     def tokenizer(self) -> Tokenizer:
         """What cuts text; the names of special tokens within a text are text."""
-        tokenizer = Tokenizer.from_str(self.description)
-        tokenizer.encode_special_tokens = True
-        return tokenizer
+        return tokenizer_of(self.description)
 
     def save(self, folder: epath.PathLike, longest: int | None = None) -> None:
         """Writes tokenizer.json and tokenizer_config.json, and vocab.txt if it is WordPiece.

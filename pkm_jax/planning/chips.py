@@ -9,10 +9,13 @@ from typing import Any, NamedTuple
 import jax
 from jax.experimental import topologies
 
-from pkm_jax.accelerators import CHIPS, Chip
+from pkm_jax.accelerators import CHIPS, GIB, Chip
 from pkm_jax.refusal import Refusal
+from pkm_jax.training.layout_time import Rates
 
 GPUS_PER_HOST = 8
+RESERVED = GIB // 4     # of a TPU's memory: what the v5e compiler leaves to its runtime
+GPU_SHARE = 0.75        # of a GPU's memory: JAX's, where XLA_PYTHON_CLIENT_MEM_FRACTION is not set
 
 
 # The TPU compiler asks the machine what it is. It need not be one with a TPU.
@@ -111,6 +114,18 @@ def devices(topology: Topology) -> Sequence[jax.Device]:
         raise Refusal(
             f"--topology={topology.name} needs the TPU compiler, but no TPU: pip install "
             f"'jax[tpu]' ({error}).") from error
+
+
+def available_bytes(topology: Topology) -> int:
+    """Memory of a device that a program can use."""
+    return (topology.chip.memory - RESERVED if topology.is_tpu else
+            int(topology.chip.memory * GPU_SHARE))
+
+
+def rates(topology: Topology) -> Rates:
+    """Those that a layout for it is chosen by."""
+    return Rates(topology.chip, topology.size // topology.slices if topology.is_tpu else
+                 GPUS_PER_HOST)
 
 
 def link_rate(topology: Topology, places: Sequence[Sequence[int]]) -> float:

@@ -10,7 +10,6 @@ import numpy as np
 from jax.experimental.compilation_cache import compilation_cache
 from jax.stages import Lowered
 
-from pkm_jax.accelerators import GIB
 from pkm_jax.configuration.run import Run
 from pkm_jax.memory.embedding_bag import even_passes
 from pkm_jax.mesh import make_mesh, slice_of
@@ -23,9 +22,6 @@ from pkm_jax.planning.traffic import Traffic
 from pkm_jax.training.layout import Layout, lay_out, tables_of
 from pkm_jax.training.program import abstract_batch, make_program
 from pkm_jax.training.start import compilation_cache as compilation_cache_folder
-
-RESERVED = GIB // 4     # of a TPU's memory: what the v5e compiler leaves to its runtime
-GPU_SHARE = 0.75        # of a GPU's memory: JAX's, where XLA_PYTHON_CLIENT_MEM_FRACTION is not set
 
 
 class Transfer(NamedTuple):
@@ -91,10 +87,10 @@ def estimate(run: Run, topology: Topology) -> Estimate:
     Raises:
       Refusal: see `lay_out`, `chips.devices`.
     """
-    chip, count = topology.chip, topology.size
+    count = topology.size
     run = run.with_vocabulary(run.task.vocab_size)      # text is not needed
-    available = chip.memory - RESERVED if topology.is_tpu else int(chip.memory * GPU_SHARE)
-    layout = lay_out(run, count, device_bytes=available)
+    available = chips.available_bytes(topology)
+    layout = lay_out(run, count, device_bytes=available, rates=chips.rates(topology))
     mesh = make_mesh(layout.shards, chips.devices(topology))
     with jax.set_mesh(mesh):
         program = make_program(run, run.model, layout.sparse, mesh)

@@ -13,6 +13,7 @@ from pkm_jax.planning import device_memory
 from pkm_jax.planning.device_memory import DeviceMemory
 from pkm_jax.refusal import OutOfMemory, Refusal
 from pkm_jax.training.layout import Layout, bytes_of_device, lay_out
+from pkm_jax.training.layout_time import rates_here
 from pkm_jax.training.program import abstract_batch, make_program
 
 
@@ -90,7 +91,8 @@ def _changes(run: Run) -> Iterator[tuple[str, Run]]:
 def _plan(run: Run, layout: Layout | None = None) -> DeviceMemory:
     """What a step of the run keeps on a device, as far as arithmetic tells."""
     available = bytes_of_device()
-    layout = layout or lay_out(run, jax.device_count(), jax.process_count(), available)
+    layout = layout or lay_out(run, jax.device_count(), jax.process_count(), available,
+                                rates_here())
     mesh = make_mesh(layout.shards)
     with jax.set_mesh(mesh):
         program = make_program(run, run.model, layout.sparse, mesh)

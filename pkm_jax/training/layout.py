@@ -1,18 +1,19 @@
 """How the value tables of a run are split and updated: as configured, else by arithmetic."""
 
 import math
-from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 
 from pkm_jax.configuration.run import Parts, Run
+from pkm_jax.memory.bytes_sent import Read
 from pkm_jax.memory.replica_exchange import replica_exchange
 from pkm_jax.mesh import Shards
 from pkm_jax.models.interface import MemorySite
 from pkm_jax.optimizers.build import values_state_bytes
 from pkm_jax.refusal import Refusal
+from pkm_jax.training.layout_time import NOT_KNOWN, Rates, Work, rates_here, seconds_by_layout
 
 # Float32 arrays of the touched rows in a sparse update: gradient, moment, step, new values.
 COMPACT_ARRAYS = 4
@@ -26,6 +27,14 @@ class Layout(NamedTuple):
     reasons: tuple[str, ...]    # lines for the log
 
 
+class Candidate(NamedTuple):
+    """A layout, and what tables take in it: bytes of a device, and seconds of a step
+    (`layout_time.seconds_by_layout`)."""
+    shards: Shards
+    bytes: float
+    seconds: float
+
+
 class TableSizes(NamedTuple):
     """The value tables of a model: their number, rows S and columns V."""
     number: int
@@ -35,8 +44,10 @@ class TableSizes(NamedTuple):
 
 def lay_out(
     run: Run, devices: int, processes: int = 1, device_bytes: int | None = None,
+    rates: Rates = NOT_KNOWN,
 ) -> Layout:
-    """The layout of a run over some devices of `device_bytes` of memory (None: not known).
+    """The layout of a run over some devices of `device_bytes` of memory (None: not known), which
+    compute and send at these rates.
 
     Raises:
       Refusal: what is configured cannot be; the message names the field, its value, the remedy.
@@ -51,28 +62,22 @@ def lay_out(
         raise Refusal(f'train.batch = {train.batch} does not divide over {processes} processes.')
     if not sites:
         return Layout(Shards(data=devices), False, ())
-    tables, memory = tables_of(sites), next(iter(sites.values())).config
-    tokens, reads = train.micro_batch * run.task.length, memory.heads * memory.top_k
-    sparse, why_sparse = _choose_updates(run, memory, tables, train.batch * run.task.length * reads)
-    itemsize = jnp.dtype(memory.values_dtype).itemsize
-    per_number = itemsize + values_state_bytes(train, sparse, tables.width) + (0 if sparse else 4)
-    numbers = tables.number * tables.slots * tables.width
-
-    def size(shards):
-        compact = compact_bytes(shards, tables, tokens * reads, train.gradient_accumulation_steps)
-        return numbers * per_number / (shards.rows * shards.columns) + (compact if sparse else 0)
-
-    shards, why_shards = _choose_shards(run.tables.shards, tables, devices, size, device_bytes)
-    reasons = [f'value tables: {tables.number} of {tables.slots:,} × {tables.width:,}, '
+    work, why_sparse = work_of(run)
+    possible = candidates(run, work, devices, rates)
+    shards, why_shards = _choose(possible, run.tables.shards, device_bytes, rates)
+    reasons = [f'value tables: {work.tables} of {work.read.slots:,} × {work.read.width:,}, '
                f'{why_sparse}; {why_shards}']
-    if sparse and shards.data > 1:
-        what, received = replica_exchange(
-            shards, tokens, reads, tables.slots, tables.width, itemsize,
-            jnp.dtype(memory.weights_dtype).itemsize)
+    if work.sparse and shards.data > 1:
+        what, received = replica_exchange(shards, *work.read)
         choices = ', '.join(f'{count:,} bytes as {name}' for name, count in received.items())
         reasons.append(f'{shards.data} replicas of a table exchange {what}: each receives {choices}'
                        f' a micro-batch and memory')
-    return Layout(shards, sparse, tuple(reasons))
+    return Layout(shards, work.sparse, tuple(reasons))
+
+
+def lay_out_here(run: Run) -> Layout:
+    """`lay_out` over all devices of this machine or cluster."""
+    return lay_out(run, jax.device_count(), jax.process_count(), bytes_of_device(), rates_here())
 
 
 def bytes_of_device() -> int | None:
@@ -95,6 +100,55 @@ def compact_bytes(shards: Shards, tables: TableSizes, reads: int, accumulation_s
     return 4 * arrays * tables.number * rows * tables.width // shards.columns
 
 
+def work_of(run: Run) -> tuple[Work, str]:
+    """What a step of a run with memories does with its value tables, and why as sparse updates or
+    as dense ones."""
+    train, sites = run.train, run.model.memories
+    tables, memory = tables_of(sites), next(iter(sites.values())).config
+    reads = memory.heads * memory.top_k
+    sparse, why = _choose_updates(run, memory, tables, train.batch * run.task.length * reads)
+    itemsize = jnp.dtype(memory.values_dtype).itemsize
+    read = Read(train.micro_batch * run.task.length, reads, tables.slots, tables.width,
+                itemsize if sparse else jnp.dtype(run.model.dtype).itemsize,
+                jnp.dtype(memory.weights_dtype).itemsize)
+    return Work(read, len(sites), tables.number, train.gradient_accumulation_steps, itemsize,
+                values_state_bytes(train, sparse, tables.width), sparse,
+                train.values_optimizer.startswith('rowwise')), why
+
+
+def candidates(run: Run, work: Work, devices: int, rates: Rates) -> list[Candidate]:
+    """The layouts that a configuration allows, those of fewer parts and more columns first;
+    columns as long as a shard keeps NARROWEST of them.
+
+    Raises:
+      Refusal: there is none.
+    """
+    asked, tables = run.tables.shards, tables_of(run.model.memories)
+    possible = [Shards(devices // (rows * columns), rows, columns)
+                for group in range(1, devices + 1) if devices % group == 0
+                for columns in range(group, 0, -1) if group % columns == 0
+                for rows in (group // columns,)
+                if tables.width % columns == 0 and tables.slots % rows == 0
+                and asked.columns in (0, columns) and asked.rows in (0, rows)
+                and (asked.columns or columns == 1 or tables.width // columns >= NARROWEST)]
+    if not possible:
+        raise Refusal(
+            f'memory.shards.rows = {asked.rows}, memory.shards.columns = {asked.columns}: their '
+            f'product must divide the {devices} devices, rows the {tables.slots:,} slots and '
+            f'columns the {tables.width} columns of a table. 0 leaves a number to the program.')
+    return [Candidate(shards, _table_bytes(shards, tables, work),
+                      seconds_by_layout(shards, work, rates)) for shards in possible]
+
+
+def _table_bytes(shards, tables, work):
+    """Bytes on a device of its parts of the tables, their optimizer state and gradients."""
+    parts = tables.number * tables.slots * tables.width / (shards.rows * shards.columns)
+    if not work.sparse:
+        return parts * (work.itemsize + work.state + 4)
+    return parts * (work.itemsize + work.state) + compact_bytes(
+        shards, tables, work.read.tokens * work.read.reads, work.steps)
+
+
 def _choose_updates(run, memory, tables, reads):
     """Whether updates are sparse, and why: `auto` by whether a step can reach every row."""
     updates, dtype = run.tables.updates, memory.values_dtype
@@ -110,34 +164,33 @@ def _choose_updates(run, memory, tables, reads):
                     f'{"cannot" if sparse else "can"} reach every row')
 
 
-def _choose_shards(shards: Parts, tables: TableSizes, devices: int, size: Callable[[Shards], float],
-                   device_bytes: int | None) -> tuple[Shards, str]:
-    """The layout, and why, for tables that need `size(layout)` bytes of a device; zeros of the
-    configuration are chosen.
+def _choose(possible: list[Candidate], asked: Parts, device_bytes: int | None, rates: Rates,
+            ) -> tuple[Shards, str]:
+    """The layout of the least time among those that take half of a device's memory or less, and
+    why; those whose copies of a table lie within a slice before others.
 
-    The fewest shards that take half of a device's memory or less: columns as long as a shard keeps
-    NARROWEST of them, rows beyond.
+    Where none fits, the most parts.
     """
-    possible = [Shards(devices // (rows * columns), rows, columns)
-                for group in range(1, devices + 1) if devices % group == 0
-                for columns in range(group, 0, -1) if group % columns == 0
-                for rows in (group // columns,)
-                if tables.width % columns == 0 and tables.slots % rows == 0
-                and shards.columns in (0, columns) and shards.rows in (0, rows)
-                and (shards.columns or columns == 1 or tables.width // columns >= NARROWEST)]
-    if not possible:
-        raise Refusal(
-            f'memory.shards.rows = {shards.rows}, memory.shards.columns = {shards.columns}: their '
-            f'product must divide the {devices} devices, rows the {tables.slots:,} slots and '
-            f'columns the {tables.width} columns of a table. 0 leaves a number to the program.')
     budget = math.inf if device_bytes is None else device_bytes / 2
-    best = next((layout for layout in possible if size(layout) <= budget),
-                max(possible, key=lambda layout: layout.rows * layout.columns))
-    why = (f'{size(best) / 1e9:,.2f} GB a device with optimiser state and gradient, in '
-           f'{best.rows} × {best.columns} parts by rows and columns')
-    if shards.rows and shards.columns:
-        return best, why + ', as configured'
+    fitting = sorted((one for one in possible if one.bytes <= budget),
+                     key=lambda one: (rates.crosses(one.shards), one.seconds))
+    best = fitting[0] if fitting else max(
+        possible, key=lambda one: one.shards.rows * one.shards.columns)
+    why = (f'{best.bytes / 1e9:,.2f} GB a device with optimiser state and gradient, in '
+           f'{_parts(best)} parts by rows and columns')
+    if asked.rows and asked.columns:
+        return best.shards, why + ', as configured'
     limit = ('no limit of memory is known' if device_bytes is None else
              f'half of a device is {budget / 1e9:,.2f} GB')
-    found = 'the fewest that fit' if size(best) <= budget else 'the most there are'
-    return best, f'{why}, {found} ({limit})'
+    if not fitting:
+        return best.shards, f'{why}, the most there are ({limit})'
+    if len(possible) == 1:
+        return best.shards, f'{why}, all that there are ({limit})'
+    next_best = (f'; next {_parts(fitting[1])}, {rates.said(fitting[1].seconds)}'
+                 if len(fitting) > 1 else '; no other fits')
+    return best.shards, (f'{why}, the least time by estimate of those that fit ({limit}): '
+                         f'{rates.said(best.seconds)} a step{next_best}')
+
+
+def _parts(candidate):
+    return f'{candidate.shards.rows} × {candidate.shards.columns}'

@@ -106,7 +106,7 @@ def _train(run: Run, layout: Layout, changed: str, data: Data | None,
             return run.folder
         shapes = {path: leaf.shape for path, leaf in flatten(state.params).items()}
         log.say('\n'.join([pretrained.parameter_table(shapes), *start.summary(run, layout, mesh),
-                           *filter(None, [room, changed])]))
+                           *filter(None, [room, changed, _moved(saved.get('layout'), mesh)])]))
         log.begin(parameters=sum(map(math.prod, shapes.values())),
                   loss_name=run.task.loss_name._asdict(),
                   lower_is_better=run.task.lower_is_better,
@@ -120,6 +120,16 @@ def _train(run: Run, layout: Layout, changed: str, data: Data | None,
         _loop(run, state, progress, steps, _evaluation(run, program, mesh, data, log), stream, mesh,
               checkpoints, best, log, requests, watch)
     return run.folder
+
+
+def _moved(before: list[int] | None, mesh: Mesh) -> str:
+    """What is said where a run goes on in another layout than its checkpoint was written in."""
+    now = list(mesh.devices.shape)
+    if before in (None, now):
+        return ''
+    return (f'layout: {" × ".join(map(str, now))} (data × rows × columns), of the checkpoint '
+            f'{" × ".join(map(str, before))}: the run goes on within rounding, not to the bit. '
+            f'memory.shards.rows and memory.shards.columns keep a layout')
 
 
 def prepared(run: Run) -> Data:
@@ -237,7 +247,8 @@ def _loop(run: Run, state: TrainState, progress: Progress, take_step: Steps,
             if due and not skips.in_a_row or asked or step == steps or progress.stopped:
                 with log.pause(), watch.apart('a save'):
                     checkpoints.save(state, {'data': stream.get_state(), 'log': log.state,
-                                             'progress': dataclasses.asdict(progress)})
+                                             'progress': dataclasses.asdict(progress),
+                                             'layout': list(mesh.devices.shape)})
                 due = False
         watch.step_done()
     with watch.apart('a save'):

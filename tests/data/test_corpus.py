@@ -36,3 +36,16 @@ def test_a_text_with_both_splits_is_read_no_further_and_split_by_its_hashes_alon
 
 def test_a_single_paragraph_is_trained_on():
     assert list(Splits.plan(['all'], 0.9).assign(['all'])) == [('train', 'all')]
+
+
+@pytest.mark.parametrize('line', [
+    'as it is', ' before', 'after ', 'two  spaces', 'a\ttab', 'no-break\xa0space', 'thin\u2009space',
+    'ideographic\u3000space', 'line\u2028separator', 'soft\xadhyphen', 'zero\u200bwidth', 'file\x1cseparator',
+    'next\x85line', '', ' ', 'né 的 \N{SKULL}'])
+def test_white_space_is_normalised_as_by_splitting(line):
+    assert corpus._normalised(line) == ' '.join(line.split())
+
+
+def test_all_printable_characters_but_the_space_are_no_white_space():
+    assert [number for number in range(0x110000)
+            if chr(number).isprintable() and chr(number).isspace()] == [ord(' ')]

@@ -1,3 +1,4 @@
+import contextlib
 import lzma
 import shutil
 
@@ -9,6 +10,7 @@ from pkm_jax.data import dataset, packing, tokenizer
 from pkm_jax.data import vocabulary as vocabularies
 from pkm_jax.data.corpus import Splits
 from pkm_jax.data.packing import SPLITS, Packer
+from pkm_jax.data.workers import Workers
 from pkm_jax.refusal import Refusal
 
 OPTIONS = dict(vocab_size=250, length=32, validation_fraction=0.2)
@@ -18,23 +20,54 @@ def body(records: list[np.ndarray]) -> list[int]:
     return [int(token) for record in records for token in record[1:-1]]
 
 
-def test_packing_fills_every_record_and_loses_no_token():
+def added(packer, *paragraphs):
+    """Records as lists, of the paragraphs' tokens given at once."""
+    tokens = np.array([token for paragraph in paragraphs for token in paragraph], np.int32)
+    return packer.add(tokens, np.array([len(part) for part in paragraphs], np.int32)).tolist()
+
+
+@pytest.mark.parametrize('at_once', [1, 3, 8])
+def test_packing_fills_every_record_and_loses_no_token(at_once):
     random = np.random.default_rng(0)
     paragraphs = [random.integers(5, 100, size).tolist() for size in [3, 1, 6, 25, 12, 5, 6, 4]]
     packer = Packer(length=8, cls=2, sep=3)
-    full = [record for paragraph in paragraphs for record in packer.add(paragraph)]
-    records = full + packer.rest()
+    full = [record for start in range(0, 8, at_once)
+            for record in added(packer, *paragraphs[start:start + at_once])]
+    records = full + packer.rest().tolist()
     assert all(len(record) == 8 for record in full)
     assert all(record[0] == 2 and record[-1] == 3 for record in records)
     assert [token for token in body(records) if token != 3] == sum(paragraphs, [])
-    assert packer.rest() == []
+    assert len(packer.rest()) == 0
 
 
 def test_packing_puts_separators_between_paragraphs_only():
-    packer = Packer(length=8, cls=2, sep=3)
-    records = (packer.add([10, 11]) + packer.add([]) + packer.add([12, 13, 14]) + packer.add([20])
-               + packer.rest())
-    assert [record.tolist() for record in records] == [[2, 10, 11, 3, 12, 13, 14, 3], [2, 20, 3]]
+    for at_once in (False, True):
+        packer = Packer(length=8, cls=2, sep=3)
+        paragraphs = [10, 11], [], [12, 13, 14], [20]
+        records = added(packer, *paragraphs) if at_once else [
+            record for paragraph in paragraphs for record in added(packer, paragraph)]
+        assert records + packer.rest().tolist() == [[2, 10, 11, 3, 12, 13, 14, 3], [2, 20, 3]]
+
+
+def test_any_number_of_workers_writes_the_same(tmp_path, prepared, paragraphs, monkeypatch):
+    """Processes that cut small batches, two of which are unlike in size, and none at all."""
+    monkeypatch.setattr(packing, 'CHARACTERS_AT_ONCE', 3_000)
+    monkeypatch.setattr(packing, 'RECORDS_PER_FILE', 100)
+    vocabulary, written = tokenizer.load(prepared.vocab_path), []
+    for workers in (0, 1, 2, 3):
+        folder = tmp_path / str(workers)
+        folder.mkdir()
+        packing.write_records(folder, Splits(0.2).assign(paragraphs), vocabulary, 32, {}, workers)
+        written.append({path.name: path.read_bytes() for path in folder.iterdir()})
+    assert len(written[0]) > 4      # several files of records, and three of their description
+    assert all(other == written[0] for other in written[1:])
+
+
+def test_a_worker_that_ends_is_said_to_have(prepared, capfd):
+    with contextlib.closing(Workers(tokenizer.load(prepared.vocab_path).description, 1)) as crew:
+        with pytest.raises(RuntimeError, match='a process that prepares text ended with status 1'):
+            crew.submit('no_such_function').result()
+    assert 'no_such_function' in capfd.readouterr().err
 
 
 def test_all_text_is_in_the_records_of_exactly_one_split(prepared, paragraphs):

@@ -7,12 +7,12 @@ from pkm_jax.configuration.resolve import runs_of
 from pkm_jax.planning import out_of_memory
 from pkm_jax.refusal import OutOfMemory
 from pkm_jax.training import loop
-from pkm_jax.training.layout import bytes_of_device, lay_out
+from pkm_jax.training.layout import lay_out_here
 
 
 def train(config):
     run, = runs_of(config)
-    layout = lay_out(run, jax.device_count(), jax.process_count(), bytes_of_device())
+    layout = lay_out_here(run)
     with out_of_memory.explained(run, layout):
         loop.train(run, layout)
 
@@ -24,7 +24,7 @@ def fail(monkeypatch, place, words):
     monkeypatch.setattr(loop, place, full)
 
 
-@pytest.mark.parametrize('place', ['_loop', *(
+@pytest.mark.parametrize('place', [pytest.param('_loop', marks=pytest.mark.slow), *(
     pytest.param(place, marks=pytest.mark.slow) for place in ('_compiled_steps', '_first_state'))])
 def test_it_is_said_what_there_is_too_much_of(config, monkeypatch, place):
     config.memory.update(sub_keys=256, updates='dense')

@@ -4,14 +4,13 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-import jax
 import ml_collections
 import pytest
 
 from pkm_jax.configuration.resolve import runs_of
 from pkm_jax.data.loader import BatchStream
 from pkm_jax.training import loop
-from pkm_jax.training.layout import lay_out
+from pkm_jax.training.layout import lay_out_here
 
 
 class Killed(Exception):
@@ -21,7 +20,7 @@ class Killed(Exception):
 def train(config: ml_collections.ConfigDict) -> Path:
     """Trains the only run of a configuration over all devices; returns its folder."""
     run, = runs_of(config)
-    return loop.train(run, lay_out(run, jax.device_count(), jax.process_count()))
+    return loop.train(run, lay_out_here(run))
 
 
 @contextmanager

@@ -2,14 +2,13 @@
 
 import json
 
-import jax
 import numpy as np
 import pytest
 
 from pkm_jax.configuration.resolve import runs_of
 from pkm_jax.refusal import Refusal
 from pkm_jax.training import loop
-from pkm_jax.training.layout import lay_out
+from pkm_jax.training.layout import lay_out_here
 from pkm_jax.training.refresh import _best_step, refresh
 from tests.training.runs import killed_after, train
 
@@ -21,6 +20,7 @@ def evaluations(folder):
     return [line['memory']['1'] for line in lines if line['kind'] == 'eval']
 
 
+@pytest.mark.slow
 def test_a_run_tells_the_drift_of_its_slots_and_a_resumed_one_the_same(config, tmp_path):
     config.memory.update(drift_tokens=40, sub_keys=12, top_k=1, heads=1)
     config.log.eval_at_start = True
@@ -54,7 +54,7 @@ def test_refreshing_values_takes_off_loss(config):
     config.memory.update(drift_tokens=40)
     config.train.learning_rate = .003
     run, = runs_of(config)
-    layout = lay_out(run, jax.device_count())
+    layout = lay_out_here(run)
     folder = loop.train(run, layout)
     found = refresh(run, layout, batches=20)
     last = [json.loads(line) for line in (folder / 'metrics.jsonl').read_text().splitlines()][-1]

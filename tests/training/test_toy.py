@@ -25,7 +25,7 @@ from pkm_jax.planning.estimate import estimate
 from pkm_jax.report.report import write_report
 from pkm_jax.tasks.interface import LossName, Outcome
 from pkm_jax.training import loop, start
-from pkm_jax.training.layout import lay_out
+from pkm_jax.training.layout import lay_out, lay_out_here
 from pkm_jax.training.program import make_program
 from pkm_jax.training.state import batch_sharding
 from tests.training.runs import killed_after
@@ -170,7 +170,7 @@ def run(folder, **tables):
 
 
 def train(one):
-    return loop.train(one, lay_out(one, jax.device_count()))
+    return loop.train(one, lay_out_here(one))
 
 
 def weights(folder):
@@ -178,7 +178,7 @@ def weights(folder):
             for name, array in store.read_weights(store.newest(folder)).items()}
 
 
-@pytest.mark.parametrize('updates', ['dense', 'sparse'])
+@pytest.mark.parametrize('updates', [pytest.param('dense', marks=pytest.mark.slow), 'sparse'])
 def test_it_trains_evaluates_stops_and_resumes(updates, tmp_path, capsys):
     straight = train(run(tmp_path / 'straight', updates=updates))
     lines = list(map(json.loads, (straight / 'metrics.jsonl').read_text().splitlines()))
@@ -206,7 +206,7 @@ def test_its_table_is_split_does_not_decay_and_is_updated_by_rows(updates, tmp_p
     """By the path that the model gives, at which no other model here has one."""
     one = run(tmp_path, updates=updates, shards=Parts(rows=2, columns=2))
     one = dataclasses.replace(one, train=dataclasses.replace(one.train, weight_decay=.5))
-    layout = lay_out(one, jax.device_count())
+    layout = lay_out_here(one)
     mesh = make_mesh(layout.shards)
     with jax.set_mesh(mesh):
         program = make_program(one, one.model, layout.sparse, mesh)

@@ -1,6 +1,5 @@
 """The read on SparseCores, interpreted subcore by subcore, against float64 and the reference."""
 
-import functools
 import logging
 
 import jax
@@ -9,9 +8,11 @@ import numpy as np
 import pytest
 from jax.experimental.pallas import tpu as pltpu
 
+from benchmarks import tpu_sparsecore
 from pkm_jax.memory.embedding_bag import embedding_bag
 from pkm_jax.memory.kernels.tpu import sparsecore, sparsecore_forward
 from tests.memory.kernels.test_tpu_embedding_bag import LIMIT, error, make, random_slots
+from tests.planning.tiny import needs_tpu_compiler
 
 CHIP = sparsecore.Chip(cores=1, subcores=2, lanes=4, memory=2 ** 16)
 
@@ -21,6 +22,7 @@ def few_streams(monkeypatch):
     """Tiles of four tokens, places for rows that are used several times in each."""
     monkeypatch.setattr(sparsecore_forward, 'TILE', 4)
     monkeypatch.setattr(sparsecore_forward, 'STREAMS', 2)
+    jax.clear_caches()
 
 
 def read(values, slots, weights, counts, interpret=True, chip=CHIP, **settings):
@@ -39,7 +41,8 @@ CASES = {
 }
 
 
-@pytest.mark.parametrize('case', CASES)
+@pytest.mark.parametrize('case', [case if case == 'parts that are not full' else
+                                  pytest.param(case, marks=pytest.mark.slow) for case in CASES])
 def test_sums_agree_with_float64(case):
     """Each token's first few reads alone, of one to all of them."""
     values, slots, weights, _ = make(*CASES[case])
@@ -52,13 +55,14 @@ def test_sums_agree_with_float64(case):
     assert error(sums, want) < LIMIT[str(values.dtype)]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize('when', ['eager', 'on_wait'])
 def test_nothing_is_summed_before_it_is_there(when):
     """Rows in pieces; copies when they start or as late as they can be; memory that no copy came to
     has no numbers."""
     values, slots, weights, _ = make(random_slots(9, 6, 20), 20, 512, 'bfloat16')
     counts = 1 + np.arange(9) % 6
-    chip = CHIP._replace(memory=2 ** 13)
+    chip = CHIP._replace(memory=2 ** 14)
     assert sparsecore_forward._piece(values, 6, chip) == 128
     late = pltpu.InterpretParams(dma_execution_mode=when, uninitialized_memory='nan',
                                  num_cores_or_threads=1)
@@ -66,26 +70,42 @@ def test_nothing_is_summed_before_it_is_there(when):
                                   read(values, slots, weights, counts))
 
 
-@pytest.mark.parametrize('share', [0., .8, 1.])
-def test_by_the_setting_reads_and_gradients_are_the_references(share, monkeypatch):
-    """Reads made elsewhere are not added; sums keep their order, and so every bit."""
+@pytest.fixture
+def set_and_called(monkeypatch):
+    """The setting; and the chips that reads were made for since."""
     monkeypatch.setenv(sparsecore.SETTING, '1')
+    called, sum_rows = [], sparsecore_forward.sum_rows
+    monkeypatch.setattr(sparsecore_forward, 'sum_rows', lambda *args, **settings: called.append(
+        settings['chip']) or sum_rows(*args, **settings | {'chip': CHIP}))
+    return called
+
+
+def some_elsewhere(share):
     away = np.random.default_rng(2).random((11, 6)) < share
     values, slots, weights, gradient = make(np.where(away, 30, random_slots(11, 6, 30)), 30, 128,
                                             'float32')
-    weights = jnp.where(away, 0, weights)
-    called = []
-    monkeypatch.setattr(sparsecore_forward, 'sum_rows', lambda *args, **settings: called.append(
-        settings['chip']) or read(*args, **settings | {'chip': CHIP}))
-    results = []
-    for implementation in ('tpu', 'xla'):
-        bag = functools.partial(embedding_bag, owners=2, implementation=implementation)
-        sums, pull = jax.vjp(lambda v, w, bag=bag: bag(v, slots, w), values, weights)
-        results.append((sums, *pull(gradient)))
-    assert called == [sparsecore.INTERPRETED]
-    np.testing.assert_array_equal(results[0][0], results[1][0])
-    for got, want in zip(*results):
-        np.testing.assert_allclose(got, want, rtol=1e-5, atol=1e-5)
+    return (values, slots, jnp.where(away, 0, weights)), gradient
+
+
+@pytest.mark.parametrize('share', [.8, pytest.param(0., marks=pytest.mark.slow),
+                                   pytest.param(1., marks=pytest.mark.slow)])
+def test_by_the_setting_reads_are_the_references(share, set_and_called):
+    """Reads made elsewhere are not added; sums keep their order, and so every bit."""
+    arrays, _ = some_elsewhere(share)
+    got = embedding_bag(*arrays, owners=2, implementation='tpu')
+    assert set_and_called == [sparsecore.INTERPRETED]
+    np.testing.assert_array_equal(got, embedding_bag(*arrays, owners=2, implementation='xla'))
+
+
+@pytest.mark.slow
+def test_by_the_setting_gradients_are_the_references(set_and_called):
+    (values, slots, weights), gradient = some_elsewhere(.8)
+    got, want = (jax.vjp(lambda v, w: embedding_bag(
+        v, slots, w, owners=2, implementation=implementation),
+        values, weights)[1](gradient) for implementation in ('tpu', 'xla'))
+    assert set_and_called == [sparsecore.INTERPRETED]
+    for one, other in zip(got, want, strict=True):
+        np.testing.assert_allclose(one, other, rtol=1e-5, atol=1e-5)
 
 
 def test_words_hold_every_bit():
@@ -119,3 +139,15 @@ def test_without_the_setting_or_sparsecores_the_tensorcore_reads(monkeypatch, ca
         assert sparsecore.chosen(interpret=False) is None
     assert [record.message for record in caplog.records] == [
         'PKM_JAX_SPARSECORE=1: this device has no SparseCores; the TensorCore reads.']
+
+
+@needs_tpu_compiler
+@pytest.mark.parametrize('chip', ['v6e', *(pytest.param(chip, marks=pytest.mark.slow)
+                                           for chip in ('v5p', 'tpu7x'))])
+def test_the_compiler_takes_the_read(chip, monkeypatch):
+    """With the sizes that it is for; six instructions for each read and vector of words."""
+    monkeypatch.undo()
+    read = tpu_sparsecore.Read(768, 8, jnp.dtype('bfloat16'))
+    found = tpu_sparsecore.compiled(read, chip)
+    assert found.instructions == 6 * tpu_sparsecore.TOKENS * 32 * 384 // found.chip.lanes
+    assert 'read_rows_on_sparsecores' in found.program.as_text()

@@ -82,8 +82,10 @@ def on_subcores(
         core, subcore = jax.lax.axis_index('core'), jax.lax.axis_index('subcore')
         body(core * chip.subcores + subcore, number, *refs)
 
+    # The passes that lay vectors out cannot take words of one kind as such of another.
     return pl.kernel(
         on_one, out_type=out, scratch_types=scratch, cost_estimate=cost, name=name,
+        compiler_params=pltpu.CompilerParams(needs_layout_passes=False),
         mesh=tpu_sc.VectorSubcoreMesh(core_axis_name='core', subcore_axis_name='subcore'))
 
 
@@ -115,7 +117,7 @@ class Rows(NamedTuple):
             return act(pltpu.make_async_copy(self.table.at[which, self.columns], self.into,
                                              self.arrived))
 
-        def on_row(row, _):
+        def on_row(row, __):
             index = self.indices[self.start + row]
 
             @pl.when(index != NO_READ)

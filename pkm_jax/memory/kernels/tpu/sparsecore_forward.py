@@ -62,7 +62,7 @@ class Kept(NamedTuple):
     left: Any
 
 
-def unsupported(values: ShapeDtypeStruct, reads: int, chip: Chip) -> str | None:
+def unsupported(values: Any, reads: int, chip: Chip) -> str | None:
     """Why a subcore cannot read so many rows of this table for a token; None if it can."""
     if _piece(values, reads, chip) is None:
         return f'{reads} reads a token do not fit a subcore of {chip.memory} bytes'
@@ -112,7 +112,8 @@ def _tiled(slots, weights, counts, sizes):
     counts = padded_tokens(counts, TILE, 1)
     slots, weights = (padded_tokens(jnp.pad(array, ((0, 0), (0, sizes.reads - array.shape[1]))),
                                     TILE) for array in (slots, weights.astype(jnp.float32)))
-    slots = jnp.where(jnp.arange(sizes.reads) < counts[:, None], slots, NO_READ)
+    place = jnp.arange(sizes.reads, dtype=jnp.int32)
+    slots = jnp.where(place[None] < counts[:, None], slots, NO_READ)
     counts = jnp.pad(counts.reshape(-1, TILE), ((0, 0), (0, LANES - TILE)))
     return slots.reshape(-1), weights.reshape(-1), counts.reshape(-1)
 
@@ -144,7 +145,7 @@ def _sum_tiles(sizes, number, subcores, slots, weights, counts, table, sums, *ke
             kept.sums, sums.at[:, pl.ds((number + n * subcores) * TILE, TILE),
                                pl.ds(piece * sizes.piece, sizes.piece)], kept.left.at[0])
 
-    def on_tile(n, _):
+    def on_tile(n, __):
         for copy in scalars_in(n):
             copy.wait()
 
