@@ -10,6 +10,7 @@ memory bandwidth.
 """
 
 import functools
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -26,7 +27,7 @@ ROWS = 256          # of a block of a table that is kept row after row
 WIDEST = 1_024      # columns of one that is not
 
 
-def unsupported(table: ShapeDtypeStruct, *_: ShapeDtypeStruct, rule: Rule) -> str | None:
+def unsupported(table: ShapeDtypeStruct, *_: ShapeDtypeStruct, rule: Any) -> str | None:
     """Why the kernel cannot update this table; None if it can."""
     if table.dtype not in (jnp.float32, jnp.bfloat16):
         return f'a table of {table.dtype} (float32 or bfloat16)'
