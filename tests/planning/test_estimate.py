@@ -31,10 +31,15 @@ def tiny(config):
 def test_a_step_compiled_for_tpus(tiny):
     found = estimate(run_of(tiny), chips.parse('v5e:2x2'))
     assert found.fits and found.layout.shards == Shards(1, 2, 2)
-    assert found.memory.bytes['value tables'] == SLOTS * WIDTH * 4 / 4
-    assert found.memory.bytes['optimizer state of value tables'] == SLOTS * WIDTH * 8 / 4
-    assert found.memory.bytes['batch'] == 16 * (2 * 16 + 1 + 3 * 3) * 4 / 4
-    assert 0 < found.memory.bytes[device_memory.PROGRAM] < 1e9
+    sizes = {name: memory.bytes for name, memory in found.memory.items()}
+    assert sizes.keys() == {'step', 'first state', 'evaluation'}
+    for of_program in sizes.values():   # nobody takes the state away while another program runs
+        assert of_program['value tables'] == SLOTS * WIDTH * 4 / 4
+        assert of_program['optimizer state of value tables'] == SLOTS * WIDTH * 8 / 4
+        assert 0 < of_program[device_memory.PROGRAM] < 1e9
+    assert sizes['step']['batch'] == 16 * (2 * 16 + 1 + 3 * 3) * 4 / 4
+    # Three counts of two words, of the slots of a shard: never whole.
+    assert 0 <= sizes['evaluation'][device_memory.COUNTS] - 3 * 2 * 4 * SLOTS / 2 < 100
     assert found.counted_flops > 0 and 0 < found.moved_bytes < found.counted_bytes
     assert found.table_sized == () and found.unknown_loops == 0
     along = {(one.kind, axes) for one, axes, _ in found.transfers}
@@ -43,16 +48,26 @@ def test_a_step_compiled_for_tpus(tiny):
     assert 'tiny on v5e:2x2: 4 devices as data 1, rows 2, columns 2; compiled in' in text
     assert re.search(r'1 all-reduce +\S+ \+\d+ +rows × columns +\d', text)
     assert re.search(r'estimate +\d+\.\d\d ms', text) and 'FITS: 0.' in text
+    assert re.search(r'compiled side by side: step \d+ s, step with norms \d+ s, first state \d+ s, '
+                     r'evaluation \d+ s', text)
+    assert found.unknown_operands == () and 'WARNING' not in text
+    unknown = text_of(found._replace(unknown_operands=('a', 'b')), 'tiny')
+    assert 'WARNING: 2 operands whose size the program does not tell' in unknown
+    assert 'HBM traffic: a, b\n' in unknown
 
-    full = found._replace(memory=found.memory._replace(available=1000))
-    assert not full.fits and 'DOES NOT FIT' in text_of(full, 'full')
+    needed = found.memory['evaluation']
+    needed = needed._replace(bytes=needed.bytes | {device_memory.TEMPORARY: 10 ** 11})
+    full = found._replace(memory=found.memory | {'evaluation': needed})
+    assert not full.fits and full.largest == 'evaluation'
+    assert re.search(r'DOES NOT FIT: 100.\d\d GB or more of 16.91 GB \(the evaluation, more than the '
+                     r'step\), 83.\d\d GB too much', text_of(full, 'full'))
 
 
 def test_activations_that_do_not_fit_gpus_are_found(tiny):
     tiny.memory.shards.update(rows=1, columns=8)
     tiny.train.batch = 2 ** 26
     found = estimate(run_of(tiny), chips.parse('h200:8'))
-    assert not found.fits and found.memory.bytes[device_memory.TEMPORARY] > 141e9
+    assert not found.fits and found.memory['step'].bytes[device_memory.TEMPORARY] > 141e9
 
 
 @pytest.mark.parametrize('shape, axis, found', [
@@ -111,7 +126,7 @@ def test_the_pod_configuration_fits():
     with jax.numpy_dtype_promotion('standard'):     # which the gradient of jax's attention needs
         found = estimate(run_of(bert_base_pkm_pod.get_config()), chips.parse('v5e:16x16'))
     assert found.fits and found.table_sized == ()
-    tables = found.memory.bytes['value tables']
+    tables = found.memory['step'].bytes['value tables']
     assert tables * math.prod(found.layout.shards[1:]) == 4096 ** 2 * 768 * 2
 
 
