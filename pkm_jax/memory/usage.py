@@ -15,7 +15,7 @@ from jax.sharding import PartitionSpec as P
 from jaxtyping import Array, Bool, Int32, UInt32
 
 from pkm_jax.memory.layer import MemoryReads
-from pkm_jax.mesh import NONE, Axes, on_auto_axes, on_shards, shards_in_use, specs_of
+from pkm_jax.mesh import Axes, axes_of, on_auto_axes, on_shards, shards_in_use, specs_of
 from pkm_jax.refusal import Refusal
 
 NEVER = jnp.iinfo(jnp.int32).min     # the step at which a slot not read so far was last read
@@ -44,20 +44,21 @@ def counts_spec(axes: Axes) -> P:
 
 
 def count_slots(
-    counts: SlotCounts, reads: MemoryReads, real: Bool[Array, '...'], *, axes: Axes = NONE,
+    counts: SlotCounts, reads: MemoryReads, real: Bool[Array, '...'], *, axes: Axes | None = None,
 ) -> SlotCounts:
     """Adds the reads of the real tokens to `counts`, and returns the sum.
 
     `real` has one element for each token, in any shape, such as the mask that `read` was given:
     where it is False the token is padding, and is not counted.
 
-    `axes` of the mesh in use: each device counts the reads of its own tokens, one word of 4 bytes a
-    slot at a time, and keeps the sums of its own rows (`counts_spec`). Without any it is XLA that
-    splits the work.
+    `axes`: see `pkm_jax.mesh.axes_of`. Each device counts the reads of its own tokens, one word of
+    4 bytes a slot at a time, and keeps the sums of its own rows (`counts_spec`).
 
     Raises:
-      Refusal: `real` has another number of elements, or the counts are of a table of another size.
+      Refusal: `real` has another number of elements, the counts are of a table of another size, or
+      the mesh in use lacks one of the axes.
     """
+    axes = axes_of(axes)[0]
     tokens, table_slots = len(reads.slots), counts.selected.shape[1]
     if real.size != tokens:
         raise Refusal(f'real {real.shape} for the reads of {tokens} tokens: it must have one '

@@ -9,6 +9,7 @@ from collections.abc import Collection
 from typing import NamedTuple
 
 import jax
+import jax.numpy as jnp
 
 from pkm_jax.configuration.run import Run
 from pkm_jax.models.interface import flatten, parameter_of, path_of
@@ -116,15 +117,19 @@ def estimated(given: dict[str, int], run: Run, layout: Layout) -> dict[str, int]
 def gradients(given: dict[str, int], run: Run, layout: Layout) -> int:
     """Bytes of all gradients on one device, float32: of a table dense, or compact.
 
-    For compact rows every device sorts the reads of the whole micro-batch: slots and weights as
-    gathered and as sorted, 16 bytes a read.
+    A dense table that is read in a narrower dtype is rounded once in a step; that copy stays until
+    the backward pass has read it. For compact rows every device sorts the reads of the whole
+    micro-batch: slots and weights as gathered and as sorted, 16 bytes a read.
     """
     dense, sites = given['backbone parameters'], run.model.memories
     if not sites:
         return dense
-    if not layout.sparse:
-        return dense + given['value tables']
     memory = next(iter(sites.values())).config
+    if not layout.sparse:
+        ours, read_as = (jnp.dtype(dtype).itemsize for dtype in (memory.values_dtype,
+                                                                 run.model.dtype))
+        rounded = given['value tables'] * read_as // ours if read_as < ours else 0
+        return dense + given['value tables'] + rounded
     reads = run.task.length * memory.heads * memory.top_k * run.train.micro_batch
     return dense + 16 * reads + compact_bytes(layout.shards, tables_of(sites), reads,
                                               run.train.gradient_accumulation_steps)

@@ -13,7 +13,6 @@ from jaxtyping import Array, Bool, Float, Int32, UInt32
 from pkm_jax.memory.sharded import merge, no_delta, put_rows
 from pkm_jax.memory.sparse_rows import SparseRows, rows_of
 from pkm_jax.memory.usage import SlotCounts, count_slots, mark_selected
-from pkm_jax.mesh import axes_of
 from pkm_jax.models.interface import MemorySite, at, replaced, table_paths
 from pkm_jax.optimizers.groups import group_norms
 from pkm_jax.optimizers.skips import is_sound, params_if, rows_if, state_if
@@ -125,7 +124,7 @@ def eval_step(
     outcome = task.outcome(model, batch, deterministic=True)
     sums = {'loss': outcome.loss, 'terms': task.terms(batch), **outcome.sums}
     real = task.real(batch)
-    counts = {name: count_slots(counts, outcome.reads[name], real, axes=axes_of(None)[0])
+    counts = {name: count_slots(counts, outcome.reads[name], real)
               for name, counts in totals.counts.items()}
     sums = {name: totals.sums.get(name, 0) + value for name, value in sums.items()}
     return (Totals(sums, totals.tokens + jnp.sum(real, dtype=jnp.int32), counts),

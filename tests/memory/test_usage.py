@@ -1,7 +1,5 @@
 """Usage metrics against cases worked out by hand."""
 
-import functools
-
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -153,7 +151,7 @@ def test_counts_split_by_rows_are_those_of_one_device(shards):
     mesh = make_mesh(shards)
     counts = jax.device_put(no_counts(16), NamedSharding(mesh, counts_spec(OWN)))
     with jax.set_mesh(mesh):
-        count = jax.jit(functools.partial(count_slots, axes=OWN))
+        count = jax.jit(count_slots)
         counts = count(count(counts, read, real), read, real)
     jax.tree.map(np.testing.assert_array_equal, counts, whole)
     assert all(field.addressable_shards[0].data.shape == (2, 16 // shards.rows) for field in counts)
