@@ -5,6 +5,7 @@ order. A weight is rounded to a UNIT, and one above 0 to no less than that. They
 2³⁴ reads of one slot with weight 1.
 """
 
+import functools
 import math
 from typing import NamedTuple
 
@@ -67,24 +68,30 @@ def count_slots(
         raise Refusal(f'Counts of {table_slots} slots for reads of a table of {reads.table_slots}: '
                       f'start from no_counts({reads.table_slots}).')
 
-    def count(counts, slots, weights, real):
-        is_real = real[:, None, None]
-        once = jnp.broadcast_to(is_real, slots.shape).astype(jnp.uint32)
+    def count(*arrays):
+        run = functools.partial(_count, tokens=tokens, table_slots=table_slots, axes=axes)
+        if axes.names:
+            split = SlotCounts(*[counts_spec(axes)] * 3)
+            run = on_shards(run, (split, *[axes.tokens] * 3), split, axes)
+        return run(*arrays)
 
-        def add(words, slots, amounts, shift=0):
-            return _add(words, slots, amounts, table_slots, axes, shift)
-
-        mass = counts.mass
-        for shift, digits in _digits(jnp.where(is_real, weights, 0), tokens):
-            mass = add(mass, slots, digits, shift)
-        return SlotCounts(add(counts.selected, slots, once),
-                          add(counts.best, slots[:, :, 0], once[:, :, 0]), mass)
-
-    if axes.names:
-        split = SlotCounts(*[counts_spec(axes)] * 3)
-        count = on_shards(count, (split, *[axes.tokens] * 3), split, axes)
     return on_auto_axes(count, specs_of(counts))(counts, reads.slots, reads.weights,
                                                  real.reshape(-1))
+
+
+def _count(counts, slots, weights, real, *, tokens, table_slots, axes):
+    """Counts of a device's own rows after the reads of all the `tokens`, of which it has some."""
+    is_real = real[:, None, None]
+    once = jnp.broadcast_to(is_real, slots.shape).astype(jnp.uint32)
+
+    def add(words, slots, amounts, shift=0):
+        return _add(words, slots, amounts, table_slots, axes, shift)
+
+    mass = counts.mass
+    for shift, digits in _digits(jnp.where(is_real, weights, 0), tokens):
+        mass = add(mass, slots, digits, shift)
+    return SlotCounts(add(counts.selected, slots, once),
+                      add(counts.best, slots[:, :, 0], once[:, :, 0]), mass)
 
 
 def _digits(weights, tokens):

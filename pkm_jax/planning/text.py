@@ -40,7 +40,8 @@ def _memory(estimate):
     lines += [_cells(f'  {kind}', (_gb(one.bytes[kind]) if kind in one.bytes else ''
                                    for one in programs.values())) for kind in kinds]
     return [*lines, _cells('  in all', (_gb(one.total) for one in programs.values())) +
-            f'   of {_gb(programs[STEP].available)}', f'compiled side by side: {times}']
+            f'   of {_gb(programs[STEP].available)}',
+            *([f'compiled side by side: {times}'] if len(programs) > 1 else [])]
 
 
 def _cells(label, cells):
