@@ -52,8 +52,9 @@ def embedding_bag(
     split as they are. Each device's is rounded to `dtype`; the sum over replicas is in the values'
     own."""
     def read(values, slots, weights):
-        own = _own(_gather(slots, axes.memory), _gather(weights, axes.memory), len(values), axes)
-        partial = bag.embedding_bag(values, *own, dtype, owners=shards_in_use(axes).rows,
+        slots, weights = _own(_gather(slots, axes.memory), _gather(weights, axes.memory),
+                              len(values), axes)
+        partial = bag.embedding_bag(values, slots, weights, dtype, owners=shards_in_use(axes).rows,
                                     implementation=implementation)
         return _to_owners(partial, axes)
 

@@ -7,7 +7,7 @@ order. A weight is rounded to a UNIT, and one above 0 to no less than that. They
 
 import functools
 import math
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -69,11 +69,10 @@ def count_slots(
                       f'start from no_counts({reads.table_slots}).')
 
     def count(*arrays):
-        run = functools.partial(_count, tokens=tokens, table_slots=table_slots, axes=axes)
-        if axes.names:
-            split = SlotCounts(*[counts_spec(axes)] * 3)
-            run = on_shards(run, (split, *[axes.tokens] * 3), split, axes)
-        return run(*arrays)
+        of_device = functools.partial(_count, tokens=tokens, table_slots=table_slots, axes=axes)
+        by_rows: Any = counts_spec(axes)    # in the places of arrays
+        split = SlotCounts(by_rows, by_rows, by_rows)
+        return on_shards(of_device, (split, *[axes.tokens] * 3), split, axes)(*arrays)
 
     return on_auto_axes(count, specs_of(counts))(counts, reads.slots, reads.weights,
                                                  real.reshape(-1))

@@ -110,18 +110,16 @@ def estimate(run: Run, topology: Topology) -> Estimate:
     available = chip.memory - RESERVED if topology.is_tpu else int(chip.memory * GPU_SHARE)
     layout = lay_out(run, count, device_bytes=available)
     mesh = make_mesh(layout.shards, chips.devices(topology))
-    tables, rows = table_paths(run.model.memories), run.train.micro_batch
     with jax.set_mesh(mesh):
         program = make_program(run, run.model, layout.sparse, mesh)
-        batch, examples = abstract_batch(run, mesh), abstract_batch(run, mesh, rows=rows)
-        given = device_memory.arguments(program.abstract, batch, tables)
-        totals = program.totals(examples)
-        lowered = _lowered(program, run, batch, examples, totals, topology.is_tpu)
-    found, passed = _compile(lowered), {
-        FIRST: device_memory.of_first_state(given),
-        EVALUATION: device_memory.of_evaluation(program.abstract, examples, totals, tables)}
+        batch = abstract_batch(run, mesh)
+        given = device_memory.arguments(program.abstract, batch, table_paths(run.model.memories))
+        steps = _steps(program, run, batch, topology.is_tpu)
+        others = _others(program, run, mesh, given) if topology.is_tpu else {}
+    found = _compile(steps | {name: lowered for name, (lowered, *_) in others.items()})
     memory = {STEP: _step_memory(given, found, run, layout, topology.is_tpu)} | {
-        name: _memory(*passed[name], found[name]) for name in passed if name in found}
+        name: _memory(beside, passed, found[name])
+        for name, (_, beside, passed) in others.items() if name in found}
     known = (
         topology, run, layout, {name: DeviceMemory(one, available) for name, one in memory.items()},
         {name: one.refusal for name, one in found.items() if one.refusal},
@@ -137,16 +135,25 @@ def estimate(run: Run, topology: Topology) -> Estimate:
                     table_sized([one.collective for one in transfers], layout, run.model))
 
 
-def _lowered(program, run, batch, examples, totals, is_tpu):
-    """By name the programs that are compiled; of the step that with norms only where both are."""
+def _steps(program, run, batch, is_tpu):
+    """By name the lowered steps; that with norms only where there is one without too."""
     norms = {0: [False], 1: [True]}.get(run.log.norms_every, [False, True])
-    seed = np.uint32(run.seed)
-    steps = {name: program.take_step.lower(program.abstract, batch, seed, all_norms=all_norms)
-             for name, all_norms in zip((STEP, NORMS), norms if is_tpu else norms[:1])}
-    if not is_tpu:
-        return steps
-    return steps | {FIRST: program.initialise.lower(seed), EVALUATION: program.count.lower(
-        program.abstract.params, program.abstract.batch_stats, examples, totals)}
+    return {name: program.take_step.lower(program.abstract, batch, np.uint32(run.seed),
+                                          all_norms=all_norms)
+            for name, all_norms in zip((STEP, NORMS), norms if is_tpu else norms[:1])}
+
+
+def _others(program, run, mesh, given):
+    """By name the other lowered programs, what lies on a device beside each, and how much of that
+    it takes or returns."""
+    batch = abstract_batch(run, mesh, rows=run.train.micro_batch)
+    totals, state = program.totals(batch), program.abstract
+    return {
+        FIRST: (program.initialise.lower(np.uint32(run.seed)),
+                *device_memory.of_first_state(given)),
+        EVALUATION: (program.count.lower(state.params, state.batch_stats, batch, totals),
+                     *device_memory.of_evaluation(state, batch, totals,
+                                                  table_paths(run.model.memories)))}
 
 
 def _step_memory(given, found, run, layout, is_tpu):

@@ -14,7 +14,7 @@ from jax.sharding import PartitionSpec as P
 from jax.stages import Wrapped
 
 from pkm_jax.configuration.run import Run
-from pkm_jax.memory.usage import SlotCounts, counts_spec, no_counts
+from pkm_jax.memory.usage import counts_spec, no_counts
 from pkm_jax.mesh import OWN
 from pkm_jax.models.interface import ModelConfig, table_paths
 from pkm_jax.optimizers.build import make_optimizer
@@ -38,7 +38,7 @@ class Program(NamedTuple):
                             # all_norms) -> it, metrics
     count: Wrapped          # (params, batch_stats, batch, totals, which it reuses the memory of)
                             # -> totals, outputs by example
-    counts: dict[Any, SlotCounts]       # what it counts of each memory, abstract as well
+    counts: dict[Any, Any]  # by memory the SlotCounts that it sums, abstract as well
 
     def totals(self, batch: Batch | dict[str, jax.ShapeDtypeStruct]) -> Totals:
         """Shapes, dtypes and shardings of what `count` sums over batches like this one.
@@ -72,7 +72,8 @@ def make_program(run: Run, model: ModelConfig, sparse: bool, mesh: Mesh) -> Prog
         train_step, task=run.task, graph=graph, sites=model.memories, optimizer=optimizer,
         accumulation_steps=run.train.gradient_accumulation_steps, sparse=sparse)
     count = functools.partial(eval_step, task=run.task, graph=graph, sites=model.memories)
-    whole, by_rows = (NamedSharding(mesh, spec) for spec in (P(), counts_spec(OWN)))
+    whole: Any = NamedSharding(mesh, P())
+    by_rows: Any = NamedSharding(mesh, counts_spec(OWN))
     counts = {name: _abstract_counts(site.config.slots, by_rows)
               for name, site in model.memories.items()}
     return Program(graph, abstract, jax.jit(initialise, out_shardings=layout),

@@ -13,7 +13,8 @@ from jax.sharding import PartitionSpec as P
 from configs import bert_base_pkm_pod
 from pkm_jax.mesh import OWN, Shards, make_mesh, slice_of
 from pkm_jax.planning import chips, device_memory, hlo
-from pkm_jax.planning.estimate import estimate, table_sized
+from pkm_jax.planning.device_memory import DeviceMemory
+from pkm_jax.planning.estimate import Estimate, estimate, table_sized
 from pkm_jax.planning.text import text_of
 from pkm_jax.refusal import Refusal
 from pkm_jax.training import loop
@@ -27,8 +28,9 @@ def tiny(config):
     return shrunk(config)
 
 
+@pytest.mark.slow
 @needs_tpu_compiler
-def test_a_step_compiled_for_tpus(tiny):
+def test_programs_compiled_for_tpus(tiny):
     found = estimate(run_of(tiny), chips.parse('v5e:2x2'))
     assert found.fits and found.layout.shards == Shards(1, 2, 2)
     sizes = {name: memory.bytes for name, memory in found.memory.items()}
@@ -51,16 +53,39 @@ def test_a_step_compiled_for_tpus(tiny):
     assert re.search(r'compiled side by side: step \d+ s, step with norms \d+ s, first state \d+ s, '
                      r'evaluation \d+ s', text)
     assert found.unknown_operands == () and 'WARNING' not in text
-    unknown = text_of(found._replace(unknown_operands=('a', 'b')), 'tiny')
-    assert 'WARNING: 2 operands whose size the program does not tell' in unknown
-    assert 'HBM traffic: a, b\n' in unknown
 
-    needed = found.memory['evaluation']
-    needed = needed._replace(bytes=needed.bytes | {device_memory.TEMPORARY: 10 ** 11})
-    full = found._replace(memory=found.memory | {'evaluation': needed})
+
+def planned(run, **fields):
+    """An estimate of numbers that nobody compiled."""
+    kinds = dict.fromkeys([*device_memory.KINDS, device_memory.TEMPORARY], 10 ** 9)
+    memory = {name: DeviceMemory(dict(kinds), 16 * 10 ** 9) for name in ('step', 'evaluation')}
+    whole = Estimate(
+        chips.parse('v5e:2x2'), run, Layout(Shards(1, 2, 2), True, ()), memory, {},
+        {'step': 60., 'evaluation': 9.}, 1e12, 1e12, 1e9, {'read': 10 ** 9}, (), 0, None, (), ())
+    return whole._replace(**fields)
+
+
+def test_the_program_that_needs_most_decides(tiny):
+    run = run_of(tiny)
+    assert 'FITS: 7.00 of 16.00 GB, 44%' in text_of(planned(run), 'tiny')
+    assert 'compiled side by side: step 60 s, evaluation 9 s' in text_of(planned(run), 'tiny')
+    memory = planned(run).memory
+    memory['evaluation'].bytes[device_memory.COUNTS] = 10 ** 10
+    full = planned(run, memory=memory)
     assert not full.fits and full.largest == 'evaluation'
-    assert re.search(r'DOES NOT FIT: 100.\d\d GB or more of 16.91 GB \(the evaluation, more than the '
-                     r'step\), 83.\d\d GB too much', text_of(full, 'full'))
+    text = text_of(full, 'full')
+    assert re.search(r'in all +7.00 +17.00   of 16.00', text)
+    assert re.search('usage counts {28,}10.00\n', text)
+    assert 'DOES NOT FIT: 17.00 GB or more of 16.00 GB (the evaluation, more than the step), ' in text
+    refused = planned(run, refusals={'evaluation': 'RESOURCE_EXHAUSTED: so much'})
+    assert 'The compiler of the evaluation: RESOURCE_EXHAUSTED: so much' in text_of(refused, 'one')
+    assert 'a step of a device' in text_of(refused, 'one') and not refused.fits
+
+
+def test_operands_of_unknown_size_are_named_in_the_plan(tiny):
+    text = text_of(planned(run_of(tiny), unknown_operands=('a.1', 'b')), 'tiny')
+    assert ('WARNING: 2 operands whose size the program does not tell count as 0 bytes of HBM '
+            'traffic: a.1, b\n') in text
 
 
 def test_activations_that_do_not_fit_gpus_are_found(tiny):
