@@ -6,7 +6,6 @@ import math
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax.typing import DTypeLike
 from jaxtyping import Array, Bool, Float, Int32
 
 from pkm_jax.dispatch import Choice, Implementation, Kernel
@@ -23,29 +22,27 @@ def embedding_bag(
     values: Float[Array, 'S V'],
     slots: Int32[Array, 'T R'],
     weights: Float[Array, 'T R'],
-    dtype: DTypeLike | None = None,
     *,
     owners: int = 1,
     implementation: Implementation | None = None,
 ) -> Float[Array, 'T V']:
     """Σ_r weights[t, r] · values[slots[t, r]]: a weighted sum of R rows for each of T tokens.
 
-    Of the values rounded to `dtype` (None: as they are), summed in float32 and returned in `dtype`.
-    On a TPU they are rounded anew for the backward pass, so that no copy of the table lies there in
-    between. No array [T, R, V] exists, forward or backward. Slots must lie in [0, S). The gradient
-    of `values` is dense, rounded to `dtype`, and deterministic, except in plain JAX on a GPU.
-    `owners`: into how many parts the rows of a table are split of which `values` is one; a read of
-    another part has slot S, and adds nothing. `implementation`: see `pkm_jax.dispatch.Choice`.
+    Summed in float32 and returned in the dtype of `values`. No array [T, R, V] exists, forward or
+    backward. Slots must lie in [0, S). The gradient of `values` is dense and in their dtype. It is
+    deterministic, except in plain JAX on a GPU. `owners`: into how many parts the rows of a table
+    are split of which `values` is one; a read of another part has slot S, and adds nothing.
+    `implementation`: see `pkm_jax.dispatch.Choice`.
 
     Raises:
       Refusal: the implementation cannot take these arrays.
     """
-    return _bag(values, slots, weights, dtype or values.dtype, owners, implementation)
+    return _bag(values, slots, weights, owners, implementation)
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(3, 4, 5))
-def _bag(values, slots, weights, dtype, owners, implementation):
-    return _forward_choice(implementation, values.astype(dtype), slots, weights, owners=owners)
+@functools.partial(jax.custom_vjp, nondiff_argnums=(3, 4))
+def _bag(values, slots, weights, owners, implementation):
+    return _forward_choice(implementation, values, slots, weights, owners=owners)
 
 
 def reference(
@@ -271,24 +268,14 @@ _compact_choice = Choice('embedding bag', compact_reference, _load_compact_backw
                          _load_compact_backward_for_tpus)
 
 
-def _forward(values, slots, weights, dtype, owners, implementation):
-    return (_bag(values, slots, weights, dtype, owners, implementation),
-            (values, slots, weights))
+def _forward(values, slots, weights, owners, implementation):
+    return _bag(values, slots, weights, owners, implementation), (values, slots, weights)
 
 
-def _backward(dtype, owners, implementation, residuals, gradient):
-    values, slots, weights = residuals
-    values, gradient = _not_before(values, gradient)
-    by_values, by_weights = _backward_choice(implementation, values.astype(dtype), slots, weights,
-                                             gradient, owners=owners)
-    return by_values.astype(values.dtype), None, by_weights
-
-
-def _not_before(values, gradient):
-    """Both; on a TPU behind a barrier, so that nothing is made of the values before the gradient is
-    there: XLA would keep what the forward pass made of them, copies of whole tables."""
-    return jax.lax.platform_dependent(values, gradient, default=lambda *both: both,
-                                      tpu=lambda *both: jax.lax.optimization_barrier(both))
+def _backward(owners, implementation, residuals, gradient):
+    by_values, by_weights = _backward_choice(implementation, *residuals, gradient,
+                                             owners=owners)
+    return by_values, None, by_weights
 
 
 _bag.defvjp(_forward, _backward)

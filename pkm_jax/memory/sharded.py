@@ -52,9 +52,9 @@ def embedding_bag(
     split as they are. Each device's is rounded to `dtype`; the sum over replicas is in the values'
     own."""
     def read(values, slots, weights):
-        slots, weights = _own(_gather(slots, axes.memory), _gather(weights, axes.memory),
-                              len(values), axes)
-        partial = bag.embedding_bag(values, slots, weights, dtype, owners=shards_in_use(axes).rows,
+        values = values.astype(dtype or values.dtype)
+        own = _own(_gather(slots, axes.memory), _gather(weights, axes.memory), len(values), axes)
+        partial = bag.embedding_bag(values, *own, owners=shards_in_use(axes).rows,
                                     implementation=implementation)
         return _to_owners(partial, axes)
 
