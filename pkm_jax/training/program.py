@@ -46,11 +46,10 @@ class Program(NamedTuple):
         The task names its sums where it makes them, so that they are known from a batch alone.
         """
         params, batch_stats = self.abstract.params, self.abstract.batch_stats
-        none = Totals({}, self.abstract.step, self.counts)
-        sums = jax.eval_shape(self.count, params, batch_stats, batch, none)[0].sums
-        return none._replace(sums={
-            name: jax.ShapeDtypeStruct(one.shape, one.dtype, sharding=self.abstract.step.sharding)
-            for name, one in sums.items()})
+        none, whole = Totals({}, self.abstract.step, self.counts), self.abstract.step.sharding
+        sums: Any = jax.eval_shape(self.count, params, batch_stats, batch, none)[0].sums
+        return none._replace(sums=jax.tree.map(
+            lambda one: jax.ShapeDtypeStruct(one.shape, one.dtype, sharding=whole), sums))
 
 
 def make_program(run: Run, model: ModelConfig, sparse: bool, mesh: Mesh) -> Program:
