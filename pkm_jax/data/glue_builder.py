@@ -11,7 +11,7 @@ Configurations, splits and features are called as by TFDS's own 'glue', which do
 prepares. What is read is what `glue.read_glue` reads, in the order of the files.
 """
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -21,7 +21,7 @@ import tensorflow_datasets as tfds
 from pkm_jax.data.columns import Texts
 from pkm_jax.data.files import expand
 from pkm_jax.data.glue import AX, SECOND, TASKS, GlueTask, read_diagnostics, read_glue
-from pkm_jax.data.tfds_text import open_builder
+from pkm_jax.data.tfds_text import open_builder, random_access
 from pkm_jax.refusal import Refusal
 
 DIAGNOSTICS = 'ax'      # a configuration of its own: pairs as MNLI's
@@ -93,18 +93,24 @@ def splits_of(config: str) -> dict[str, str]:
                                  for part, ours in (('matched', ''), ('mismatched', SECOND))}}
 
 
-def read_prepared(folder: str, name: str) -> dict[str, Texts] | None:
+def read_prepared(
+    folder: str, name: str, log: Callable[[str], None],
+) -> dict[str, Texts] | None:
     """What `read_glue` reads, of what TFDS prepared with `folder` as data_dir; None where this task
     is not there (the diagnostics alone are no task).
 
     Raises:
-      Refusal: its description is damaged.
+      Refusal: its description is damaged, or its files are not ArrayRecord.
     """
     found = {}
     for config in (name, *([DIAGNOSTICS] if name == 'mnli' else [])):
         path = Path(expand(folder), 'pkm_glue', config, str(PkmGlue.VERSION))
         if path.is_dir():
             builder = open_builder(path)
+            if not random_access(builder):
+                raise Refusal(f"{path} holds {builder.info.file_format.value} files: prepare it "
+                              "again with tfds.builder(…, file_format='array_record').")
+            log(f'data: {name} as TFDS prepared it in {path}')
             found |= {ours: _texts(builder, config, split)
                       for split, ours in splits_of(config).items() if split in builder.info.splits}
     return found if 'train' in found else None

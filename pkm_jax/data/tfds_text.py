@@ -64,7 +64,7 @@ def directory(path: str, hashes: ContentHashes) -> Corpus | None:
     builder = open_builder(path)
     if not _has_text(builder):
         return None
-    if not _random_access(builder) and importlib.util.find_spec('tensorflow') is None:
+    if not random_access(builder) and importlib.util.find_spec('tensorflow') is None:
         raise Refusal(f'{path} holds {builder.info.file_format.value} files, which only '
                       "TensorFlow reads: pip install 'pkm-jax[tensorflow]', or prepare it with "
                       "file_format='array_record'")
@@ -82,7 +82,7 @@ def _articles(builder: tfds.core.DatasetBuilder, hashes: ContentHashes) -> Corpu
                       f'{list(builder.info.splits)}')
 
     def lines(counts: Counts) -> Iterator[str]:
-        source = (builder.as_data_source('train') if _random_access(builder)
+        source = (builder.as_data_source('train') if random_access(builder)
                   else tfds.as_numpy(builder.as_dataset(split='train')))
         for article in source:
             text = article['text'].decode('utf-8', errors='replace')
@@ -103,7 +103,8 @@ def _content(file: epath.PathLike, hashes: ContentHashes) -> str:
     return f'{stat.length} {stat.mtime}'
 
 
-def _random_access(builder: tfds.core.DatasetBuilder) -> bool:
+def random_access(builder: tfds.core.DatasetBuilder) -> bool:
+    """Whether its files are those that are read without TensorFlow."""
     return builder.info.file_format == tfds.core.FileFormat.ARRAY_RECORD
 
 

@@ -57,7 +57,8 @@ class Glue(TextClassification):
 
     def read(self, log: Callable[[str], None]) -> dict[str, Texts]:
         """The task's splits; see `glue.read_glue`."""
-        return read_prepared(self.folder, self.name) or glue.read_glue(self.folder, self.name, log)
+        return (read_prepared(self.folder, self.name, log)
+                or glue.read_glue(self.folder, self.name, log))
 
     def names(self, found: dict[str, Any]) -> tuple[str, ...]:
         """Those that GLUE gives, in its order."""

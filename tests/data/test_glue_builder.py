@@ -2,6 +2,7 @@
 
 import shutil
 import sys
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -44,7 +45,7 @@ def files(tmp_path):
 def test_equal_to_the_direct_reader(name, tmp_path, files):
     folder = files(name)
     prepared(tmp_path, name, 'files')
-    direct, found = read_glue(folder, name, print), read_prepared(str(tmp_path / 'data'), name)
+    direct, found = read_glue(folder, name, print), read_prepared(str(tmp_path / 'data'), name, print)
     assert found.keys() == direct.keys()
     for split, texts in direct.items():
         assert found[split][:2] == texts[:2] and len(found[split].places) == len(texts.places)
@@ -73,10 +74,10 @@ def test_names_are_those_that_pipelines_read(tmp_path, files):
     (tmp_path / 'files/AX/diagnostic.tsv').write_text('index\tsentence1\tsentence2\n0\tc\td\n')
     (tmp_path / 'files/MNLI').rename(tmp_path / 'elsewhere')      # the diagnostics stand alone
     assert prepared(tmp_path, 'ax', 'files').as_data_source('test')[0]['hypothesis'] == b'd'
-    found = read_prepared(str(tmp_path / 'data'), 'mnli')['test_ax']
+    found = read_prepared(str(tmp_path / 'data'), 'mnli', print)['test_ax']
     (tmp_path / 'alone').mkdir()
     shutil.move(tmp_path / 'data/pkm_glue/mnli', tmp_path / 'alone')
-    assert read_prepared(str(tmp_path / 'data'), 'mnli') is None
+    assert read_prepared(str(tmp_path / 'data'), 'mnli', print) is None
     (tmp_path / 'elsewhere').rename(tmp_path / 'files/MNLI')
     assert found[:3] == read_glue(folder, 'mnli', print)['test_ax'][:3]
 
@@ -92,7 +93,22 @@ def test_other_files_are_refused(tmp_path, files):
     files('sst2', 'sentence\tlabel\na\t2\n')
     with pytest.raises(Refusal, match=r"train.tsv, line 2: the label '2' is none"):
         prepared(tmp_path, 'sst2', 'files')
-    assert read_prepared(str(tmp_path / 'data'), 'sst2') is None
+    assert read_prepared(str(tmp_path / 'data'), 'sst2', print) is None
+
+
+def test_which_files_are_read_is_said_and_those_that_need_tensorflow_are_refused(tmp_path, files):
+    """Also where both lie in one folder; other formats than ArrayRecord need TensorFlow."""
+    folder = Path(files('sst2'))
+    prepared(tmp_path, 'sst2', 'files')
+    (tmp_path / 'data/pkm_glue').rename(folder / 'pkm_glue')
+    said = []
+    Glue(name='sst2', folder=str(folder)).read(said.append)
+    where = folder / 'pkm_glue/sst2' / str(PkmGlue.VERSION)
+    assert said == [f'data: sst2 as TFDS prepared it in {where}']
+    info = where / 'dataset_info.json'
+    info.write_text(info.read_text().replace('array_record', 'tfrecord'))
+    with pytest.raises(Refusal, match="holds tfrecord files: prepare it again"):
+        Glue(name='sst2', folder=str(folder)).read(print)
 
 
 def test_each_task_is_a_configuration():
