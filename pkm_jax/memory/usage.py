@@ -52,8 +52,8 @@ def count_slots(
     `real` has one element for each token, in any shape, such as the mask that `read` was given:
     where it is False the token is padding, and is not counted.
 
-    `axes`: see `pkm_jax.mesh.axes_of`. Each device counts the reads of its own tokens, one word of
-    4 bytes a slot at a time, and keeps the sums of its own rows (`counts_spec`).
+    `axes`: see `pkm_jax.mesh.axes_of`. Each device counts the reads of its own tokens, in words
+    of 4 bytes a slot, and keeps the sums of its own rows (`counts_spec`).
 
     Raises:
       Refusal: `real` has another number of elements, the counts are of a table of another size, or
