@@ -83,15 +83,10 @@ def _count(counts, slots, weights, real, *, tokens, table_slots, axes):
     is_real = real[:, None, None]
     once = jnp.broadcast_to(is_real, slots.shape).astype(jnp.uint32)
 
-    mass = last = counts.mass
-
     def add(words, slots, amounts, shift=0):
-        """One after another: the sums of all slots lie whole on a device until they are summed."""
-        nonlocal last
-        slots, _ = jax.lax.optimization_barrier((slots, last))
-        last = _add(words, slots, amounts, table_slots, axes, shift)
-        return last
+        return _add(words, slots, amounts, table_slots, axes, shift)
 
+    mass = counts.mass
     for shift, digits in _digits(jnp.where(is_real, weights, 0), tokens):
         mass = add(mass, slots, digits, shift)
     return SlotCounts(add(counts.selected, slots, once),
