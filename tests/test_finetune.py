@@ -49,6 +49,7 @@ def table(path, rows, header='text\tlabel'):
     return str(path)
 
 
+@pytest.mark.slow
 def test_classes(tuned, tmp_path):
     names = 'bad', 'good'
     train = table(tmp_path / 'train.tsv', [(line, names[label]) for line, label in texts(203)])

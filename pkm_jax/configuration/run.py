@@ -87,6 +87,8 @@ class Distributed:
     coordinator: str = setting('', "host:port of the first; '': found")
     processes: int = setting(0, 'how many; 0: found', least=0)
     process: int = setting(-1, 'which one this is; -1: found', least=-1)
+    initialization_timeout: int = setting(
+        300, 'seconds in which all processes must have begun; else those that did end', least=1)
 
     def __post_init__(self) -> None:
         check_settings(self, 'distributed')

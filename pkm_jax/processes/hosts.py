@@ -22,6 +22,8 @@ def join(distributed: Distributed) -> None:
 
     On TPU pods, Slurm and the like the addresses are found; elsewhere the configuration gives them.
     One that is silent for SILENT seconds is taken for dead: JAX ends the others, saying its number.
+    Where not all have begun within `distributed.initialization_timeout` seconds it ends those that
+    have.
 
     Raises:
       ValueError, RuntimeError: they are not found, or the others are not reached.
@@ -32,6 +34,7 @@ def join(distributed: Distributed) -> None:
             distributed.coordinator or None,
             distributed.processes or None,
             distributed.process if distributed.process >= 0 else None,
+            initialization_timeout=distributed.initialization_timeout,
             heartbeat_timeout_seconds=SILENT)
         # JAX calls one that dies by its number.
         print(f'process {jax.process_index()} of {jax.process_count()}: {socket.gethostname()}, '

@@ -118,5 +118,6 @@ def _commands(cells: Sequence[Cell]) -> str:
     lines = [f'# {cell.name}: {cell.seconds:,.0f} s\n{cell.described["command"]}'
              for cell in cells if 'command' in cell.described]
     return ('Each trains a cell anew, with what it starts from, in another folder; on the same '
-            'hardware and versions the numbers are the same to the bit.\n\n```sh\n'
+            'CPUs and versions the numbers are the same to the bit, on GPUs up to rounding.'
+            '\n\n```sh\n'
             + '\n'.join(lines) + '\n```')

@@ -73,21 +73,22 @@ def test_of_a_run_what_it_sets_can_be_changed(argument, said):
 
 @pytest.mark.parametrize('arguments, said', [
     (['--config=nothing'], 'Not started: --config=nothing: there is no'),
-    ([], 'Not started: give --config, a path or one of ablation'),
-    (['--config=quickstart', '--config.train.stepz=1'],
-     'Not started: --config.train.stepz: there is no such field: did you mean train.steps'),
-    (['--config=ablation:init=none'], "Not started: configs/ablation.py: 'init=none' is none of"),
     (['--config=quickstart', '--config.train.steps=0'],
      'Not trained: train.steps = 0 must be 1 or more.'),
-    (['--config=quickstart', '--config.train.steps=abc'],
-     "Not started: --config.train.steps=abc: 'abc' is no int."),
-    (['--config=quickstart', '--config.memory.layers=abc'],
-     "Not trained: memory.layers = ('abc',): each must be an int."),
-    (['--config=quickstart', '--config.log.profile=3'],
-     'Not trained: log.profile = (3,) must be of the type tuple[int, int].'),
     (['--config=quickstart', '--nonsense=1'], "Not started: Unknown command line flag 'nonsense'"),
-    (['--config=quickstart', 'train.steps=3'],
-     'Not started: train.steps=3: no option takes this')])
+    *(pytest.param(*case, marks=pytest.mark.slow) for case in [
+        ([], 'Not started: give --config, a path or one of ablation'),
+        (['--config=quickstart', '--config.train.stepz=1'],
+         'Not started: --config.train.stepz: there is no such field: did you mean train.steps'),
+        (['--config=ablation:init=none'], "Not started: configs/ablation.py: 'init=none' is none of"),
+        (['--config=quickstart', '--config.train.steps=abc'],
+         "Not started: --config.train.steps=abc: 'abc' is no int."),
+        (['--config=quickstart', '--config.memory.layers=abc'],
+         "Not trained: memory.layers = ('abc',): each must be an int."),
+        (['--config=quickstart', '--config.log.profile=3'],
+         'Not trained: log.profile = (3,) must be of the type tuple[int, int].'),
+        (['--config=quickstart', 'train.steps=3'],
+         'Not started: train.steps=3: no option takes this')])])
 def test_a_wrong_command_line_is_one_line(arguments, said, tmp_path):
     """From any folder; no traceback."""
     ran = subprocess.run([sys.executable, '-m', 'pkm_jax.pretrain', *arguments], cwd=tmp_path,

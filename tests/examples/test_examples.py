@@ -6,6 +6,8 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
+
 EXAMPLES = Path(__file__).parents[2] / 'examples'
 ROOT = EXAMPLES.parent
 
@@ -29,6 +31,7 @@ def test_every_example_is_tested():
     assert {f'test_{path.stem}' for path in EXAMPLES.glob('*.py')} <= globals().keys()
 
 
+@pytest.mark.slow
 def test_transformer(tmp_path):
     lines, logged = run('transformer', tmp_path)
     assert len(lines) == 4

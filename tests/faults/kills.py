@@ -36,6 +36,7 @@ def tiny(folder: Path, updates: str, steps: int) -> ml_collections.ConfigDict:
                        vocab_size=120, length=16, max_predictions=3, validation_fraction=.1,
                        workers=0)
     config.train.update(steps=steps, batch=16, warmup=2, gradient_accumulation_steps=2)
+    config.distributed.initialization_timeout = 40      # one that is killed early never comes
     config.log.update(every=1, eval_every=50, eval_batches=2, checkpoint_every=20)
     return config
 

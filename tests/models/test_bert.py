@@ -121,6 +121,7 @@ def test_attention_dropout_path_equals_the_fused_one_without_dropout(training):
     np.testing.assert_allclose(model(*batch(), **mode)[0], same(*batch(), **mode)[0], atol=1e-5)
 
 
+@pytest.mark.slow
 def test_rematerialised_gradients_are_the_same():
     def gradients(remat):
         model = build(dataclasses.replace(ADD, remat=remat))

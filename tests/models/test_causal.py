@@ -129,7 +129,8 @@ def test_rotary_products_depend_on_the_distance():
 
 
 @pytest.mark.parametrize('changes', [
-    {}, {'placement': 'replace'}, {'memory_layers': (0, 1), 'shared_values': True}])
+    pytest.param({}, marks=pytest.mark.slow), {'placement': 'replace'},
+    pytest.param({'memory_layers': (0, 1), 'shared_values': True}, marks=pytest.mark.slow)])
 def test_rematerialised_gradients_are_the_same(changes):
     """With dropout, and batch statistics that are written outside the blocks."""
     config = dataclasses.replace(ADD, dropout=.1, attention_dropout=.1, memory=dataclasses.replace(
@@ -190,7 +191,7 @@ def test_embeddings_and_both_branches_are_dropped_from(place):
     assert .4 < np.mean(np.asarray(states) > 0) < .6
 
 
-@pytest.mark.parametrize('remat', [False, True])
+@pytest.mark.parametrize('remat', [False, pytest.param(True, marks=pytest.mark.slow)])
 def test_training_updates_batch_statistics_by_real_tokens(remat):
     config = dataclasses.replace(ADD, remat=remat, memory=dataclasses.replace(
         ADD.memory, query_norm='batch'))

@@ -24,7 +24,7 @@ def fail(monkeypatch, place, words):
     monkeypatch.setattr(loop, place, full)
 
 
-@pytest.mark.parametrize('place', ['_loop', *(
+@pytest.mark.parametrize('place', [pytest.param('_loop', marks=pytest.mark.slow), *(
     pytest.param(place, marks=pytest.mark.slow) for place in ('_compiled_steps', '_first_state'))])
 def test_it_is_said_what_there_is_too_much_of(config, monkeypatch, place):
     config.memory.update(sub_keys=256, updates='dense')

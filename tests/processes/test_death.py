@@ -47,6 +47,28 @@ def test_the_others_stop_and_the_next_start_goes_on(config, tmp_path, processes,
     assert_same_run(tmp_path / 'killed', tmp_path / 'straight', 'train', 'eval')
 
 
+ALONE = """
+import sys
+from pkm_jax.configuration.run import Distributed
+from pkm_jax.processes import hosts
+hosts.join(Distributed(True, f'127.0.0.1:{sys.argv[1]}', 2, int(sys.argv[2]), 3))
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize('index', [0, 1])
+def test_who_waits_for_one_that_never_begins_ends(index):
+    """As one does that was killed before it had met the others; aborted by JAX."""
+    with socket.socket() as free:
+        free.bind(('127.0.0.1', 0))
+        port = free.getsockname()[1]
+    began = time.monotonic()
+    ran = subprocess.run([sys.executable, '-c', ALONE, str(port), str(index)], cwd=ROOT, text=True,
+                         env={**os.environ, 'PYTHONPATH': str(ROOT)}, capture_output=True, check=False)
+    assert ran.returncode == -signal.SIGABRT and 'DEADLINE_EXCEEDED' in ran.stderr, ran.stderr
+    assert time.monotonic() - began < 60
+
+
 FAILS = """
 import sys, time
 from pkm_jax.configuration.run import Distributed

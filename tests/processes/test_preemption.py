@@ -76,6 +76,7 @@ def test_a_stopped_run_goes_on_as_if_it_had_not_been(config, monkeypatch, tmp_pa
     assert_same_run(train(config), straight, 'start', 'train', 'eval')
 
 
+@pytest.mark.slow
 def test_a_signal_during_the_last_step_stops_before_another_run(config, monkeypatch):
     config.log.eval_every = config.train.steps
     real = loop.save_counts

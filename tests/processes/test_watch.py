@@ -96,6 +96,7 @@ def test_it_ends_a_process_that_asks_for_it(tmp_path):
     assert done.returncode == ExitStatus.HUNG and 'No progress' in done.stderr and stacks(tmp_path)
 
 
+@pytest.mark.slow
 def test_a_run_whose_loader_delivers_nothing_is_reported(config, monkeypatch, capfd):
     monkeypatch.setattr(watch, 'LEAST', .5)
     monkeypatch.setattr(watch, 'PEERS', 0)
@@ -115,7 +116,8 @@ def test_a_run_whose_loader_delivers_nothing_is_reported(config, monkeypatch, ca
 
 
 @pytest.mark.parametrize('place, name, what', [
-    (loop, 'evaluate', 'in an evaluation; '), (loop.Checkpoints, 'save', 'in a save; ')])
+    (loop, 'evaluate', 'in an evaluation; '),
+    pytest.param(loop.Checkpoints, 'save', 'in a save; ', marks=pytest.mark.slow)])
 def test_a_run_that_hangs_outside_its_steps_is_reported(place, name, what, config, monkeypatch):
     for limit, seconds in (('LEAST', 100.), ('LEAST_APART', .5), ('PEERS', 0), ('PERIOD', .05)):
         monkeypatch.setattr(watch, limit, seconds)

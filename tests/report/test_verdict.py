@@ -2,6 +2,8 @@
 
 import math
 
+import pytest
+
 from pkm_jax.report.report import write_report
 from pkm_jax.report.runs import read_run, read_runs
 from pkm_jax.report.verdict import verdicts
@@ -82,6 +84,7 @@ def test_verdict_refuses_other_numbers_of_evaluation_tokens(small):
     assert said.holds is None and 'T = 256 tokens and replace over 512' in said.text
 
 
+@pytest.mark.slow
 def test_every_pair_with_the_same_layers_has_its_verdict(small):
     sizes = dict(tokens=256, side=12)
     make_run(small / 'deep_add', placement='add', init_from=str(small / 'pretrain'), layers=('5',),

@@ -41,6 +41,7 @@ def weights(folder):
             for name, array in store.read_weights(store.newest(folder)).items()}
 
 
+@pytest.mark.slow
 def test_the_loss_falls_below_that_of_word_frequencies(causal, tmp_path):
     straight = train(causal)
     last = [line for line in map(json.loads, (straight / 'metrics.jsonl').read_text().splitlines())

@@ -53,6 +53,7 @@ def test_everything_beside_the_checkpoints_is_mended_and_said(config, capsys):
     assert losses == [found for found in scalars(folder / 'tensorboard') if found[0].endswith('/loss')]
 
 
+@pytest.mark.slow
 def test_a_saved_place_of_the_stream_with_a_flipped_bit_is_not_gone_on_from(config, tmp_path, caplog):
     """Nor are weights started from."""
     folder = train(config)

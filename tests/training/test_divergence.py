@@ -35,7 +35,7 @@ def spoil(monkeypatch, batches):
     monkeypatch.setattr(stream, 'at', at)
 
 
-@pytest.mark.parametrize('updates', ['dense', 'sparse'])
+@pytest.mark.parametrize('updates', ['dense', pytest.param('sparse', marks=pytest.mark.slow)])
 def test_bad_steps_are_skipped_and_counted(config, monkeypatch, updates, capsys):
     config.memory.updates = updates
     spoil(monkeypatch, (3, 4, 5))
@@ -63,6 +63,7 @@ def test_a_run_that_diverges_stops_with_what_was_good(config):
     assert all(np.isfinite(line['loss']) for line in lines(folder, 'train'))
 
 
+@pytest.mark.slow
 def test_what_diverged_is_kept_to_be_replayed(config, monkeypatch, tmp_path):
     """The state before the first bad step, as a run that stops there has it, and its batch."""
     config.train.max_skipped_steps = 2

@@ -21,6 +21,7 @@ def evaluations(folder):
     return [line['memory']['1'] for line in lines if line['kind'] == 'eval']
 
 
+@pytest.mark.slow
 def test_a_run_tells_the_drift_of_its_slots_and_a_resumed_one_the_same(config, tmp_path):
     config.memory.update(drift_tokens=40, sub_keys=12, top_k=1, heads=1)
     config.log.eval_at_start = True

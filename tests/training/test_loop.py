@@ -76,6 +76,7 @@ def test_a_finished_run_is_not_trained_again(config):
     assert (folder / 'metrics.jsonl').read_text() == before
 
 
+@pytest.mark.slow
 def test_a_truncated_checkpoint_falls_back_to_the_one_before(config, caplog):
     folder = train(config)
     expected = weights(folder)
@@ -89,6 +90,7 @@ def test_a_truncated_checkpoint_falls_back_to_the_one_before(config, caplog):
         np.testing.assert_array_equal(array, expected[name])
 
 
+@pytest.mark.slow
 def test_an_unfinished_checkpoint_is_not_believed(config, caplog):
     folder = train(config)
     (folder / 'checkpoints' / '6' / 'commit_success.txt').unlink()
@@ -125,7 +127,8 @@ def test_memory_is_added_to_a_run_without_one(config, tmp_path, capsys):
 
 @pytest.mark.parametrize('changes, message', [
     ({'model': {'width': 32}}, r'\(120, 16\) there, \(120, 32\) here'),
-    ({'model': {'attention_heads': 4}}, 'model.attention_heads: 2 there, 4 here'),
+    pytest.param({'model': {'attention_heads': 4}}, 'model.attention_heads: 2 there, 4 here',
+                 marks=pytest.mark.slow),
 ])
 def test_init_from_other_sizes_names_every_mismatch(config, tmp_path, changes, message):
     source = train(config)
@@ -134,6 +137,7 @@ def test_init_from_other_sizes_names_every_mismatch(config, tmp_path, changes, m
         train(config)
 
 
+@pytest.mark.slow
 def test_init_from_a_smaller_vocabulary_is_refused(config, tmp_path):
     source = train(config)
     vocab = tmp_path / 'vocab.txt'
@@ -173,6 +177,7 @@ def test_several_devices_and_one_agree(config, tmp_path, monkeypatch):
         np.testing.assert_allclose(array, several[name], atol=2e-5, err_msg=name)
 
 
+@pytest.mark.slow
 def test_a_run_can_be_lengthened_on_purpose(config, capsys):
     folder = train(config)
     config.train.steps = 9
@@ -182,6 +187,7 @@ def test_a_run_can_be_lengthened_on_purpose(config, capsys):
     assert json.loads((folder / 'config.json').read_text())['train']['steps'] == 9
 
 
+@pytest.mark.slow
 def test_a_text_that_changed_is_said_to_be_that(config, corpus, tmp_path):
     """With a vocabulary trained on it, and with one that stays: no checkpoint is called damaged."""
     changed = 'text or its vocabulary has changed since the run began'
@@ -215,7 +221,7 @@ def test_a_full_disk_is_named_before_a_checkpoint_is_begun(config, monkeypatch, 
     assert store.newest(Path(config.workdir)).name == '3'
 
 
-@pytest.mark.parametrize('seed', [2 ** 31, 2 ** 32 - 1])
+@pytest.mark.parametrize('seed', [pytest.param(2 ** 31, marks=pytest.mark.slow), 2 ** 32 - 1])
 def test_seeds_beyond_int32_train(config, seed):
     config.seed = seed
     config.train.steps = config.log.checkpoint_every = config.log.eval_every = 3

@@ -34,7 +34,8 @@ def _bits(array):
 
 @pytest.mark.parametrize('shards, options', [
     (ONE, dict(sparse=False)), (ONE, dict(sparse=True)),
-    (Shards(2, 2, 2), dict(sparse=True, accumulation_steps=2)),
+    pytest.param(Shards(2, 2, 2), dict(sparse=True, accumulation_steps=2),
+                 marks=pytest.mark.slow),
     pytest.param(ONE, dict(sparse=True, accumulation_steps=2, model=SHARED,
                            values_optimizer='rowwise_adagrad'), marks=pytest.mark.slow),
     pytest.param(ONE, dict(sparse=False, optimizer='lamb', skip_loss_spikes=3.),

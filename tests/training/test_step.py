@@ -63,7 +63,7 @@ def batch(rows=8, seed=0):
             'mlm_weights': jnp.asarray(asked, jnp.float32)}
 
 
-@pytest.mark.parametrize('micro_steps', [2, 4])
+@pytest.mark.parametrize('micro_steps', [2, pytest.param(4, marks=pytest.mark.slow)])
 def test_accumulated_parts_equal_one_big_batch(micro_steps):
     """Parts hold different numbers of predictions: their means must not be averaged."""
     _, state, take = setup()
@@ -75,6 +75,7 @@ def test_accumulated_parts_equal_one_big_batch(micro_steps):
         np.testing.assert_allclose(ours, theirs, rtol=1e-5)
 
 
+@pytest.mark.slow
 def test_running_statistics_see_the_parts_in_turn():
     _, state, take = setup('batch')
     once = jax.tree.leaves(take(state, batch())[0].batch_stats)

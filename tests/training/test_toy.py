@@ -178,7 +178,7 @@ def weights(folder):
             for name, array in store.read_weights(store.newest(folder)).items()}
 
 
-@pytest.mark.parametrize('updates', ['dense', 'sparse'])
+@pytest.mark.parametrize('updates', [pytest.param('dense', marks=pytest.mark.slow), 'sparse'])
 def test_it_trains_evaluates_stops_and_resumes(updates, tmp_path, capsys):
     straight = train(run(tmp_path / 'straight', updates=updates))
     lines = list(map(json.loads, (straight / 'metrics.jsonl').read_text().splitlines()))
