@@ -70,6 +70,8 @@ class Traffic:
     """The HBM traffic of a program."""
 
     def __init__(self, module: Module):
+        #: operands of the instructions counted so far that the program does not define: 0 bytes
+        self.unknown: set[str] = set()
         self._module = module
         self._lines = {name: [line for text in texts if (line := _parse(text))]
                        for name, texts in module.computations.items()}
@@ -216,7 +218,10 @@ class Traffic:
 
     def _size(self, name):
         """Bytes of a named result, in HBM."""
-        return sum(self._sizes(self._by_name[name].result)) if name in self._by_name else 0
+        if name not in self._by_name:
+            self.unknown.add(name)
+            return 0
+        return sum(self._sizes(self._by_name[name].result))
 
     def _sizes(self, result):
         return ['S(' not in array[2] and _bytes(*array) for array in ARRAY.findall(result)] or [0]

@@ -338,7 +338,7 @@ def _evaluation(run: Run, program: Program, mesh: Mesh, data: Data,
 
     def evaluate_now(state, step, progress):
         values, counts, _ = evaluate(
-            state, batches(), program.count, run.task, sites, data, 'validation',
+            state, batches(), program, run.task, sites, data, 'validation',
             min(number * size, data.num_records('validation')), run.tables.dead_after)
         divergence.check_evaluation(step, values['loss'], run)
         for name, moved in (drift(state, step) if drift else {}).items():
