@@ -122,18 +122,30 @@ def _changed(path: Path) -> float:
 
 
 def runs_in(folder: Path) -> list[Path]:
-    """The folder itself if it is that of a run, else the runs up to two levels below.
+    """The folder itself if it is that of a run, else the runs up to two levels below; without
+    weights that were converted.
 
     Raises:
       Refusal: there is none, or a bucket is named.
     """
-    found = [path.parent for pattern in ('', '*/', '*/*/')
+    if (folder / 'config.json').exists():
+        return [folder]
+    found = [path.parent for pattern in ('*/', '*/*/')
              for path in sorted(folder.glob(f'{pattern}config.json'))
-             if 'checkpoints' not in path.parts]
+             if 'checkpoints' not in path.parts and not _of_weights(path)]
     if not found:
         raise Refusal(f'{folder} holds no run: no config.json there or two levels below. Give the '
                       f'folder of a run (--config.workdir), or mount its bucket.')
-    return found[:1] if found[0] == folder else found
+    return found
+
+
+def _of_weights(path: Path) -> bool:
+    """Whether a config.json is that of a model alone, of no run."""
+    try:
+        described = json.loads(path.read_text())
+    except (OSError, ValueError):       # damaged: `status_of` says so
+        return False
+    return isinstance(described, dict) and 'train' not in described
 
 
 def table(found: Sequence[Status], now: float) -> str:

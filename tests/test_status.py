@@ -114,6 +114,19 @@ def test_a_table_of_all_runs_below(a_run, tmp_path, capsys):
     assert second.split()[1] == 'stopped' and second.endswith('7 min ago')
 
 
+def test_weights_that_were_converted_are_no_run(a_run, tmp_path, now):
+    """They may lie beside runs; a damaged configuration is not taken for theirs."""
+    folder = a_run('one')
+    (tmp_path / 'bert_base').mkdir()
+    other = tmp_path / 'bert_base/config.json'
+    other.write_text('{"model": {"layers": 2}}')
+    assert status.runs_in(tmp_path) == [folder]
+    with pytest.raises(Refusal, match="bert_base is not the folder of a run: config.json: KeyError"):
+        status.status_of(other.parent, now)
+    other.write_text('{"model": {"lay')
+    assert status.runs_in(tmp_path) == [other.parent, folder]
+
+
 def test_the_exit_status_says_whether_all_is_well(a_run, tmp_path):
     a_run('dead', (60, 30), began=100, beat=999)
     ran = subprocess.run([sys.executable, '-m', 'pkm_jax.status', tmp_path], text=True,
