@@ -24,6 +24,8 @@ import jax.numpy as jnp
 from absl import app, flags, logging
 from jax.sharding import SingleDeviceSharding
 
+from benchmarks import tpu_sparsecore
+from benchmarks.jaxprs import equations, inner_of
 from pkm_jax import accelerators
 from pkm_jax.memory.kernels.tpu import (
     embedding_bag,
@@ -140,28 +142,10 @@ def searches(dtype: jnp.dtype, n_keys: int, k: int) -> list[Case]:
 def counted(case: Case) -> tuple[float, float]:
     """Floating-point operations of the matrix unit, and vector instructions, of all programs."""
     jaxpr = jax.make_jaxpr(case.run)(*case.arguments)
-    kernel, *_ = [eqn for eqn in _equations(jaxpr.jaxpr) if eqn.primitive.name == 'pallas_call']
+    kernel, *_ = [eqn for eqn in equations(jaxpr.jaxpr) if eqn.primitive.name == 'pallas_call']
     flops, vectors = _operations(kernel.params['jaxpr'], list(case.iterations))
     programs = math.prod(kernel.params['grid_mapping'].grid)
     return flops * programs, vectors * programs
-
-
-def _equations(jaxpr):
-    for eqn in jaxpr.eqns:
-        yield eqn
-        for inner in _inner(eqn):
-            yield from _equations(inner)
-
-
-def _inner(eqn):
-    """The programs that an equation holds, as they are written."""
-    found = []
-    for value in eqn.params.values():
-        for one in value if isinstance(value, (tuple, list)) else (value,):
-            inner = getattr(one, 'jaxpr', one)
-            if hasattr(inner, 'eqns'):
-                found.append(inner)
-    return found
 
 
 def _operations(jaxpr, iterations):
@@ -179,8 +163,8 @@ def _operations(jaxpr, iterations):
             body = eqn.params['jaxpr' if name == 'scan' else 'body_jaxpr'].jaxpr
             inner = _operations(body, iterations)
             flops, vectors = flops + times * inner[0], vectors + times * inner[1]
-        elif _inner(eqn):
-            sides = [_operations(inner, iterations) for inner in _inner(eqn)]
+        elif inner_of(eqn):
+            sides = [_operations(inner, iterations) for inner in inner_of(eqn)]
             flops, vectors = flops + max(s[0] for s in sides), vectors + max(s[1] for s in sides)
         elif name not in FREE:
             vectors += max((_registers(var.aval) for var in [*eqn.invars, *eqn.outvars]), default=0)
@@ -238,6 +222,9 @@ def main(_):
                     refused += 1
                     cells.append(f'refused: {str(error).splitlines()[0][:80]}')
             print(f'| {" | ".join(cells)} |', flush=True)
+    print()
+    refused += tpu_sparsecore.table([chip for chip in CHIPS.value if chip in tpu_sparsecore.CHIPS],
+                                    DTYPES.value)
     sys.exit(bool(refused))
 
 

@@ -6,7 +6,7 @@ from jax import ShapeDtypeStruct
 from jaxtyping import Array, Float, Int32
 
 from pkm_jax.memory.embedding_bag import marked, reference_backward
-from pkm_jax.memory.kernels.tpu import own_reads
+from pkm_jax.memory.kernels.tpu import own_reads, sparsecore, sparsecore_forward
 from pkm_jax.memory.kernels.tpu.embedding_bag_backward import (
     compact_gradients,
     dense_gradients,
@@ -47,7 +47,20 @@ def forward(
         slots, weights, _, counts = _own_first(slots, weights, len(values))
     else:
         counts = jnp.full(len(slots), slots.shape[1], jnp.int32)
+    chip = _sparsecores(values, slots, interpret)
+    if chip is not None:
+        return sparsecore_forward.sum_rows(values, slots, weights, counts, chip=chip, owners=owners,
+                                           interpret=interpret)
     return sum_rows(values, slots, weights, counts, owners=owners, interpret=interpret)
+
+
+def _sparsecores(values, slots, interpret):
+    """Those that are to read, if any; see `sparsecore.SETTING`."""
+    chip = sparsecore.chosen(interpret)
+    reason = chip and sparsecore_forward.unsupported(values, slots.shape[1], chip)
+    if reason:
+        sparsecore.say_once(reason)
+    return None if reason else chip
 
 
 def backward(

@@ -1,0 +1,171 @@
+"""How kernels run on the SparseCores of a TPU (v5p, v6e, TPU7x), and how they see a table there.
+
+Rows are words of 32 bits, as indirect copies want them. Pallas has no interpreter of a SparseCore:
+interpreted, a subcore is a step of a grid, and an indirect copy as many copies of a row.
+"""
+
+import functools
+import logging
+import os
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax import ShapeDtypeStruct
+from jax.experimental import pallas as pl
+from jax.experimental.pallas import tpu as pltpu
+from jaxtyping import Array, Float, Shaped
+
+from pkm_jax.memory.kernels.tpu.rows import LANES, Interpret
+
+SETTING = 'PKM_JAX_SPARSECORE'      # of the environment; '1': SparseCores read, where there are any
+NO_READ = -1        # an index that is not read
+
+
+class Chip(NamedTuple):
+    """The SparseCores of a device."""
+    cores: int
+    subcores: int       # vector subcores of each
+    lanes: int          # numbers of 32 bits in a vector, a power of two
+    memory: int         # bytes of a vector subcore
+
+
+INTERPRETED = Chip(cores=1, subcores=2, lanes=8, memory=2 ** 18)
+
+
+def chosen(interpret: Interpret) -> Chip | None:
+    """The SparseCores that are to read; None: the TensorCore is to. That a device has none of those
+    that SETTING asks for is logged once."""
+    if os.environ.get(SETTING) != '1':
+        return None
+    if interpret:
+        return INTERPRETED
+    found = chip()
+    if found is None:
+        say_once('this device has no SparseCores')
+    return found
+
+
+def chip() -> Chip | None:
+    """Of the device that is compiled for, that of the mesh in use or else of this process; None if
+    it has no SparseCores."""
+    from jax.experimental.pallas import tpu_sc
+    try:
+        info = tpu_sc.get_sparse_core_info()
+    except (RuntimeError, ValueError):      # a TPU without them; no TPU
+        return None
+    return Chip(info.num_cores, info.num_subcores, info.num_lanes, info.vmem_capacity_bytes)
+
+
+@functools.cache
+def say_once(reason: str) -> None:
+    """Logs why SparseCores do not read what they are to."""
+    logging.getLogger(__name__).warning('%s=1: %s; the TensorCore reads.', SETTING, reason)
+
+
+def on_subcores(
+    body: Callable[..., None], chip: Chip, out: ShapeDtypeStruct, scratch: list,
+    cost: pl.CostEstimate, interpret: Interpret, name: str,
+) -> Callable[..., Array]:
+    """The kernel in which every vector subcore calls `body(number, subcores, *refs)`."""
+    number = chip.cores * chip.subcores
+    if interpret:
+        whole = pl.BlockSpec(memory_space=pl.ANY)
+        return lambda *arrays: pl.pallas_call(
+            lambda *refs: body(pl.program_id(0), number, *refs), grid=(number,), out_shape=out,
+            in_specs=[whole] * len(arrays), out_specs=whole, scratch_shapes=scratch,
+            interpret=interpret, name=name)(*arrays)
+    from jax.experimental.pallas import tpu_sc
+
+    def on_one(*refs):
+        core, subcore = jax.lax.axis_index('core'), jax.lax.axis_index('subcore')
+        body(core * chip.subcores + subcore, number, *refs)
+
+    # The passes that lay vectors out cannot take words of one kind as such of another.
+    return pl.kernel(
+        on_one, out_type=out, scratch_types=scratch, cost_estimate=cost, name=name,
+        compiler_params=pltpu.CompilerParams(needs_layout_passes=False),
+        mesh=tpu_sc.VectorSubcoreMesh(core_axis_name='core', subcore_axis_name='subcore'))
+
+
+class Rows(NamedTuple):
+    """An indirect copy to `into` of the rows of `table` [S, words] that `number` indices name, from
+    `start` on; of each the same columns, and of NO_READ none."""
+    table: Any
+    indices: Any
+    start: Any
+    columns: Any
+    into: Any
+    arrived: Any
+    number: int
+    interpret: Interpret
+
+    def begin(self) -> None:
+        """Starts it."""
+        self._each(lambda copy: copy.start())
+
+    def wait(self) -> None:
+        """Until it has been made."""
+        self._each(lambda copy: copy.wait())
+
+    def _each(self, act):
+        if not self.interpret:
+            from jax.experimental.pallas import tpu_sc
+            which = tpu_sc.Indices(self.indices.at[pl.ds(self.start, self.number)],
+                                   ignored_value=NO_READ)
+            return act(pltpu.make_async_copy(self.table.at[which, self.columns], self.into,
+                                             self.arrived))
+
+        def on_row(row, __):
+            index = self.indices[self.start + row]
+
+            @pl.when(index != NO_READ)
+            def _():
+                act(pltpu.make_async_copy(self.table.at[index, self.columns], self.into.at[row],
+                                          self.arrived))
+
+        return jax.lax.fori_loop(0, self.number, on_row, None)
+
+
+def over_vectors(width: int, chip: Chip, interpret: Interpret) -> Callable:
+    """A decorator that calls a function with the start of every vector of so many numbers; the
+    compiler may let the calls overlap."""
+    if interpret:
+        return pl.loop(0, width, step=chip.lanes)
+    from jax.experimental.pallas import tpu_sc
+    return tpu_sc.parallel_loop(0, width, chip.lanes)
+
+
+def halves(values: Shaped[Array, 'S V'] | ShapeDtypeStruct) -> int:
+    """Numbers in a word."""
+    return 4 // values.dtype.itemsize
+
+
+def words_of(values: Shaped[Array, 'S V'] | ShapeDtypeStruct) -> int:
+    """Words of a row, a multiple of LANES."""
+    return -(-values.shape[1] // (halves(values) * LANES)) * LANES
+
+
+def as_words(values: Float[Array, 'S V']) -> Shaped[Array, 'S words']:
+    """The table with rows of words. Those of float32 are its numbers; in bfloat16 word c has column
+    c in its lower bits and column c + words in its upper ones, so that a row has no more bytes than
+    before, but the whole table is copied."""
+    words = words_of(values)
+    if halves(values) == 1:
+        return _filled(values, words)
+    low, high = (jax.lax.bitcast_convert_type(_filled(half, words), jnp.uint16).astype(jnp.uint32)
+                 for half in (values[:, :words], values[:, words:]))
+    return jax.lax.bitcast_convert_type(low | high << 16, jnp.int32)
+
+
+def _filled(columns, width):
+    return jnp.pad(columns, ((0, 0), (0, width - columns.shape[1])))
+
+
+def widened(words: Shaped[Array, '...']) -> list[Float[Array, '...']]:
+    """The numbers of words in float32, an array for each half."""
+    if words.dtype == jnp.float32:
+        return [words]
+    return [jax.lax.bitcast_convert_type(bits, jnp.float32)
+            for bits in (words << 16, words & jnp.int32(-65_536))]
