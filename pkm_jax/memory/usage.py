@@ -12,6 +12,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.experimental import multihost_utils
 from jax.sharding import PartitionSpec as P
 from jaxtyping import Array, Bool, Int32, UInt32
 
@@ -68,14 +69,14 @@ def count_slots(
         raise Refusal(f'Counts of {table_slots} slots for reads of a table of {reads.table_slots}: '
                       f'start from no_counts({reads.table_slots}).')
 
-    def count(*arrays):
+    def count(counts, slots, weights, real):
         of_device = functools.partial(_count, tokens=tokens, table_slots=table_slots, axes=axes)
         by_rows: Any = counts_spec(axes)    # in the places of arrays
         split = SlotCounts(by_rows, by_rows, by_rows)
-        return on_shards(of_device, (split, *[axes.tokens] * 3), split, axes)(*arrays)
+        return on_shards(of_device, (split, *[axes.tokens] * 3), split, axes)(
+            counts, slots, weights, real.reshape(-1))
 
-    return on_auto_axes(count, specs_of(counts))(counts, reads.slots, reads.weights,
-                                                 real.reshape(-1))
+    return on_auto_axes(count, specs_of(counts))(counts, reads.slots, reads.weights, real)
 
 
 def _count(counts, slots, weights, real, *, tokens, table_slots, axes):
@@ -127,13 +128,28 @@ def _of_own_rows(sums, axes):
     return sums
 
 
+def on_host(counts: Any) -> Any:
+    """Counts, in any tree, as NumPy arrays.
+
+    Where they are split over several processes all of these call it; then a word of one count at a
+    time, so that no device holds more of them beside its own.
+    """
+    def whole(words):
+        if not isinstance(words, jax.Array) or words.is_fully_addressable:
+            return np.asarray(words)
+        return np.stack([multihost_utils.process_allgather(words[place], tiled=True)
+                         for place in range(len(words))])
+
+    return jax.tree.map(whole, counts)
+
+
 def host_counts(counts: SlotCounts) -> SlotCounts:
-    """The counts as NumPy numbers [S]: selected and best int64, mass float64.
+    """The counts as NumPy numbers [S]: selected and best int64, mass float64; see `on_host`.
 
     Fields that are numbers [S] already are taken as they are.
     """
     def numbers(field, dtype, unit):
-        field = np.asarray(field)
+        field = on_host(field)
         if field.ndim == 1:
             return field.astype(dtype)
         low, high = field.astype(dtype)

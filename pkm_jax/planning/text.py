@@ -6,7 +6,7 @@ import jax
 import numpy as np
 
 from pkm_jax.planning import device_memory
-from pkm_jax.planning.estimate import STEP, Estimate
+from pkm_jax.planning.estimate import NORMS, STEP, Estimate
 
 SMALL = 0.01    # shares of the links' time below this are summed up
 
@@ -145,9 +145,10 @@ def verdict(estimate: Estimate) -> list[str]:
                         f'{needed.total / needed.available:.0%}{of_which}']
     said = ''.join(f' The compiler of the {name}: {refusal.splitlines()[0]}'
                    for name, refusal in estimate.refusals.items())
-    over = max(needed.total - needed.available, 0)
+    over = needed.total - needed.available      # not known where the compiler names no size
+    too_much = f', {_gb(over)} GB too much' if over > 0 else ''
     return [*lines, f'DOES NOT FIT: {_gb(needed.total)} GB or more of {_gb(needed.available)} GB'
-                    f'{of_which}, {_gb(over)} GB too much. {advice(estimate)}{said}']
+                    f'{of_which}{too_much}. {advice(estimate)}{said}']
 
 
 def advice(estimate: Estimate) -> str:
@@ -158,8 +159,10 @@ def advice(estimate: Estimate) -> str:
     changes = []
     if sizes.get(device_memory.TEMPORARY, 0) > max(tables, backbone):
         changes += ['a larger train.gradient_accumulation_steps or smaller train.batch']
-        changes += [f'model.{saving.field} = {saving.value}' for saving in model.savings()]
-        if estimate.layout.sparse and estimate.layout.shards.data > 1:
+        of_step = estimate.largest in (STEP, NORMS)
+        if of_step:
+            changes += [f'model.{saving.field} = {saving.value}' for saving in model.savings()]
+        if of_step and estimate.layout.sparse and estimate.layout.shards.data > 1:
             changes += ['more memory.shards, which split the rows of an update too']
     elif tables > backbone:
         changes += ["memory.values_dtype = 'bfloat16'", "train.values_optimizer = 'rowwise_adam' "

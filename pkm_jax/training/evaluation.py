@@ -7,11 +7,11 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax.experimental import multihost_utils
 
 from pkm_jax.memory.usage import (
     SlotCounts,
     host_counts,
+    on_host,
     uniform_ceiling,
     usage_metrics,
     used_shares,
@@ -50,7 +50,7 @@ def evaluate(
             seen.append(_seen(totals))
     if number & (number - 1):
         seen.append(_seen(totals))
-    counts = _on_host(totals.counts)
+    counts = on_host(totals.counts)
     totals, seen, outputs = jax.device_get((totals._replace(counts={}), seen, outputs))
     joined = jax.tree.map(lambda *parts: np.concatenate(parts)[:examples], *outputs)
     values: dict[str, Any] = {**task.evaluation(totals.sums, joined, data, split),
@@ -62,16 +62,6 @@ def evaluate(
         values['memory'][str(name)]['dead'] = float(jax.device_get(
             _share_dead(last, state.step, dead_after)))
     return Evaluation(values, counts, joined)
-
-
-def _on_host(counts):
-    """Counts that are split over devices, also those of other processes, as NumPy arrays; a word of
-    one count at a time, so that no device holds more of them beside its own."""
-    def whole(words):
-        return np.stack([multihost_utils.process_allgather(words[place], tiled=True)
-                         for place in range(len(words))])
-
-    return jax.tree.map(whole if jax.process_count() > 1 else np.asarray, counts)
 
 
 def _seen(totals):

@@ -12,6 +12,7 @@ from pkm_jax.memory.replica_exchange import replica_exchange
 from pkm_jax.mesh import Shards
 from pkm_jax.models.interface import MemorySite
 from pkm_jax.optimizers.build import values_state_bytes
+from pkm_jax.processes import hosts
 from pkm_jax.refusal import Refusal
 from pkm_jax.training.layout_time import NOT_KNOWN, Rates, Work, rates_here, seconds_by_layout
 
@@ -79,8 +80,10 @@ def lay_out(
 
 
 def lay_out_here(run: Run) -> Layout:
-    """`lay_out` over all devices of this machine or cluster."""
-    return lay_out(run, jax.device_count(), jax.process_count(), bytes_of_device(), rates_here())
+    """`lay_out` over all devices of this machine or cluster, for which all processes ask."""
+    known = [size for size in hosts.all_say(bytes_of_device()) if size is not None]
+    return lay_out(run, jax.device_count(), jax.process_count(), min(known, default=None),
+                   rates_here())
 
 
 def bytes_of_device() -> int | None:
@@ -170,13 +173,14 @@ def _choose_updates(run, memory, tables, reads):
 def _choose(possible: list[Candidate], asked: Parts, device_bytes: int | None, rates: Rates,
             ) -> tuple[Shards, str]:
     """The layout of the least time among those that take half of a device's memory or less, and
-    why; those whose copies of a table lie within a slice before others.
+    why; of those whose copies of a table lie within a slice, where there are any.
 
     Where none fits, the most parts.
     """
+    possible = [one for one in possible if not rates.crosses(one.shards)] or possible
     budget = math.inf if device_bytes is None else device_bytes / 2
     fitting = sorted((one for one in possible if one.bytes <= budget),
-                     key=lambda one: (rates.crosses(one.shards), one.seconds))
+                     key=lambda one: one.seconds)
     best = fitting[0] if fitting else max(
         possible, key=lambda one: one.shards.rows * one.shards.columns)
     why = (f'{best.bytes / 1e9:,.2f} GB a device with optimiser state and gradient, in '

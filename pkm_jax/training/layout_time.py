@@ -51,13 +51,14 @@ class Rates(NamedTuple):
         if not chip.dimensions:
             return chip.links
         members = math.prod(getattr(shards, axis) for axis in axes)
-        side = joined ** (1 / chip.dimensions)
+        side = max(2, joined ** (1 / chip.dimensions))
         crossed = math.ceil(math.log(members) / math.log(side) - 1e-9)
         return chip.links * min(crossed, chip.dimensions) / chip.dimensions
 
     def crosses(self, shards: Shards) -> bool:
-        """Whether a copy of a table is in several slices of TPUs, as `make_mesh` makes none."""
-        return bool(self.chip.dimensions) and shards.rows * shards.columns > self.joined
+        """Whether a copy of a table would be in several slices of TPUs: `make_mesh` makes none."""
+        return bool(self.chip.dimensions and self.joined) and bool(
+            self.joined % (shards.rows * shards.columns))
 
     def said(self, seconds: float) -> str:
         """An estimate in words."""
@@ -88,8 +89,8 @@ class Work(NamedTuple):
 
 
 def rates_here() -> Rates:
-    """Those of this machine's devices, or of the cluster's."""
-    device = jax.local_devices()[0]
+    """Those of this machine's devices, or of the cluster's; the same in all processes."""
+    device = jax.devices()[0]
     if device.platform == 'cpu':
         return Rates(CPU, plain=True)
     # Of GPUs the slice is the host that they are in.

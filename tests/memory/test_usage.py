@@ -4,7 +4,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from jax.sharding import NamedSharding
+from jax.sharding import AxisType, NamedSharding
+from jax.sharding import PartitionSpec as P
 
 from pkm_jax.memory.layer import MemoryReads, TableSlots
 from pkm_jax.memory.usage import (
@@ -155,6 +156,18 @@ def test_counts_split_by_rows_are_those_of_one_device(shards):
         counts = count(count(counts, read, real), read, real)
     jax.tree.map(np.testing.assert_array_equal, counts, whole)
     assert all(field.addressable_shards[0].data.shape == (2, 16 // shards.rows) for field in counts)
+
+
+def test_a_mask_split_over_somebody_elses_explicit_axes():
+    """As of sequences that are split over devices too."""
+    mesh = jax.make_mesh((2, 4), ('dp', 'tp'), axis_types=(AxisType.Explicit,) * 2)
+    real = np.arange(32).reshape(4, 8) % 3 > 0
+    ours = reads(np.arange(32)[:, None, None] % 9, np.ones((32, 1, 1)))
+    want = count_slots(no_counts(9), ours, jnp.asarray(real))
+    with jax.set_mesh(mesh):
+        split = jax.device_put(real, NamedSharding(mesh, P(None, 'tp')))
+        got = jax.jit(lambda real: count_slots(no_counts(9), ours, real))(split)
+    jax.tree.map(np.testing.assert_array_equal, got, want)
 
 
 def test_nothing_counted_is_an_error():
