@@ -61,7 +61,8 @@ class Estimate(NamedTuple):
     @property
     def largest(self) -> str:
         """The program that needs most memory; of those that were refused, if any was."""
-        return max(self.refusals or self.memory, key=lambda name: self.memory[name].total)
+        refused = self.memory.keys() & self.refusals.keys()
+        return max(refused or self.memory, key=lambda name: self.memory[name].total)
 
     @property
     def moved_bytes(self) -> int:

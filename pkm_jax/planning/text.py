@@ -6,7 +6,7 @@ import jax
 import numpy as np
 
 from pkm_jax.planning import device_memory
-from pkm_jax.planning.estimate import NORMS, STEP, Estimate
+from pkm_jax.planning.estimate import STEP, Estimate
 
 SMALL = 0.01    # shares of the links' time below this are summed up
 
@@ -159,7 +159,7 @@ def advice(estimate: Estimate) -> str:
     changes = []
     if sizes.get(device_memory.TEMPORARY, 0) > max(tables, backbone):
         changes += ['a larger train.gradient_accumulation_steps or smaller train.batch']
-        of_step = estimate.largest in (STEP, NORMS)
+        of_step = estimate.largest == STEP
         if of_step:
             changes += [f'model.{saving.field} = {saving.value}' for saving in model.savings()]
         if of_step and estimate.layout.sparse and estimate.layout.shards.data > 1:
