@@ -24,6 +24,7 @@ from collections.abc import Iterator
 from typing import NamedTuple
 
 from pkm_jax.planning.hlo import ARRAY, ITEM_BITS, KINDS, Module
+from pkm_jax.training.layout_time import passes_of_bitonic_sort
 
 _LINE = re.compile(r'(?:ROOT )?%([\w.\-]+) = (.*?) ([\w\-]+)\((.*)')
 _CALLED = re.compile(r'(?:calls|to_apply)=%([\w.\-]+)')
@@ -255,16 +256,14 @@ def _parameter(lines, place):
 
 
 def _passes(sort):
-    """Passes of a sort through HBM: levels that merge what is longer than the part on the chip have
-    as many steps as there are doublings, and one more within parts."""
+    """Passes of a sort through HBM."""
     arrays, along = ARRAY.findall(sort.result), int(re.search(r'dimensions=\{(\d+)', sort.text)[1])
     dims = [int(size) for size in arrays[0][1].split(',')]
     minor = int(re.match(r'\d+', arrays[0][2] or '0')[0])
     beside = 1 if len(dims) == 1 else SUBLANES if along == minor else LANES
     size = dims[along] * beside * sum(ITEM_BITS[dtype] // 8 for dtype, _, _ in arrays)
     scratch = _SCRATCH.search(sort.text)
-    doublings = math.ceil(math.log2(max(size / int(scratch[1]), 1))) if scratch else 0
-    return 1 + doublings * (doublings + 3) // 2
+    return passes_of_bitonic_sort(size, int(scratch[1])) if scratch else 1
 
 
 def _whole(result):

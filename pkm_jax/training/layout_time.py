@@ -122,8 +122,7 @@ def _moved_by_read(shards, work, rates):
     """Bytes of a memory's read, forward and backward, in a micro-batch; reads spread evenly."""
     read, part = work.read, work.read.width // shards.columns
     group = read.tokens // shards.data
-    exchange = replica_exchange(shards, read.tokens, read.reads, read.slots, read.width,
-                                read.itemsize, read.weight_itemsize).what
+    exchange = replica_exchange(shards, *read).what
     seen = read.tokens if work.sparse and exchange == 'tokens' else group   # backward
     own, own_first = read.reads / shards.rows, 0.
     if rates.plain and shards.rows > 1:
@@ -144,11 +143,20 @@ def _moved_by_read(shards, work, rates):
 
 
 def _passes_of_sort(size, rates):
-    """Passes over so many bytes that a device sorts as one list (TPUs: as `planning.traffic`)."""
+    """Passes over so many bytes that a device sorts as one list."""
     if not rates.chip.dimensions:
         return RADIX_PASSES
-    doublings = math.ceil(math.log2(max(size / ON_CHIP, 1)))
-    return 2 + doublings * (doublings + 3)
+    return 2 * passes_of_bitonic_sort(size, ON_CHIP)    # which read and write
+
+
+def passes_of_bitonic_sort(size: int, on_chip: int) -> int:
+    """How often a list of so many bytes goes through HBM and back, of which so many fit a chip.
+
+    Levels that merge what is longer have as many steps as there are doublings, and one more within
+    parts.
+    """
+    doublings = math.ceil(math.log2(max(size / on_chip, 1)))
+    return 1 + doublings * (doublings + 3) // 2
 
 
 def _moved_by_update(shards, work):
