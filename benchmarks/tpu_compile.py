@@ -26,6 +26,7 @@ from jax.sharding import SingleDeviceSharding
 
 from benchmarks import tpu_sparsecore
 from benchmarks.jaxprs import equations, inner_of
+from benchmarks.tpu_sparsecore import HEADS, SLOTS, TOKENS, TOP_K, WIDTHS, device
 from pkm_jax import accelerators
 from pkm_jax.memory.kernels.tpu import (
     embedding_bag,
@@ -34,16 +35,15 @@ from pkm_jax.memory.kernels.tpu import (
     own_reads,
     retrieval,
 )
-from pkm_jax.planning import chips
 
 CHIPS = flags.DEFINE_list('chips', ['v4', 'v5e', 'v5p', 'v6e', 'tpu7x'],
                           'See pkm_jax.accelerators.')
 DTYPES = flags.DEFINE_list('dtypes', ['bfloat16', 'float32'], 'Of values, queries and codebooks.')
 
-TOKENS, HEADS, HALF, SLOTS = 16_384, 4, 256, 2 ** 18
+HALF = 256          # numbers of half a query
 OWNERS = 16         # of rows, of reads that are packed
 SORTED_TOKENS = 128     # as compiled: of so many tokens the compiler has the sorts done in seconds
-WIDTHS, KEYS, TOP_K = (384, 768, 1024, 4096), (128, 512, 1024, 2048), (8, 32)
+KEYS = 128, 512, 1024, 2048
 # Vector instructions of a core per second, and cores. The clock follows from the peak rate and the
 # size of the matrix units; two a cycle on v4 (Jouppi et al. 2023), four on later ones, for which no
 # number is published (jax-ml.github.io/scaling-book has four for v5p). Of tpu7x nothing is.
@@ -193,9 +193,7 @@ def floor(case: Case, chip: str, flops: float, vectors: float) -> str:
 
 def compile_seconds(case: Case, chip: str) -> float:
     """The time that the compiler takes for the kernel on one chip."""
-    shape = 'x'.join(['1'] * accelerators.CHIPS[chip].dimensions)
-    device = chips.devices(chips.parse(f'{chip}:{shape}'))[0]
-    whole = SingleDeviceSharding(device)
+    whole = SingleDeviceSharding(device(chip))
     arguments = [jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=whole) for a in case.compiled]
     start = time.perf_counter()
     jax.jit(case.run, out_shardings=whole).lower(*arguments).compile()

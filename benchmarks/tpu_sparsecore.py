@@ -64,10 +64,15 @@ class Compiled(NamedTuple):
     instructions: int   # of vectors, of all subcores
 
 
+def device(name: str) -> jax.Device:
+    """One of a chip, to compile for."""
+    shape = 'x'.join(['1'] * accelerators.CHIPS[name].dimensions)
+    return chips.devices(chips.parse(f'{name}:{shape}'))[0]
+
+
 def compiled(read: Read, name: str) -> Compiled:
     """The kernel for one chip, as the TPU's compiler takes it."""
-    shape = 'x'.join(['1'] * accelerators.CHIPS[name].dimensions)
-    mesh = Mesh(np.array(chips.devices(chips.parse(f'{name}:{shape}'))[:1]), ('chip',))
+    mesh = Mesh(np.array([device(name)]), ('chip',))
     with jax.set_mesh(mesh):
         chip = sparsecore.chip()
         assert chip, f'{name} has no SparseCores'

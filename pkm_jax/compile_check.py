@@ -4,11 +4,11 @@
     python -m pkm_jax.compile_check --config=bert_base_pkm --topology=h200:8 --config.seed=1
     python -m pkm_jax.compile_check --config=bert_base_pkm --topology=v6e-16 --slices=2 --price=1.2
 
-Compiles the real training step for a TPU topology, on any machine (pip install 'jax[tpu]'), and
-prints what a device would hold, compute and send, and how long all steps would take. For GPUs
-('h200:8') it estimates. The exit status is 5 where the step does not fit, 2 where it cannot be
-planned. Minutes for BERT-base. The first state and evaluations are programs of their own, which are
-not compiled.
+Compiles the programs of the run for a TPU topology, on any machine (pip install 'jax[tpu]'): the
+training step, the one that makes the first state, and that of evaluations. Prints what a device
+would hold in each of them, what it would compute and send in a step, and how long all steps would
+take. For GPUs ('h200:8') it estimates the step alone. The exit status is 5 where one of them does
+not fit, 2 where it cannot be planned. Minutes for BERT-base.
 
 Guide: docs/launch.md, "Plan". Plans that were made: docs/scaling.md.
 """

@@ -148,7 +148,7 @@ def _lower(context, *values, choice, forced, static, batched, platform=None):
 
 
 def _lower_for(platform, context, *values, choice, forced, static, batched):
-    if forced or not choice.has_kernel(platform):
+    if forced or _kernels_off or not choice.has_kernel(platform):
         return _lower(context, *values, choice=choice, forced=forced, static=static,
                       batched=batched, platform=platform)
     kernel, reason = _supported(choice, platform, context.avals_in, static, batched)
@@ -165,6 +165,20 @@ def _lower_for(platform, context, *values, choice, forced, static, batched):
 mlir.register_lowering(choice_p, _lower)
 mlir.register_lowering(choice_p, functools.partial(_lower_for, 'tpu'), platform='tpu')
 mlir.register_lowering(choice_p, functools.partial(_lower_for, 'gpu'), platform='cuda')
+
+
+@contextlib.contextmanager
+def without_kernels() -> Iterator[None]:
+    """Where no implementation is asked for, what is lowered while this is entered is plain JAX, to
+    compare with."""
+    _kernels_off.append(True)
+    try:
+        yield
+    finally:
+        _kernels_off.pop()
+
+
+_kernels_off: list[bool] = []
 
 
 @contextlib.contextmanager

@@ -122,18 +122,32 @@ def _changed(path: Path) -> float:
 
 
 def runs_in(folder: Path) -> list[Path]:
-    """The folder itself if it is that of a run, else the runs up to two levels below.
+    """The folder itself if it has a configuration, else those up to two levels below that have one.
 
     Raises:
       Refusal: there is none, or a bucket is named.
     """
-    found = [path.parent for pattern in ('', '*/', '*/*/')
+    if (folder / 'config.json').exists():
+        return [folder]
+    found = [path.parent for pattern in ('*/', '*/*/')
              for path in sorted(folder.glob(f'{pattern}config.json'))
              if 'checkpoints' not in path.parts]
     if not found:
         raise Refusal(f'{folder} holds no run: no config.json there or two levels below. Give the '
                       f'folder of a run (--config.workdir), or mount its bucket.')
-    return found[:1] if found[0] == folder else found
+    return found
+
+
+def _without_weights(folders: list[Path]) -> list[Path]:
+    """Those of runs; a model alone has a config.json too. All, where no run is among them."""
+    def of_run(folder):
+        try:
+            described = json.loads((folder / 'config.json').read_text())
+        except (OSError, ValueError):       # damaged: `status_of` says so
+            return True
+        return not isinstance(described, dict) or 'train' in described
+
+    return [folder for folder in folders if of_run(folder)] or folders
 
 
 def table(found: Sequence[Status], now: float) -> str:
@@ -165,8 +179,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
     survive_any_console()
     given, now = _parser().parse_args(arguments), time.time()
     try:
-        found = [status_of(run, now) for folder in given.folders
-                 for run in runs_in(Path(folder).expanduser())]
+        folders = [run for folder in given.folders for run in runs_in(Path(folder).expanduser())]
+        found = [status_of(run, now) for run in _without_weights(folders)]
     except Refusal as refusal:
         raise ends(f'Not read: {refusal}') from refusal
     print(table(found, now))

@@ -24,7 +24,7 @@ def test_what_the_compiler_refuses_does_not_fit(tiny, capsys):
     text = capsys.readouterr().out
     assert re.search(r'DOES NOT FIT: [\d.]+ GB or more of 16.91 GB, [\d.]+ GB too much\. '
                      r'Try a larger train.gradient_accumulation_steps.* '
-                     r'The compiler: RESOURCE_EXHAUSTED', text)
+                     r'The compiler of the step: RESOURCE_EXHAUSTED', text)
     too_much = float(re.search(r'([\d.]+) GB too much', text)[1])
     assert too_much > 10
 

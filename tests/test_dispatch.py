@@ -50,6 +50,13 @@ def choice(reason=None, load=None):
     return Choice('doubling', double, load or (lambda: kernel))
 
 
+def test_plain_jax_to_compare_with():
+    one, other = (functools.partial(choice(), None, factor=.5) for _ in range(2))
+    with dispatch.recorded() as how, dispatch.without_kernels():
+        assert constants(one, ('cuda',)) == .5
+    assert how == {'doubling': 'plain XLA'} and constants(other, ('cuda',)) == 2
+
+
 def constants(function, platforms):
     """The last number that the program for a platform adds, 0 if none."""
     text = jax.jit(function).trace(jnp.float32(1)).lower(lowering_platforms=platforms).as_text()

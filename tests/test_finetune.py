@@ -87,6 +87,7 @@ def check_resumption(config, straight, folder):
             np.testing.assert_array_equal(np.asarray(ours[name]), np.asarray(theirs[name]))
 
 
+@pytest.mark.slow
 def test_a_run_that_diverges_is_replayed(tuned, tmp_path):
     config = text.get_config()
     config.finetune.update(epochs=2., learning_rates=(1e30,), warmup=0.)

@@ -20,7 +20,7 @@ def run(*words):
 
 
 def test_readers_read_or_refuse(tmp_path):
-    done = run('--inputs', '2900', '--keep', str(tmp_path))
+    done = run('--inputs', '1450', '--keep', str(tmp_path))
     assert done.returncode == 0, done.stdout + done.stderr
     assert done.stdout.count(' 0 findings') == len(readers()) >= 29
 

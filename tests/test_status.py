@@ -114,6 +114,22 @@ def test_a_table_of_all_runs_below(a_run, tmp_path, capsys):
     assert second.split()[1] == 'stopped' and second.endswith('7 min ago')
 
 
+def test_weights_that_were_converted_are_no_run(a_run, tmp_path, capsys):
+    """They may lie beside runs; a damaged configuration is not taken for theirs."""
+    runs = str(a_run('one')), str(tmp_path / 'bert_base')
+    (tmp_path / 'bert_base').mkdir()
+    other = tmp_path / 'bert_base/config.json'
+    other.write_text('{"model": {"layers": 2}}')
+    for folders in [str(tmp_path)], runs:
+        status.main(folders)
+        assert 'one ' in (said := capsys.readouterr().out) and 'bert_base' not in said
+    for told in '{"model": {"layers": 2}}', '{"model": {"lay':
+        other.write_text(told)
+        with pytest.raises(SystemExit):
+            status.main([runs[1]] if told.endswith('}') else runs)
+        assert 'bert_base is not the folder of a run: config.json' in capsys.readouterr().err
+
+
 def test_the_exit_status_says_whether_all_is_well(a_run, tmp_path):
     a_run('dead', (60, 30), began=100, beat=999)
     ran = subprocess.run([sys.executable, '-m', 'pkm_jax.status', tmp_path], text=True,

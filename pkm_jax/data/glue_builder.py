@@ -102,18 +102,21 @@ def read_prepared(
     Raises:
       Refusal: its description is damaged, or its files are not ArrayRecord.
     """
+    paths = {config: Path(expand(folder), 'pkm_glue', config, str(PkmGlue.VERSION))
+             for config in (name, *([DIAGNOSTICS] if name == 'mnli' else []))}
+    if not paths[name].is_dir():
+        return None
+    log(f'data: {name} as TFDS prepared it in {paths[name]}')
     found = {}
-    for config in (name, *([DIAGNOSTICS] if name == 'mnli' else [])):
-        path = Path(expand(folder), 'pkm_glue', config, str(PkmGlue.VERSION))
+    for config, path in paths.items():
         if path.is_dir():
             builder = open_builder(path)
             if not random_access(builder):
                 raise Refusal(f"{path} holds {builder.info.file_format.value} files: prepare it "
                               "again with tfds.builder(…, file_format='array_record').")
-            log(f'data: {name} as TFDS prepared it in {path}')
             found |= {ours: _texts(builder, config, split)
                       for split, ours in splits_of(config).items() if split in builder.info.splits}
-    return found if 'train' in found else None
+    return found
 
 
 def _texts(builder: tfds.core.DatasetBuilder, config: str, split: str) -> Texts:

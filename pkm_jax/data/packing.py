@@ -1,8 +1,9 @@
 """Paragraphs to records of tokens, written as a TFDS dataset of ArrayRecord files.
 
-This needs no TensorFlow. The dataset is written with TFDS's sequential writer rather than by a
-`GeneratorBasedBuilder`: it streams both splits in one pass, where the builder's shuffler holds the
-records in memory and beyond 1 GB asks for TensorFlow. Records are shuffled when they are read.
+This needs no TensorFlow. Files are those of TFDS's sequential writer, written here: processes that
+cut text serialise records too (workers.py). Both splits are streamed in one pass, where the
+shuffler of a `GeneratorBasedBuilder` holds the records in memory and beyond 1 GB asks for
+TensorFlow. Records are shuffled when they are read.
 """
 
 import contextlib
@@ -27,7 +28,7 @@ _Item = TypeVar('_Item')
 NAME = 'packed_text'            # of the dataset
 
 SPLITS = ('train', 'validation')
-CHARACTERS_AT_ONCE = 2_000_000  # tokenised in parallel by the tokenizers library
+CHARACTERS_AT_ONCE = 2_000_000  # of a batch that a process cuts
 RECORDS_PER_FILE = 1_000_000    # about 400 MB at 128 tokens
 UNKNOWN_WORDS = 10              # that are named
 _FEATURES = tfds.features.FeaturesDict(

@@ -72,7 +72,7 @@ def _varint(number: int) -> Iterator[int]:
 
 
 def main() -> None:
-    """Answers requests (name of a function, arguments) until there are no more."""
+    """Answers requests (name of a function, arguments) until there are no more, or nobody reads."""
     # Ctrl-C and many launchers signal all processes: the parent ends its workers when done.
     for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1):
         signal.signal(number, signal.SIG_IGN)
@@ -82,10 +82,14 @@ def main() -> None:
     while True:
         try:
             name, arguments = pickle.load(requests)
-        except EOFError:
+        except (EOFError, pickle.UnpicklingError):      # the parent has ended, at any moment
             return
-        pickle.dump(globals()[name](tokenizer, *arguments), answers, pickle.HIGHEST_PROTOCOL)
-        answers.flush()
+        answer = pickle.dumps(globals()[name](tokenizer, *arguments), pickle.HIGHEST_PROTOCOL)
+        try:
+            answers.write(answer)
+            answers.flush()
+        except BrokenPipeError:
+            os._exit(0)         # else Python would try again to flush
 
 
 if __name__ == '__main__':

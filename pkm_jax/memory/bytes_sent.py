@@ -37,7 +37,7 @@ def bytes_sent(shards: Shards, read: Read, sparse: bool) -> list[Sent]:
     group, shard, part = tokens // data, slots // rows, width // columns
     own = tokens // math.prod(shards)
     read_numbers, of_group = tokens * reads, group * reads
-    exchange = replica_exchange(shards, tokens, reads, slots, width, value, weight).what
+    exchange = replica_exchange(shards, *read).what
     everywhere, memory = ('data', 'rows', 'columns'), ('rows', 'columns')
     whole = exchange == 'tokens'    # then replicas see the tokens of all
     found = [

@@ -5,16 +5,19 @@ order. A weight is rounded to a UNIT, and one above 0 to no less than that. They
 2³⁴ reads of one slot with weight 1.
 """
 
+import functools
 import math
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.experimental import multihost_utils
+from jax.sharding import PartitionSpec as P
 from jaxtyping import Array, Bool, Int32, UInt32
 
 from pkm_jax.memory.layer import MemoryReads
-from pkm_jax.mesh import on_auto_axes, specs_of
+from pkm_jax.mesh import Axes, axes_of, on_auto_axes, on_shards, shards_in_use, specs_of
 from pkm_jax.refusal import Refusal
 
 NEVER = jnp.iinfo(jnp.int32).min     # the step at which a slot not read so far was last read
@@ -37,42 +40,67 @@ def no_counts(slots: int) -> SlotCounts:
     return SlotCounts(*(jnp.zeros((2, slots), jnp.uint32) for _ in SlotCounts._fields))
 
 
-def count_slots(counts: SlotCounts, reads: MemoryReads, real: Bool[Array, '...']) -> SlotCounts:
+def counts_spec(axes: Axes) -> P:
+    """How each field of SlotCounts is split: by rows, as a table is."""
+    return P(None, axes.table[0])
+
+
+def count_slots(
+    counts: SlotCounts, reads: MemoryReads, real: Bool[Array, '...'], *, axes: Axes | None = None,
+) -> SlotCounts:
     """Adds the reads of the real tokens to `counts`, and returns the sum.
 
     `real` has one element for each token, in any shape, such as the mask that `read` was given:
     where it is False the token is padding, and is not counted.
 
+    `axes`: see `pkm_jax.mesh.axes_of`. Each device counts the reads of its own tokens, in words
+    of 4 bytes a slot, and keeps the sums of its own rows (`counts_spec`).
+
     Raises:
-      Refusal: `real` has another number of elements, or the counts are of a table of another size.
+      Refusal: `real` has another number of elements, the counts are of a table of another size, or
+      the mesh in use lacks one of the axes.
     """
-    tokens, slots = len(reads.slots), counts.selected.shape[1]
+    axes = axes_of(axes)[0]
+    tokens, table_slots = len(reads.slots), counts.selected.shape[1]
     if real.size != tokens:
         raise Refusal(f'real {real.shape} for the reads of {tokens} tokens: it must have one '
                       f'element for each.')
-    if reads.table_slots not in (None, slots):
-        raise Refusal(f'Counts of {slots} slots for reads of a table of {reads.table_slots}: '
+    if reads.table_slots not in (None, table_slots):
+        raise Refusal(f'Counts of {table_slots} slots for reads of a table of {reads.table_slots}: '
                       f'start from no_counts({reads.table_slots}).')
-    return on_auto_axes(_count, specs_of(counts))(counts, reads.slots, reads.weights, real)
+
+    def count(counts, slots, weights, real):
+        of_device = functools.partial(_count, tokens=tokens, table_slots=table_slots, axes=axes)
+        by_rows: Any = counts_spec(axes)    # in the places of arrays
+        split = SlotCounts(by_rows, by_rows, by_rows)
+        return on_shards(of_device, (split, *[axes.tokens] * 3), split, axes)(
+            counts, slots, weights, real.reshape(-1))
+
+    return on_auto_axes(count, specs_of(counts))(counts, reads.slots, reads.weights, real)
 
 
-def _count(counts, slots, weights, real):
-    is_real = real.reshape(-1, 1, 1)
+def _count(counts, slots, weights, real, *, tokens, table_slots, axes):
+    """Counts of a device's own rows after the reads of all the `tokens`, of which it has some."""
+    is_real = real[:, None, None]
     once = jnp.broadcast_to(is_real, slots.shape).astype(jnp.uint32)
+
+    def add(words, slots, amounts, shift=0):
+        return _add(words, slots, amounts, table_slots, axes, shift)
+
     mass = counts.mass
-    for shift, digits in _digits(jnp.where(is_real, weights, 0)):
-        mass = _add(mass, slots, digits, shift)
-    return SlotCounts(_add(counts.selected, slots, once),
-                      _add(counts.best, slots[:, :, 0], once[:, :, 0]), mass)
+    for shift, digits in _digits(jnp.where(is_real, weights, 0), tokens):
+        mass = add(mass, slots, digits, shift)
+    return SlotCounts(add(counts.selected, slots, once),
+                      add(counts.best, slots[:, :, 0], once[:, :, 0]), mass)
 
 
-def _digits(weights):
+def _digits(weights, tokens):
     """Weights in UNITs as (place of the lowest bit, digits), lowest first.
 
-    A slot has at most one read of each token and head, so that sums of digits stay below 2³².
+    A slot has at most one read of each of the `tokens` and heads, so that sums of digits stay below
+    2³².
     """
-    tokens, heads, _ = weights.shape
-    bits = 32 - (tokens * heads).bit_length()
+    bits = 32 - (tokens * weights.shape[1]).bit_length()
     units = jnp.round(weights * 2 ** UNIT_BITS).astype(jnp.uint32)
     units = jnp.maximum(units, (weights > 0).astype(jnp.uint32))
     for shift in range(0, UNIT_BITS, bits):
@@ -80,22 +108,48 @@ def _digits(weights):
         yield shift, units >> shift if last else (units >> shift) & (2 ** bits - 1)
 
 
-def _add(words, slots, amounts, shift=0):
-    """Two-word numbers with amounts · 2^shift of their slots added; sums must stay below 2³²."""
+def _add(words, slots, amounts, table_slots, axes, shift):
+    """Two-word numbers of this device's rows with amounts · 2^shift of their slots added; sums must
+    stay below 2³²."""
     low, high = words
-    sums = jnp.zeros_like(low).at[slots].add(amounts)
+    sums = _of_own_rows(jnp.zeros(table_slots, low.dtype).at[slots].add(amounts), axes)
     new = low + (sums << shift)
     carry = (new < low).astype(jnp.uint32) + (sums >> (32 - shift) if shift else 0)
     return jnp.stack([new, high + carry])
 
 
+def _of_own_rows(sums, axes):
+    """Numbers of all slots [S] summed over the devices, each keeping those of its rows."""
+    shards = shards_in_use(axes)
+    if shards.rows > 1:
+        sums = jax.lax.psum_scatter(sums, axes.rows, tiled=True)
+    if shards.data * shards.columns > 1:
+        sums = jax.lax.psum(sums, (*axes.data, *axes.columns))
+    return sums
+
+
+def on_host(counts: Any) -> Any:
+    """Counts, in any tree, as NumPy arrays.
+
+    Where they are split over several processes all of these call it; then a word of one count at a
+    time, so that no device holds more of them beside its own.
+    """
+    def whole(words):
+        if not isinstance(words, jax.Array) or words.is_fully_addressable:
+            return np.asarray(words)
+        return np.stack([multihost_utils.process_allgather(words[place], tiled=True)
+                         for place in range(len(words))])
+
+    return jax.tree.map(whole, counts)
+
+
 def host_counts(counts: SlotCounts) -> SlotCounts:
-    """The counts as NumPy numbers [S]: selected and best int64, mass float64.
+    """The counts as NumPy numbers [S]: selected and best int64, mass float64; see `on_host`.
 
     Fields that are numbers [S] already are taken as they are.
     """
     def numbers(field, dtype, unit):
-        field = np.asarray(field)
+        field = on_host(field)
         if field.ndim == 1:
             return field.astype(dtype)
         low, high = field.astype(dtype)

@@ -23,6 +23,10 @@ NO_TPU_HERE = {'TPU_SKIP_MDS_QUERY': '1', 'ALLOW_MULTIPLE_LIBTPU_LOAD': '1',
                'TPU_WORKER_HOSTNAMES': 'localhost', 'TPU_ACCELERATOR_TYPE': 'v5litepod-4'}
 
 
+# Chips of which no compiler that was tried can make a topology.
+UNKNOWN_TO_LIBTPU = ('tpu8t:', 'tpu8i:')
+
+
 # How Cloud TPU and SkyPilot name slices, by chips or by cores.
 ACCELERATOR = re.compile(r'(?:tpu-)?(v5litepod|v6e|v5p|v4)-(\d+)')
 
@@ -67,10 +71,10 @@ def parse(text: str, slices: int = 1) -> Topology:
                          f'dimension{"s" * (dimensions > 1)}, such as {example}.')
     if dimensions == 2 and max(shape) > 16:
         raise Refusal(f'--topology={text}: a slice of {kind} has 16x16 chips at most.')
-    if slices < 1 or slices > 1 and not (dimensions > 1 and chip.network):
+    if slices < 1 or slices > 1 and not (chip.dimensions and chip.network):
         raise Refusal(f'--slices={slices} of {text}: ' + (
             'must be 1 or more.' if slices < 1 else 'the network between slices is not known.'
-            if dimensions > 1 else f'GPUs have no slices: --topology={kind}:{slices * shape[0]}.'))
+            if chip.dimensions else f'GPUs have no slices: --topology={kind}:{slices * shape[0]}.'))
     return Topology(f'{kind}:{sizes}', chip, shape, slices)
 
 
@@ -109,6 +113,11 @@ def devices(topology: Topology) -> Sequence[jax.Device]:
         return topologies.get_topology_desc(platform='tpu', topology_name=topology.name,
                                             **options).devices
     except jax.errors.JaxRuntimeError as error:
+        if topology.name.startswith(UNKNOWN_TO_LIBTPU):
+            raise Refusal(
+                f'--topology={topology.name}: the TPU compiler that is installed knows no such '
+                f'chip, nor does any up to libtpu 0.0.50, of which this was last tried. Install a '
+                f'newer one, or plan for another chip ({error}).') from error
         raise Refusal(f'--topology={topology.name}: {error}') from error
     except RuntimeError as error:
         raise Refusal(

@@ -1,18 +1,25 @@
-"""What a training step keeps in the memory of one device, by kind."""
+"""What the programs of a run keep in the memory of one device, by kind.
+
+Beside a program lies the state of the run, also what the program does not take: an evaluation needs
+no moments, and has to leave them where they are.
+"""
 
 import math
 from collections.abc import Collection
 from typing import NamedTuple
 
 import jax
+import jax.numpy as jnp
 
 from pkm_jax.configuration.run import Run
 from pkm_jax.models.interface import flatten, parameter_of, path_of
 from pkm_jax.training.layout import Layout, compact_bytes, tables_of
 from pkm_jax.training.state import TrainState
+from pkm_jax.training.step import Totals
 
 KINDS = ('value tables', 'backbone parameters', 'optimizer state of value tables',
          'optimizer state of the backbone', 'batch', 'statistics and marks')
+COUNTS = 'usage counts'
 TEMPORARY = 'temporaries: activations, gradients'
 PROGRAM = 'program and padding of arrays'
 NORMS = 'more in steps with norms of updates'
@@ -64,17 +71,37 @@ def of_compiled(
 ) -> dict[str, int]:
     """All memory of the usual step and what the one with all norms needs beyond it, from what
     their compiler says."""
-    needed = _of_one(given, usual)
-    beyond = sum(_of_one(given, with_norms).values()) - sum(needed.values())
-    return needed | {NORMS: max(beyond, 0)}
+    needed = with_program(given, sum(given.values()), usual)
+    beyond = sum(with_program(given, sum(given.values()), with_norms).values())
+    return needed | {NORMS: max(beyond - sum(needed.values()), 0)}
 
 
-def _of_one(given, compiled):
+def with_program(
+    beside: dict[str, int], passed: int, compiled: jax.stages.Compiled,
+) -> dict[str, int]:
+    """What lies on a device while a program runs, by what its compiler says: `beside` and what it
+    needs itself. It takes or returns `passed` bytes of `beside`."""
     said = compiled.memory_analysis()
     returned = said.output_size_in_bytes - said.alias_size_in_bytes
-    return {**given, TEMPORARY: said.temp_size_in_bytes,
-            PROGRAM: said.argument_size_in_bytes - sum(given.values()) + returned
+    return {**beside, TEMPORARY: said.temp_size_in_bytes,
+            PROGRAM: said.argument_size_in_bytes - passed + returned
             + said.generated_code_size_in_bytes}
+
+
+def of_first_state(given: dict[str, int]) -> tuple[dict[str, int], int]:
+    """What lies on a device when a state has been made, by kind, and how much of it that program
+    returns: all."""
+    state = {kind: size for kind, size in given.items() if kind != 'batch'}
+    return state, sum(state.values())
+
+
+def of_evaluation(
+    state: TrainState, batch: dict[str, jax.ShapeDtypeStruct], totals: Totals,
+    tables: Collection[str],
+) -> tuple[dict[str, int], int]:
+    """What lies on a device in an evaluation, by kind, and how much of it the program takes."""
+    beside = arguments(state, batch, tables) | {COUNTS: _bytes_of(totals)}
+    return beside, _bytes_of((state.params, state.batch_stats, batch, totals))
 
 
 def estimated(given: dict[str, int], run: Run, layout: Layout) -> dict[str, int]:
@@ -90,15 +117,19 @@ def estimated(given: dict[str, int], run: Run, layout: Layout) -> dict[str, int]
 def gradients(given: dict[str, int], run: Run, layout: Layout) -> int:
     """Bytes of all gradients on one device, float32: of a table dense, or compact.
 
-    For compact rows every device sorts the reads of the whole micro-batch: slots and weights as
-    gathered and as sorted, 16 bytes a read.
+    A dense table that is read in a narrower dtype is rounded once in a step; that copy stays until
+    the backward pass has read it. For compact rows every device sorts the reads of the whole
+    micro-batch: slots and weights as gathered and as sorted, 16 bytes a read.
     """
     dense, sites = given['backbone parameters'], run.model.memories
     if not sites:
         return dense
-    if not layout.sparse:
-        return dense + given['value tables']
     memory = next(iter(sites.values())).config
+    if not layout.sparse:
+        ours, read_as = (jnp.dtype(dtype).itemsize for dtype in (memory.values_dtype,
+                                                                 run.model.dtype))
+        rounded = given['value tables'] * read_as // ours if read_as < ours else 0
+        return dense + given['value tables'] + rounded
     reads = run.task.length * memory.heads * memory.top_k * run.train.micro_batch
     return dense + 16 * reads + compact_bytes(layout.shards, tables_of(sites), reads,
                                               run.train.gradient_accumulation_steps)

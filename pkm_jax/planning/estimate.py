@@ -1,4 +1,4 @@
-"""Compiles the training step of a configuration for devices that are not here, and measures it."""
+"""Compiles the programs of a run for devices that are not here, and measures them."""
 
 import re
 import time
@@ -8,7 +8,6 @@ from typing import NamedTuple
 import jax
 import numpy as np
 from jax.experimental.compilation_cache import compilation_cache
-from jax.stages import Lowered
 
 from pkm_jax.configuration.run import Run
 from pkm_jax.memory.embedding_bag import even_passes
@@ -23,6 +22,8 @@ from pkm_jax.training.layout import Layout, lay_out, tables_of
 from pkm_jax.training.program import abstract_batch, make_program
 from pkm_jax.training.start import compilation_cache as compilation_cache_folder
 
+STEP, NORMS, FIRST, EVALUATION = 'step', 'step with norms', 'first state', 'evaluation'
+
 
 class Transfer(NamedTuple):
     """A collective of a step, the mesh axes that it crosses, and its seconds at the links' rate."""
@@ -31,22 +32,37 @@ class Transfer(NamedTuple):
     seconds: float
 
 
+class Compilation(NamedTuple):
+    """What became of a program: compiled, or refused by its compiler for want of memory."""
+    compiled: jax.stages.Compiled | None
+    refusal: str
+    seconds: float
+
+
 class Estimate(NamedTuple):
-    """A training step on a topology. All amounts are one device's, for one step."""
+    """A run on a topology. Amounts are one device's; all but the memory are of a training step."""
     topology: Topology
     run: Run
     layout: Layout
-    memory: DeviceMemory
-    refusal: str            # of the compiler for want of memory: nothing below is known then
+    memory: dict[str, DeviceMemory]     # by program: the step, and on TPUs what else there is
+    refusals: dict[str, str]    # of the compiler for want of memory, by program
+    compile_seconds: dict[str, float]   # by program, all side by side
+    # Of a step that was refused nothing below is known.
     flops: float            # model FLOPs (`Run.flops_per_step`)
     counted_flops: float    # by XLA's cost analysis: loop bodies once, no custom calls
     counted_bytes: float    # of all operands and results by the same, on the chip too
     traffic: dict[str, int]     # bytes to and from HBM of a TPU's program, by what they are for
+    unknown_operands: tuple[str, ...]   # which that program does not define: 0 bytes in `traffic`
     unknown_loops: int      # of which the iterations are not known
     own_reads: int | None   # iterations taken for loops over the reads of one owner of rows
     transfers: tuple[Transfer, ...]
     table_sized: tuple[str, ...]    # collectives of whole tables, or of whole rows or columns
-    compile_seconds: float
+
+    @property
+    def largest(self) -> str:
+        """The program that needs most memory; of those that were refused, if any was."""
+        refused = self.memory.keys() & self.refusals.keys()
+        return max(refused or self.memory, key=lambda name: self.memory[name].total)
 
     @property
     def moved_bytes(self) -> int:
@@ -74,15 +90,15 @@ class Estimate(NamedTuple):
 
     @property
     def fits(self) -> bool:
-        return not self.refusal and self.memory.fits
+        return not self.refusals and all(one.fits for one in self.memory.values())
 
 
 def estimate(run: Run, topology: Topology) -> Estimate:
-    """The step that `loop.train` would take in this run on that topology.
+    """The programs that `loop.train` would run on that topology.
 
-    For a TPU it is compiled by the TPU's compiler, with and without norms of updates, and what that
-    says is passed on. For GPUs it is
-    compiled for as many CPU devices: collectives are read from that, memory is estimated.
+    For a TPU they are compiled by the TPU's compiler, the step with and without norms of updates,
+    and what that says is passed on. For GPUs the step is compiled for as many CPU devices:
+    collectives are read from that, memory is estimated.
 
     Raises:
       Refusal: see `lay_out`, `chips.devices`.
@@ -95,31 +111,64 @@ def estimate(run: Run, topology: Topology) -> Estimate:
     with jax.set_mesh(mesh):
         program = make_program(run, run.model, layout.sparse, mesh)
         batch = abstract_batch(run, mesh)
-        given = device_memory.arguments(program.abstract, batch,
-                                        table_paths(run.model.memories))
-        # Which steps of the two there are; time and traffic are those of the first.
-        norms = {0: [False], 1: [True]}.get(run.log.norms_every, [False, True])
-        lowered = [program.take_step.lower(program.abstract, batch, np.uint32(run.seed),
-                                           all_norms=all_norms)
-                   for all_norms in (norms if topology.is_tpu else norms[:1])]
-    start = time.perf_counter()
-    compiled, refusal = _compile(lowered)
-    seconds, flops = time.perf_counter() - start, run.flops_per_step / count
-    if refusal:
-        given = given | {device_memory.TEMPORARY: _refused_bytes(refusal)}
-        return Estimate(topology, run, layout, DeviceMemory(given, available), refusal, flops, 0.,
-                        0., {}, 0, None, (), (), seconds)
-    needed = (device_memory.of_compiled(given, compiled[0], compiled[-1]) if topology.is_tpu else
-              device_memory.estimated(given, run, layout))
-    own_reads = _own_reads(run, layout)
-    text = hlo.Module(compiled[0].as_text(), own_reads, topology.slices)
-    costs = compiled[0].cost_analysis()
-    transfers = _transfers(text, topology, mesh)
-    return Estimate(topology, run, layout, DeviceMemory(needed, available), '', flops,
-                    costs['flops'], costs['bytes accessed'],
-                    Traffic(text).by_part() if topology.is_tpu else {}, text.unknown_loops(),
-                    own_reads, transfers,
-                    table_sized([one.collective for one in transfers], layout, run.model), seconds)
+        given = device_memory.arguments(program.abstract, batch, table_paths(run.model.memories))
+        steps = _steps(program, run, batch, topology.is_tpu)
+        others = _others(program, run, mesh, given) if topology.is_tpu else {}
+    found = _compile(steps | {name: lowered for name, (lowered, *_) in others.items()})
+    memory = {STEP: _step_memory(given, found, run, layout, topology.is_tpu)} | {
+        name: _memory(beside, passed, found[name])
+        for name, (_, beside, passed) in others.items() if name in found}
+    known = (
+        topology, run, layout, {name: DeviceMemory(one, available) for name, one in memory.items()},
+        {name: one.refusal for name, one in found.items() if one.refusal},
+        {name: one.seconds for name, one in found.items()}, run.flops_per_step / count)
+    step, own_reads = found[STEP].compiled, _own_reads(run, layout)
+    if step is None:
+        return Estimate(*known, 0., 0., {}, (), 0, None, (), ())
+    text, costs = hlo.Module(step.as_text(), own_reads, topology.slices), step.cost_analysis()
+    traffic, transfers = Traffic(text), _transfers(text, topology, mesh)
+    moved = traffic.by_part() if topology.is_tpu else {}
+    return Estimate(*known, costs['flops'], costs['bytes accessed'], moved,
+                    tuple(sorted(traffic.unknown)), text.unknown_loops(), own_reads, transfers,
+                    table_sized([one.collective for one in transfers], layout, run.model))
+
+
+def _steps(program, run, batch, is_tpu):
+    """By name the lowered steps; that with norms only where there is one without too."""
+    norms = {0: [False], 1: [True]}.get(run.log.norms_every, [False, True])
+    return {name: program.take_step.lower(program.abstract, batch, np.uint32(run.seed),
+                                          all_norms=all_norms)
+            for name, all_norms in zip((STEP, NORMS), norms if is_tpu else norms[:1])}
+
+
+def _others(program, run, mesh, given):
+    """By name the other lowered programs, what lies on a device beside each, and how much of that
+    it takes or returns."""
+    batch = abstract_batch(run, mesh, rows=run.train.micro_batch)
+    totals, state = program.totals(batch), program.abstract
+    return {
+        FIRST: (program.initialise.lower(np.uint32(run.seed)),
+                *device_memory.of_first_state(given)),
+        EVALUATION: (program.count.lower(state.params, state.batch_stats, batch, totals),
+                     *device_memory.of_evaluation(state, batch, totals,
+                                                  table_paths(run.model.memories)))}
+
+
+def _step_memory(given, found, run, layout, is_tpu):
+    if not is_tpu:
+        return device_memory.estimated(given, run, layout)
+    steps = [found[name] for name in (STEP, NORMS) if name in found]
+    refused = next((one.refusal for one in steps if one.refusal), '')
+    if refused:
+        return given | {device_memory.TEMPORARY: _refused_bytes(refused)}
+    return device_memory.of_compiled(given, steps[0].compiled, steps[-1].compiled)
+
+
+def _memory(beside, passed, found):
+    """Of a program other than the step."""
+    if found.refusal:
+        return beside | {device_memory.TEMPORARY: _refused_bytes(found.refusal)}
+    return device_memory.with_program(beside, passed, found.compiled)
 
 
 def _own_reads(run, layout):
@@ -133,7 +182,7 @@ def _own_reads(run, layout):
 
 
 def _compile(lowered):
-    """The compiled steps, or what their compiler said for want of memory.
+    """What becomes of each program, side by side.
 
     Without JAX's cache: programs for other machines cannot be read back from it.
     """
@@ -141,15 +190,22 @@ def _compile(lowered):
     jax.config.update('jax_compilation_cache_dir', None)
     compilation_cache.reset_cache()
     try:
-        with ThreadPoolExecutor() as pool:
-            return list(pool.map(Lowered.compile, lowered)), ''
-    except jax.errors.JaxRuntimeError as error:
-        if 'RESOURCE_EXHAUSTED' not in str(error):
-            raise
-        return [], str(error)
+        with ThreadPoolExecutor(len(lowered)) as pool:
+            return dict(zip(lowered, pool.map(_compile_one, lowered.values())))
     finally:
         jax.config.update('jax_compilation_cache_dir', cache)
         compilation_cache.reset_cache()
+
+
+def _compile_one(lowered):
+    start = time.perf_counter()
+    try:
+        compiled, refusal = lowered.compile(), ''
+    except jax.errors.JaxRuntimeError as error:
+        if 'RESOURCE_EXHAUSTED' not in str(error):
+            raise
+        compiled, refusal = None, str(error)
+    return Compilation(compiled, refusal, time.perf_counter() - start)
 
 
 def _transfers(text, topology, mesh):

@@ -91,6 +91,7 @@ def _changes(run: Run) -> Iterator[tuple[str, Run]]:
 def _plan(run: Run, layout: Layout | None = None) -> DeviceMemory:
     """What a step of the run keeps on a device, as far as arithmetic tells."""
     available = bytes_of_device()
+    # `lay_out_here` asks all processes, of which this one alone may have no room.
     layout = layout or lay_out(run, jax.device_count(), jax.process_count(), available,
                                 rates_here())
     mesh = make_mesh(layout.shards)

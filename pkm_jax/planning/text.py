@@ -6,7 +6,7 @@ import jax
 import numpy as np
 
 from pkm_jax.planning import device_memory
-from pkm_jax.planning.estimate import Estimate
+from pkm_jax.planning.estimate import STEP, Estimate
 
 SMALL = 0.01    # shares of the links' time below this are summed up
 
@@ -15,7 +15,7 @@ def text_of(estimate: Estimate, name: str, price: float = 0.) -> str:
     """Everything that an estimate found, with the verdict at the end; `price` is that of a chip for
     an hour, 0: not named."""
     parts = [[_title(estimate, name), *estimate.layout.reasons], _memory(estimate)]
-    if not estimate.refusal:
+    if STEP not in estimate.refusals:
         parts += [_traffic(estimate)] if estimate.traffic else []
         parts += [_collectives(estimate), [*_step(estimate), _whole_run(estimate, price)]]
     return '\n\n'.join('\n'.join(part) for part in [*parts, verdict(estimate)])
@@ -25,16 +25,27 @@ def _title(estimate, name):
     shards = ', '.join(f'{axis} {size}' for axis, size in estimate.layout.shards._asdict().items())
     how = 'compiled' if estimate.topology.is_tpu else 'compiled for as many CPU devices'
     slices = f'{estimate.topology.slices} slices of ' if estimate.topology.slices > 1 else ''
+    seconds = max(estimate.compile_seconds.values())
     return (f'{name} on {slices}{estimate.topology.name}: {estimate.topology.size} devices as '
-            f'{shards}; {how} in {estimate.compile_seconds:.0f} s, jax {jax.__version__}')
+            f'{shards}; {how} in {seconds:.0f} s, jax {jax.__version__}')
 
 
 def _memory(estimate):
-    needed = estimate.memory
-    lines = [f'{"memory of a device":44}{"GB":>10}' + ('' if estimate.topology.is_tpu else
-                                                       '   estimated: nothing here is compiled')]
-    lines += [f'  {kind:42}{_gb(size):>10}' for kind, size in needed.bytes.items()]
-    return [*lines, f'  {"in all":42}{_gb(needed.total):>10}   of {_gb(needed.available)}']
+    """By kind and program; and how long each was compiled."""
+    programs = estimate.memory
+    kinds = dict.fromkeys(kind for one in programs.values() for kind in one.bytes)
+    times = ', '.join(f'{name} {time:.0f} s' for name, time in estimate.compile_seconds.items())
+    lines = [_cells('memory of a device, GB', programs) + (
+        '' if estimate.topology.is_tpu else '   estimated: nothing here is compiled')]
+    lines += [_cells(f'  {kind}', (_gb(one.bytes[kind]) if kind in one.bytes else ''
+                                   for one in programs.values())) for kind in kinds]
+    return [*lines, _cells('  in all', (_gb(one.total) for one in programs.values())) +
+            f'   of {_gb(programs[STEP].available)}',
+            *([f'compiled side by side: {times}'] if len(programs) > 1 else [])]
+
+
+def _cells(label, cells):
+    return f'{label:44}' + ''.join(f'{cell:>12}' for cell in cells)
 
 
 def _traffic(estimate):
@@ -91,8 +102,13 @@ def _step(estimate):
              f'{chip.bandwidth / 1e9:,.0f} GB/s (XLA counts {_gb(estimate.counted_bytes)} GB: what '
              f'stays on the chip too, loop bodies once)' if estimate.topology.is_tpu else
              'not known: the program for CPUs moves other bytes than that for GPUs')
+    lines = ['a step of a device, at peak rates']
+    if estimate.unknown_operands:
+        lines.append(f'  WARNING: {len(estimate.unknown_operands)} operands whose size the program '
+                     f'does not tell count as 0 bytes of HBM traffic: '
+                     f'{", ".join(estimate.unknown_operands)}')
     return [
-        'a step of a device, at peak rates',
+        *lines,
         f'  arithmetic  {_ms(seconds["arithmetic"])}   {estimate.flops / 1e12:.3f} TFLOP of the '
         f'model at {chip.flops / 1e12:,.0f} TFLOP/s (XLA counts '
         f'{estimate.counted_flops / 1e12:.3f}: loop bodies once)',
@@ -122,26 +138,31 @@ def verdict(estimate: Estimate) -> list[str]:
     """Whether it fits, by how much, what to change where not, and what is worth a warning."""
     lines = [f'WARNING: {what}: as large as a table, or a shard of one with whole rows'
              for what in estimate.table_sized]
-    needed = estimate.memory
+    needed, which = estimate.memory[estimate.largest], estimate.largest
+    of_which = '' if which == STEP else f' (the {which}, more than the step)'
     if estimate.fits:
         return [*lines, f'FITS: {_gb(needed.total)} of {_gb(needed.available)} GB, '
-                        f'{needed.total / needed.available:.0%}']
-    said = f' The compiler: {estimate.refusal.splitlines()[0]}' if estimate.refusal else ''
-    over = max(needed.total - needed.available, 0)
-    return [*lines, f'DOES NOT FIT: {_gb(needed.total)} GB or more of {_gb(needed.available)} GB, '
-                    f'{_gb(over)} GB too much. {advice(estimate)}{said}']
+                        f'{needed.total / needed.available:.0%}{of_which}']
+    said = ''.join(f' The compiler of the {name}: {refusal.splitlines()[0]}'
+                   for name, refusal in estimate.refusals.items())
+    over = needed.total - needed.available      # not known where the compiler names no size
+    too_much = f', {_gb(over)} GB too much' if over > 0 else ''
+    return [*lines, f'DOES NOT FIT: {_gb(needed.total)} GB or more of {_gb(needed.available)} GB'
+                    f'{of_which}{too_much}. {advice(estimate)}{said}']
 
 
 def advice(estimate: Estimate) -> str:
     """What to change, by the kind of memory that takes most."""
-    sizes, model = estimate.memory.bytes, estimate.run.model
+    sizes, model = estimate.memory[estimate.largest].bytes, estimate.run.model
     tables = sizes['value tables'] + sizes['optimizer state of value tables']
     backbone = sizes['backbone parameters'] + sizes['optimizer state of the backbone']
     changes = []
     if sizes.get(device_memory.TEMPORARY, 0) > max(tables, backbone):
         changes += ['a larger train.gradient_accumulation_steps or smaller train.batch']
-        changes += [f'model.{saving.field} = {saving.value}' for saving in model.savings()]
-        if estimate.layout.sparse and estimate.layout.shards.data > 1:
+        of_step = estimate.largest == STEP
+        if of_step:
+            changes += [f'model.{saving.field} = {saving.value}' for saving in model.savings()]
+        if of_step and estimate.layout.sparse and estimate.layout.shards.data > 1:
             changes += ['more memory.shards, which split the rows of an update too']
     elif tables > backbone:
         changes += ["memory.values_dtype = 'bfloat16'", "train.values_optimizer = 'rowwise_adam' "

@@ -24,6 +24,7 @@ from collections.abc import Iterator
 from typing import NamedTuple
 
 from pkm_jax.planning.hlo import ARRAY, ITEM_BITS, KINDS, Module
+from pkm_jax.training.layout_time import passes_of_bitonic_sort
 
 _LINE = re.compile(r'(?:ROOT )?%([\w.\-]+) = (.*?) ([\w\-]+)\((.*)')
 _CALLED = re.compile(r'(?:calls|to_apply)=%([\w.\-]+)')
@@ -70,6 +71,8 @@ class Traffic:
     """The HBM traffic of a program."""
 
     def __init__(self, module: Module):
+        #: operands of the instructions counted so far that the program does not define: 0 bytes
+        self.unknown: set[str] = set()
         self._module = module
         self._lines = {name: [line for text in texts if (line := _parse(text))]
                        for name, texts in module.computations.items()}
@@ -216,7 +219,10 @@ class Traffic:
 
     def _size(self, name):
         """Bytes of a named result, in HBM."""
-        return sum(self._sizes(self._by_name[name].result)) if name in self._by_name else 0
+        if name not in self._by_name:
+            self.unknown.add(name)
+            return 0
+        return sum(self._sizes(self._by_name[name].result))
 
     def _sizes(self, result):
         return ['S(' not in array[2] and _bytes(*array) for array in ARRAY.findall(result)] or [0]
@@ -250,16 +256,14 @@ def _parameter(lines, place):
 
 
 def _passes(sort):
-    """Passes of a sort through HBM: levels that merge what is longer than the part on the chip have
-    as many steps as there are doublings, and one more within parts."""
+    """Passes of a sort through HBM."""
     arrays, along = ARRAY.findall(sort.result), int(re.search(r'dimensions=\{(\d+)', sort.text)[1])
     dims = [int(size) for size in arrays[0][1].split(',')]
     minor = int(re.match(r'\d+', arrays[0][2] or '0')[0])
     beside = 1 if len(dims) == 1 else SUBLANES if along == minor else LANES
     size = dims[along] * beside * sum(ITEM_BITS[dtype] // 8 for dtype, _, _ in arrays)
     scratch = _SCRATCH.search(sort.text)
-    doublings = math.ceil(math.log2(max(size / int(scratch[1]), 1))) if scratch else 0
-    return 1 + doublings * (doublings + 3) // 2
+    return passes_of_bitonic_sort(size, int(scratch[1])) if scratch else 1
 
 
 def _whole(result):

@@ -26,7 +26,7 @@ def join(distributed: Distributed) -> None:
     have.
 
     Raises:
-      ValueError, RuntimeError: they are not found, or the others are not reached.
+      ValueError, RuntimeError: they are not found.
     """
     if distributed.enabled:
         jax.config.update('jax_enable_preemption_service', False)   # preemption.py hears signals

@@ -1,7 +1,7 @@
 """A task's metrics and the usage of memories, over a fixed set of tokens."""
 
 import functools
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 from typing import Any, NamedTuple
 
 import jax
@@ -11,15 +11,15 @@ import numpy as np
 from pkm_jax.memory.usage import (
     SlotCounts,
     host_counts,
-    no_counts,
+    on_host,
     uniform_ceiling,
     usage_metrics,
     used_shares,
 )
 from pkm_jax.models.interface import MemorySite
 from pkm_jax.tasks.interface import Batch, Data, Task
+from pkm_jax.training.program import Program
 from pkm_jax.training.state import TrainState
-from pkm_jax.training.step import Totals
 
 
 class Evaluation(NamedTuple):
@@ -30,51 +30,44 @@ class Evaluation(NamedTuple):
 
 
 def evaluate(
-    state: TrainState, batches: Iterable[Batch], count: Callable, task: Task,
+    state: TrainState, batches: Iterable[Batch], program: Program, task: Task,
     sites: dict[Any, MemorySite], data: Data, split: str, examples: int, dead_after: int = 0,
 ) -> Evaluation:
     """Evaluates a state over batches of a split of the data.
 
-    `count` is `step.eval_step` with everything but its arrays given; `examples` are real, and what
-    comes after them in the batches fills the last one. Usage is also recorded after 1, 2, 4, …
-    batches, since it grows with the tokens it is measured over.
+    `examples` are real, and what comes after them in the batches fills the last one. Usage is also
+    recorded after 1, 2, 4, … batches, since it grows with the tokens it is measured over.
     """
     totals, seen, outputs, number = None, [], [], 0
     for number, batch in enumerate(batches, 1):
         if totals is None:
-            totals = _no_totals(count, state, batch, sites)
-        totals, of_batch = count(state.params, state.batch_stats, batch, totals)
+            totals = jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, leaf.dtype,
+                                                         device=leaf.sharding),
+                                  program.totals(batch))
+        totals, of_batch = program.count(state.params, state.batch_stats, batch, totals)
         outputs.append(of_batch)
         if number & (number - 1) == 0:
             seen.append(_seen(totals))
     if number & (number - 1):
         seen.append(_seen(totals))
-    totals, seen, outputs = jax.device_get((totals, seen, outputs))
+    counts = on_host(totals.counts)
+    totals, seen, outputs = jax.device_get((totals._replace(counts={}), seen, outputs))
     joined = jax.tree.map(lambda *parts: np.concatenate(parts)[:examples], *outputs)
     values: dict[str, Any] = {**task.evaluation(totals.sums, joined, data, split),
                               'eval_tokens': int(totals.tokens)}
     if sites:
-        values['memory'] = {str(name): _memory_values(name, counts, seen, sites[name].config)
-                            for name, counts in totals.counts.items()}
+        values['memory'] = {str(name): _memory_values(name, of_one, seen, sites[name].config)
+                            for name, of_one in counts.items()}
     for name, last in state.last_selected.items():
         values['memory'][str(name)]['dead'] = float(jax.device_get(
             _share_dead(last, state.step, dead_after)))
-    return Evaluation(values, totals.counts, joined)
-
-
-def _no_totals(count, state, batch, sites):
-    """Zeros of what `count` sums, whatever the task's sums are."""
-    counts = {name: no_counts(site.config.slots) for name, site in sites.items()}
-    empty = Totals({}, jnp.zeros((), jnp.int32), counts)
-    # Sums of the first batch tell which there are: the task names them where it makes them.
-    sums = jax.eval_shape(functools.partial(count, state.params, state.batch_stats, batch),
-                          empty)[0].sums
-    return empty._replace(sums=jax.tree.map(lambda a: jnp.zeros(a.shape, a.dtype), sums))
+    return Evaluation(values, counts, joined)
 
 
 def _seen(totals):
-    """Tokens so far, and by memory the usage over them."""
-    return totals.tokens, {name: used_shares(counts) for name, counts in totals.counts.items()}
+    """Tokens so far, and by memory the usage over them; the totals' memory is used again."""
+    return (jnp.copy(totals.tokens),
+            {name: used_shares(counts) for name, counts in totals.counts.items()})
 
 
 @functools.partial(jax.jit, static_argnames='after')

@@ -12,10 +12,14 @@ from pkm_jax.memory.replica_exchange import replica_exchange
 from pkm_jax.mesh import Shards
 from pkm_jax.models.interface import MemorySite
 from pkm_jax.optimizers.build import values_state_bytes
+from pkm_jax.processes import hosts
 from pkm_jax.refusal import Refusal
 from pkm_jax.training.layout_time import NOT_KNOWN, Rates, Work, rates_here, seconds_by_layout
 
-# Float32 arrays of the touched rows in a sparse update: gradient, moment, step, new values.
+# Float32 arrays of the touched rows in a sparse update: gradient, moments, new values. By the TPU's
+# compiler lazy Adam keeps 3.5, rowwise Adam 2.5 to 3.5 and Adagrad 2; where every row has its place
+# all keep the gradient alone; there the others stand for what kernels and collectives make of it:
+# so the pod's whole step on v6e comes within 1 % of what was compiled (docs/results.md).
 COMPACT_ARRAYS = 4
 NARROWEST = 128     # columns of a shard: below that reads are short, and rows are split instead
 
@@ -76,8 +80,10 @@ def lay_out(
 
 
 def lay_out_here(run: Run) -> Layout:
-    """`lay_out` over all devices of this machine or cluster."""
-    return lay_out(run, jax.device_count(), jax.process_count(), bytes_of_device(), rates_here())
+    """`lay_out` over all devices of this machine or cluster, for which all processes ask."""
+    known = [size for size in hosts.all_say(bytes_of_device()) if size is not None]
+    return lay_out(run, jax.device_count(), jax.process_count(), min(known, default=None),
+                   rates_here())
 
 
 def bytes_of_device() -> int | None:
@@ -167,13 +173,14 @@ def _choose_updates(run, memory, tables, reads):
 def _choose(possible: list[Candidate], asked: Parts, device_bytes: int | None, rates: Rates,
             ) -> tuple[Shards, str]:
     """The layout of the least time among those that take half of a device's memory or less, and
-    why; those whose copies of a table lie within a slice before others.
+    why; of those whose copies of a table lie within a slice, where there are any.
 
     Where none fits, the most parts.
     """
+    possible = [one for one in possible if not rates.crosses(one.shards)] or possible
     budget = math.inf if device_bytes is None else device_bytes / 2
     fitting = sorted((one for one in possible if one.bytes <= budget),
-                     key=lambda one: (rates.crosses(one.shards), one.seconds))
+                     key=lambda one: one.seconds)
     best = fitting[0] if fitting else max(
         possible, key=lambda one: one.shards.rows * one.shards.columns)
     why = (f'{best.bytes / 1e9:,.2f} GB a device with optimiser state and gradient, in '

@@ -51,13 +51,14 @@ class Rates(NamedTuple):
         if not chip.dimensions:
             return chip.links
         members = math.prod(getattr(shards, axis) for axis in axes)
-        side = joined ** (1 / chip.dimensions)
+        side = max(2, joined ** (1 / chip.dimensions))
         crossed = math.ceil(math.log(members) / math.log(side) - 1e-9)
         return chip.links * min(crossed, chip.dimensions) / chip.dimensions
 
     def crosses(self, shards: Shards) -> bool:
-        """Whether a copy of a table is in several slices of TPUs, as `make_mesh` makes none."""
-        return bool(self.chip.dimensions) and shards.rows * shards.columns > self.joined
+        """Whether a copy of a table would be in several slices of TPUs: `make_mesh` makes none."""
+        return bool(self.chip.dimensions and self.joined) and bool(
+            self.joined % (shards.rows * shards.columns))
 
     def said(self, seconds: float) -> str:
         """An estimate in words."""
@@ -88,8 +89,8 @@ class Work(NamedTuple):
 
 
 def rates_here() -> Rates:
-    """Those of this machine's devices, or of the cluster's."""
-    device = jax.local_devices()[0]
+    """Those of this machine's devices, or of the cluster's; the same in all processes."""
+    device = jax.devices()[0]
     if device.platform == 'cpu':
         return Rates(CPU, plain=True)
     # Of GPUs the slice is the host that they are in.
@@ -121,8 +122,7 @@ def _moved_by_read(shards, work, rates):
     """Bytes of a memory's read, forward and backward, in a micro-batch; reads spread evenly."""
     read, part = work.read, work.read.width // shards.columns
     group = read.tokens // shards.data
-    exchange = replica_exchange(shards, read.tokens, read.reads, read.slots, read.width,
-                                read.itemsize, read.weight_itemsize).what
+    exchange = replica_exchange(shards, *read).what
     seen = read.tokens if work.sparse and exchange == 'tokens' else group   # backward
     own, own_first = read.reads / shards.rows, 0.
     if rates.plain and shards.rows > 1:
@@ -143,11 +143,20 @@ def _moved_by_read(shards, work, rates):
 
 
 def _passes_of_sort(size, rates):
-    """Passes over so many bytes that a device sorts as one list (TPUs: as `planning.traffic`)."""
+    """Passes over so many bytes that a device sorts as one list."""
     if not rates.chip.dimensions:
         return RADIX_PASSES
-    doublings = math.ceil(math.log2(max(size / ON_CHIP, 1)))
-    return 2 + doublings * (doublings + 3)
+    return 2 * passes_of_bitonic_sort(size, ON_CHIP)    # which read and write
+
+
+def passes_of_bitonic_sort(size: int, on_chip: int) -> int:
+    """How often a list of so many bytes goes through HBM and back, of which so many fit a chip.
+
+    Levels that merge what is longer have as many steps as there are doublings, and one more within
+    parts.
+    """
+    doublings = math.ceil(math.log2(max(size / on_chip, 1)))
+    return 1 + doublings * (doublings + 3) // 2
 
 
 def _moved_by_update(shards, work):

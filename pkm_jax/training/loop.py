@@ -127,9 +127,11 @@ def _moved(before: list[int] | None, mesh: Mesh) -> str:
     now = list(mesh.devices.shape)
     if before in (None, now):
         return ''
+    keep = ('. memory.shards.rows and memory.shards.columns keep a layout'
+            if math.prod(before) == math.prod(now) else '')
     return (f'layout: {" × ".join(map(str, now))} (data × rows × columns), of the checkpoint '
-            f'{" × ".join(map(str, before))}: the run goes on within rounding, not to the bit. '
-            f'memory.shards.rows and memory.shards.columns keep a layout')
+            f'{" × ".join(map(str, before))}: the run goes on within rounding, not to the bit'
+            f'{keep}')
 
 
 def prepared(run: Run) -> Data:
@@ -338,7 +340,7 @@ def _evaluation(run: Run, program: Program, mesh: Mesh, data: Data,
 
     def evaluate_now(state, step, progress):
         values, counts, _ = evaluate(
-            state, batches(), program.count, run.task, sites, data, 'validation',
+            state, batches(), program, run.task, sites, data, 'validation',
             min(number * size, data.num_records('validation')), run.tables.dead_after)
         divergence.check_evaluation(step, values['loss'], run)
         for name, moved in (drift(state, step) if drift else {}).items():

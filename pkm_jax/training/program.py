@@ -4,7 +4,7 @@ To be used under `jax.set_mesh` of the mesh given, which may be one of devices t
 """
 
 import functools
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import numpy as np
@@ -14,8 +14,11 @@ from jax.sharding import PartitionSpec as P
 from jax.stages import Wrapped
 
 from pkm_jax.configuration.run import Run
+from pkm_jax.memory.usage import counts_spec, no_counts
+from pkm_jax.mesh import OWN
 from pkm_jax.models.interface import ModelConfig, table_paths
 from pkm_jax.optimizers.build import make_optimizer
+from pkm_jax.tasks.interface import Batch
 from pkm_jax.training.state import (
     TrainState,
     batch_sharding,
@@ -23,7 +26,7 @@ from pkm_jax.training.state import (
     laid_out,
     model_graph,
 )
-from pkm_jax.training.step import eval_step, train_step
+from pkm_jax.training.step import Totals, eval_step, train_step
 
 
 class Program(NamedTuple):
@@ -33,7 +36,20 @@ class Program(NamedTuple):
     initialise: Wrapped     # seed -> TrainState
     take_step: Wrapped      # (TrainState, which it reuses the memory of, batch, seed, *,
                             # all_norms) -> it, metrics
-    count: Wrapped          # (params, batch_stats, batch, totals) -> totals, outputs by example
+    count: Wrapped          # (params, batch_stats, batch, totals, which it reuses the memory of)
+                            # -> totals, outputs by example
+    counts: dict[Any, Any]  # by memory the SlotCounts that it sums, abstract as well
+
+    def totals(self, batch: Batch | dict[str, jax.ShapeDtypeStruct]) -> Totals:
+        """Shapes, dtypes and shardings of what `count` sums over batches like this one.
+
+        The task names its sums where it makes them, so that they are known from a batch alone.
+        """
+        params, batch_stats = self.abstract.params, self.abstract.batch_stats
+        none, whole = Totals({}, self.abstract.step, self.counts), self.abstract.step.sharding
+        sums: Any = jax.eval_shape(self.count, params, batch_stats, batch, none)[0].sums
+        return none._replace(sums=jax.tree.map(
+            lambda one: jax.ShapeDtypeStruct(one.shape, one.dtype, sharding=whole), sums))
 
 
 def make_program(run: Run, model: ModelConfig, sparse: bool, mesh: Mesh) -> Program:
@@ -55,16 +71,29 @@ def make_program(run: Run, model: ModelConfig, sparse: bool, mesh: Mesh) -> Prog
         train_step, task=run.task, graph=graph, sites=model.memories, optimizer=optimizer,
         accumulation_steps=run.train.gradient_accumulation_steps, sparse=sparse)
     count = functools.partial(eval_step, task=run.task, graph=graph, sites=model.memories)
+    whole: Any = NamedSharding(mesh, P())
+    by_rows: Any = NamedSharding(mesh, counts_spec(OWN))
+    counts = {name: _abstract_counts(site.config.slots, by_rows)
+              for name, site in model.memories.items()}
     return Program(graph, abstract, jax.jit(initialise, out_shardings=layout),
                    jax.jit(step, donate_argnums=0, out_shardings=(layout, None),
                            static_argnames='all_norms'),
-                   jax.jit(count, out_shardings=NamedSharding(mesh, P())))  # for every host to read
+                   jax.jit(count, donate_argnums=3,     # the rest is for every host to read
+                           out_shardings=(Totals(whole, whole, by_rows), whole)), counts)
 
 
-def abstract_batch(run: Run, mesh: Mesh, length: int = 0) -> dict[str, jax.ShapeDtypeStruct]:
-    """Shapes, dtypes and shardings of a training batch, of the longest examples or padded to
-    `length`."""
+def _abstract_counts(slots, sharding):
+    return jax.tree.map(
+        lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding),
+        jax.eval_shape(lambda: no_counts(slots)))
+
+
+def abstract_batch(
+    run: Run, mesh: Mesh, length: int = 0, rows: int = 0,
+) -> dict[str, jax.ShapeDtypeStruct]:
+    """Shapes, dtypes and shardings of a batch: of training, or of so many `rows`; of the longest
+    examples, or padded to `length`."""
     return {name: jax.ShapeDtypeStruct(
-                (run.train.batch, *array.cut(length or run.task.length).shape), array.dtype,
+                (rows or run.train.batch, *array.cut(length or run.task.length).shape), array.dtype,
                 sharding=batch_sharding(mesh))
             for name, array in run.task.arrays.items()}

@@ -35,5 +35,5 @@ def score(run: Run, layout: Layout, data: Data, splits: list[str]) -> dict[str, 
                 seed=EVALUATION_SEED, buckets=run.task.buckets, **of_this_process())
             found[split] = evaluate(
                 state._replace(last_selected={}), (to_devices(batch, mesh) for batch in batches),
-                program.count, run.task, run.model.memories, data, split, number)
+                program, run.task, run.model.memories, data, split, number)
     return found

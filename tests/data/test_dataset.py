@@ -4,9 +4,10 @@ import shutil
 
 import numpy as np
 import pytest
+import tensorflow_datasets as tfds
 
 from pkm_jax.data import corpus as corpora
-from pkm_jax.data import dataset, packing, tokenizer
+from pkm_jax.data import dataset, packing, tokenizer, worker, workers
 from pkm_jax.data import vocabulary as vocabularies
 from pkm_jax.data.corpus import Splits
 from pkm_jax.data.packing import SPLITS, Packer
@@ -54,10 +55,10 @@ def test_any_number_of_workers_writes_the_same(tmp_path, prepared, paragraphs, m
     monkeypatch.setattr(packing, 'CHARACTERS_AT_ONCE', 3_000)
     monkeypatch.setattr(packing, 'RECORDS_PER_FILE', 100)
     vocabulary, written = tokenizer.load(prepared.vocab_path), []
-    for workers in (0, 1, 2, 3):
-        folder = tmp_path / str(workers)
+    for number in (0, 1, 2, 3):
+        folder = tmp_path / str(number)
         folder.mkdir()
-        packing.write_records(folder, Splits(0.2).assign(paragraphs), vocabulary, 32, {}, workers)
+        packing.write_records(folder, Splits(0.2).assign(paragraphs), vocabulary, 32, {}, number)
         written.append({path.name: path.read_bytes() for path in folder.iterdir()})
     assert len(written[0]) > 4      # several files of records, and three of their description
     assert all(other == written[0] for other in written[1:])
@@ -68,6 +69,39 @@ def test_a_worker_that_ends_is_said_to_have(prepared, capfd):
         with pytest.raises(RuntimeError, match='a process that prepares text ended with status 1'):
             crew.submit('no_such_function').result()
     assert 'no_such_function' in capfd.readouterr().err
+
+
+def test_a_worker_that_dies_among_requests_is_said_to_have(prepared):
+    """Closing says nothing of its own, though some of a request waits to be sent to the dead one."""
+    with contextlib.closing(Workers(tokenizer.load(prepared.vocab_path).description, 1)) as crew:
+        crew.submit('cut', ['text'], None).result()
+        crew._processes[0].kill()
+        found = [crew.submit('cut', ['x' * 700_000], None) for _ in range(3)]
+        for one in found:
+            with pytest.raises(RuntimeError, match=r'ended with status -9 \(-9: often'):
+                one.result()
+
+
+@pytest.mark.parametrize('quota, number', [('max 100000', 6), ('250000 100000', 2), ('90 1000', 1),
+                                           ('9900000 100000', 6), ('', 6)])
+def test_no_more_workers_than_processors(tmp_path, monkeypatch, quota, number):
+    monkeypatch.setattr(workers.os, 'sched_getaffinity', lambda _: range(6), raising=False)
+    monkeypatch.setattr(workers, 'QUOTA', tmp_path / 'cpu.max')
+    (tmp_path / 'cpu.max').write_text(quota)
+    assert workers.workers_for(None) == number == workers.workers_for(10 ** 9)
+    assert workers.workers_for(1000) == 0
+
+
+def test_what_is_serialised_is_read_back(prepared):
+    """Numbers of one to five bytes, and none."""
+    cutter = tokenizer.load(prepared.vocab_path).tokenizer()
+    records = np.array([[0, 1, 127, 128, 16_383, 16_384, 2 ** 21, 2 ** 28 - 1, 2 ** 31 - 1]] * 2,
+                       np.int32)
+    features = tfds.features.FeaturesDict({'tokens': tfds.features.Tensor(
+        shape=(None,), dtype=np.int32)})
+    for one in (records, records[:, :0]):
+        for example, record in zip(worker.serialised(cutter, one), one):
+            np.testing.assert_array_equal(features.deserialize_example_np(example)['tokens'], record)
 
 
 def test_all_text_is_in_the_records_of_exactly_one_split(prepared, paragraphs):

@@ -4,12 +4,15 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from jax.sharding import AxisType, NamedSharding
+from jax.sharding import PartitionSpec as P
 
 from pkm_jax.memory.layer import MemoryReads, TableSlots
 from pkm_jax.memory.usage import (
     NEVER,
     SlotCounts,
     count_slots,
+    counts_spec,
     host_counts,
     mark_selected,
     no_counts,
@@ -17,6 +20,7 @@ from pkm_jax.memory.usage import (
     usage_metrics,
     used_shares,
 )
+from pkm_jax.mesh import OWN, Shards, make_mesh
 from pkm_jax.refusal import Refusal
 
 
@@ -135,6 +139,35 @@ def test_mass_is_that_of_a_float64_count():
 def test_the_smallest_weight_counts_as_use():
     tiny = count_slots(no_counts(3), reads([[[0, 1]]], [[[1., 1e-30]]]), jnp.asarray([True]))
     assert usage_metrics(tiny)['top_k_usage'] == 2 / 3
+
+
+@pytest.mark.parametrize('shards', [Shards(2, 2, 2), Shards(1, 8, 1)])
+def test_counts_split_by_rows_are_those_of_one_device(shards):
+    """Of tokens split over eight devices, some of them padding, after two batches."""
+    rng = np.random.default_rng(0)
+    slots = np.argsort(rng.random((48, 3, 16)))[..., :4].astype(np.int32)
+    weights = np.asarray(jax.nn.softmax(jnp.asarray(rng.normal(0, 8, slots.shape))))
+    read, real = reads(slots, weights), jnp.asarray(rng.random(48) < .8)
+    whole = count_slots(count_slots(no_counts(16), read, real), read, real)
+    mesh = make_mesh(shards)
+    counts = jax.device_put(no_counts(16), NamedSharding(mesh, counts_spec(OWN)))
+    with jax.set_mesh(mesh):
+        count = jax.jit(count_slots)
+        counts = count(count(counts, read, real), read, real)
+    jax.tree.map(np.testing.assert_array_equal, counts, whole)
+    assert all(field.addressable_shards[0].data.shape == (2, 16 // shards.rows) for field in counts)
+
+
+def test_a_mask_split_over_somebody_elses_explicit_axes():
+    """As of sequences that are split over devices too."""
+    mesh = jax.make_mesh((2, 4), ('dp', 'tp'), axis_types=(AxisType.Explicit,) * 2)
+    real = np.arange(32).reshape(4, 8) % 3 > 0
+    ours = reads(np.arange(32)[:, None, None] % 9, np.ones((32, 1, 1)))
+    want = count_slots(no_counts(9), ours, jnp.asarray(real))
+    with jax.set_mesh(mesh):
+        split = jax.device_put(real, NamedSharding(mesh, P(None, 'tp')))
+        got = jax.jit(lambda real: count_slots(no_counts(9), ours, real))(split)
+    jax.tree.map(np.testing.assert_array_equal, got, want)
 
 
 def test_nothing_counted_is_an_error():

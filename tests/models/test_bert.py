@@ -47,7 +47,7 @@ def with_backbone_of(plain, config):
     return nnx.merge(graph, merged(own, given), nnx.to_pure_dict(rest))
 
 
-@pytest.mark.parametrize('dtype', ['float32', 'bfloat16'])
+@pytest.mark.parametrize('dtype', [pytest.param('float32', marks=pytest.mark.slow), 'bfloat16'])
 @pytest.mark.parametrize('deterministic', [True, False])
 def test_added_memory_with_zero_scale_changes_no_bit(dtype, deterministic):
     no_dropout = dict(dtype=dtype, dropout=0., attention_dropout=0.)

@@ -5,9 +5,10 @@ import re
 import jax
 import pytest
 
-from pkm_jax.accelerators import CHIPS
+from pkm_jax.accelerators import CHIPS, peak_flops
 from pkm_jax.planning import chips
 from pkm_jax.refusal import Refusal
+from tests.planning.tiny import needs_tpu_compiler
 
 
 def test_topologies_by_name():
@@ -68,6 +69,30 @@ def test_gpus_are_planned_with_cpu_devices():
     assert chips.devices(chips.parse('h200:4')) == jax.devices('cpu')[:4]
     with pytest.raises(Refusal, match='16 GPUs .* has 8: set JAX_NUM_CPU_DEVICES=16'):
         chips.devices(chips.parse('h200:16'))
+
+
+def test_chips_of_two_cores_and_without_a_torus():
+    """An 8i is two devices of half a chip each, linked to all others alike."""
+    torus, flat = chips.parse('tpu8t:4x4x4'), chips.parse('tpu8i:8')
+    assert (torus.size, flat.size) == (64, 16) and flat.is_tpu
+    assert 2 * flat.chip.bandwidth == 8601e9 and 2 * flat.chip.memory == 288 * 2 ** 30
+    assert chips.link_rate(torus, [(0, 0, 0, 0), (1, 0, 0, 0)]) == 400e9
+    assert chips.link_rate(flat, [(0, 0), (1, 0)]) == 600e9
+    with pytest.raises(Refusal, match='--slices=2 of tpu8i:8: the network between slices is not known'):
+        chips.parse('tpu8i:8', 2)
+
+
+@needs_tpu_compiler
+@pytest.mark.parametrize('name', ['tpu8t:2x2x1', 'tpu8i:4'])
+def test_chips_that_the_compiler_does_not_know_are_refused_in_so_many_words(name):
+    with pytest.raises(Refusal, match=f'--topology={name}: the TPU compiler that is installed '
+                                      'knows no such chip.* Install a newer one'):
+        chips.devices(chips.parse(name))
+
+
+def test_peak_rates_by_what_jax_calls_a_device():
+    assert peak_flops('TPU8t') == 996.1e12 and peak_flops('TPU8i') == 550.5e12
+    assert peak_flops('TPU9') is None
 
 
 def test_a_missing_compiler_is_named(monkeypatch):

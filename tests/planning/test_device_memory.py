@@ -14,18 +14,21 @@ from pkm_jax.planning import device_memory
 from pkm_jax.training.layout import lay_out
 
 
-# Gigabytes of temporaries as compiled, from docs/scaling.md.
-@pytest.mark.parametrize('module, shards, backbone, tables, compiled', [
-    (bert_base_pkm_pod, Shards(4, 16, 4), 0.48, 0.40, 8.03),
-    (bert_base_pkm, Shards(256), 0.46, 1.61, 5.31), (bert_large, Shards(256), 1.34, 0, 3.96),
-    (bert_base_pkm, Shards(16), 0.46, 1.61, 26.31), (bert_large, Shards(16), 1.34, 0, 54.30)])
+# Gigabytes of temporaries as compiled, from docs/scaling.md; the last with kernels, for a v6e.
+@pytest.mark.parametrize('module, shards, backbone, tables, compiled, available', [
+    (bert_base_pkm_pod, Shards(4, 16, 4), 0.48, 0.40, 8.03, 16.9),
+    (bert_base_pkm, Shards(256), 0.46, 1.61, 5.31, 16.9),
+    (bert_large, Shards(256), 1.34, 0, 3.96, 16.9),
+    (bert_base_pkm, Shards(16), 0.46, 1.61, 26.31, 16.9),
+    (bert_large, Shards(16), 1.34, 0, 54.30, 16.9),
+    (bert_base_pkm_pod, Shards(8, 8, 4), 0.48, 0.81, 9.10, 34.1)])
 def test_the_estimate_is_within_a_third_of_what_was_compiled(module, shards, backbone, tables,
-                                                             compiled):
+                                                             compiled, available):
     config = module.get_config()
     config.memory.shards.update(rows=shards.rows, columns=shards.columns)
     run, = runs_of(config)
     run = run.with_vocabulary(run.task.vocab_size)
-    layout = lay_out(run, math.prod(shards), device_bytes=int(16.9e9))
+    layout = lay_out(run, math.prod(shards), device_bytes=int(available * 1e9))
     given = {'backbone parameters': int(backbone * 1e9), 'value tables': int(tables * 1e9)}
     estimate = device_memory.estimated(given, run, layout)[device_memory.TEMPORARY]
     assert estimate / 1e9 == pytest.approx(compiled, rel=1 / 3)

@@ -13,7 +13,8 @@ from jax.sharding import PartitionSpec as P
 from configs import bert_base_pkm_pod
 from pkm_jax.mesh import OWN, Shards, make_mesh, slice_of
 from pkm_jax.planning import chips, device_memory, hlo
-from pkm_jax.planning.estimate import estimate, table_sized
+from pkm_jax.planning.device_memory import DeviceMemory
+from pkm_jax.planning.estimate import Estimate, estimate, table_sized
 from pkm_jax.planning.text import text_of
 from pkm_jax.refusal import Refusal
 from pkm_jax.training import loop
@@ -27,14 +28,20 @@ def tiny(config):
     return shrunk(config)
 
 
+@pytest.mark.slow
 @needs_tpu_compiler
-def test_a_step_compiled_for_tpus(tiny):
+def test_programs_compiled_for_tpus(tiny):
     found = estimate(run_of(tiny), chips.parse('v5e:2x2'))
     assert found.fits and found.layout.shards == Shards(1, 2, 2)
-    assert found.memory.bytes['value tables'] == SLOTS * WIDTH * 4 / 4
-    assert found.memory.bytes['optimizer state of value tables'] == SLOTS * WIDTH * 8 / 4
-    assert found.memory.bytes['batch'] == 16 * (2 * 16 + 1 + 3 * 3) * 4 / 4
-    assert 0 < found.memory.bytes[device_memory.PROGRAM] < 1e9
+    sizes = {name: memory.bytes for name, memory in found.memory.items()}
+    assert sizes.keys() == {'step', 'first state', 'evaluation'}
+    for of_program in sizes.values():   # nobody takes the state away while another program runs
+        assert of_program['value tables'] == SLOTS * WIDTH * 4 / 4
+        assert of_program['optimizer state of value tables'] == SLOTS * WIDTH * 8 / 4
+        assert 0 < of_program[device_memory.PROGRAM] < 1e9
+    assert sizes['step']['batch'] == 16 * (2 * 16 + 1 + 3 * 3) * 4 / 4
+    # Three counts of two words, of the slots of a shard: never whole.
+    assert 0 <= sizes['evaluation'][device_memory.COUNTS] - 3 * 2 * 4 * SLOTS / 2 < 100
     assert found.counted_flops > 0 and 0 < found.moved_bytes < found.counted_bytes
     assert found.table_sized == () and found.unknown_loops == 0
     along = {(one.kind, axes) for one, axes, _ in found.transfers}
@@ -43,16 +50,49 @@ def test_a_step_compiled_for_tpus(tiny):
     assert 'tiny on v5e:2x2: 4 devices as data 1, rows 2, columns 2; compiled in' in text
     assert re.search(r'1 all-reduce +\S+ \+\d+ +rows × columns +\d', text)
     assert re.search(r'estimate +\d+\.\d\d ms', text) and 'FITS: 0.' in text
+    assert re.search(r'compiled side by side: step \d+ s, step with norms \d+ s, first state \d+ s, '
+                     r'evaluation \d+ s', text)
+    assert found.unknown_operands == () and 'WARNING' not in text
 
-    full = found._replace(memory=found.memory._replace(available=1000))
-    assert not full.fits and 'DOES NOT FIT' in text_of(full, 'full')
+
+def planned(run, **fields):
+    """An estimate of numbers that nobody compiled."""
+    kinds = dict.fromkeys([*device_memory.KINDS, device_memory.TEMPORARY], 10 ** 9)
+    memory = {name: DeviceMemory(dict(kinds), 16 * 10 ** 9) for name in ('step', 'evaluation')}
+    whole = Estimate(
+        chips.parse('v5e:2x2'), run, Layout(Shards(1, 2, 2), True, ()), memory, {},
+        {'step': 60., 'evaluation': 9.}, 1e12, 1e12, 1e9, {'read': 10 ** 9}, (), 0, None, (), ())
+    return whole._replace(**fields)
+
+
+def test_the_program_that_needs_most_decides(tiny):
+    run = run_of(tiny)
+    assert 'FITS: 7.00 of 16.00 GB, 44%' in text_of(planned(run), 'tiny')
+    assert 'compiled side by side: step 60 s, evaluation 9 s' in text_of(planned(run), 'tiny')
+    memory = planned(run).memory
+    memory['evaluation'].bytes[device_memory.COUNTS] = 10 ** 10
+    full = planned(run, memory=memory)
+    assert not full.fits and full.largest == 'evaluation'
+    text = text_of(full, 'full')
+    assert re.search(r'in all +7.00 +17.00   of 16.00', text)
+    assert re.search('usage counts {28,}10.00\n', text)
+    assert 'DOES NOT FIT: 17.00 GB or more of 16.00 GB (the evaluation, more than the step), ' in text
+    refused = planned(run, refusals={'evaluation': 'RESOURCE_EXHAUSTED: so much'})
+    assert 'The compiler of the evaluation: RESOURCE_EXHAUSTED: so much' in text_of(refused, 'one')
+    assert 'a step of a device' in text_of(refused, 'one') and not refused.fits
+
+
+def test_operands_of_unknown_size_are_named_in_the_plan(tiny):
+    text = text_of(planned(run_of(tiny), unknown_operands=('a.1', 'b')), 'tiny')
+    assert ('WARNING: 2 operands whose size the program does not tell count as 0 bytes of HBM '
+            'traffic: a.1, b\n') in text
 
 
 def test_activations_that_do_not_fit_gpus_are_found(tiny):
     tiny.memory.shards.update(rows=1, columns=8)
     tiny.train.batch = 2 ** 26
     found = estimate(run_of(tiny), chips.parse('h200:8'))
-    assert not found.fits and found.memory.bytes[device_memory.TEMPORARY] > 141e9
+    assert not found.fits and found.memory['step'].bytes[device_memory.TEMPORARY] > 141e9
 
 
 @pytest.mark.parametrize('shape, axis, found', [
@@ -111,7 +151,7 @@ def test_the_pod_configuration_fits():
     with jax.numpy_dtype_promotion('standard'):     # which the gradient of jax's attention needs
         found = estimate(run_of(bert_base_pkm_pod.get_config()), chips.parse('v5e:16x16'))
     assert found.fits and found.table_sized == ()
-    tables = found.memory.bytes['value tables']
+    tables = found.memory['step'].bytes['value tables']
     assert tables * math.prod(found.layout.shards[1:]) == 4096 ** 2 * 768 * 2
 
 

@@ -19,6 +19,13 @@ def moved(text):
             for one in Traffic(hlo.Module(text)).instructions()}
 
 
+def traffic_of(text):
+    """Of a program whose instructions have been counted."""
+    found = Traffic(hlo.Module(text))
+    found.by_part()
+    return found
+
+
 def whole(text):
     """The program with a parameter in every computation, each by a name of its own."""
     blocks = []
@@ -94,6 +101,13 @@ def test_parts_padding_kernels_and_passes_of_sorts():
     assert found['kernel'] == (777, 0)
     assert found['sorted'] == (11 * 65536 * 4, 12 * 65536 * 4)      # its key twice, 1 + 2 + 3 passes
     assert found['done'] == (8 * row, 8 * row)
+
+
+def test_operands_that_the_program_does_not_define_are_named():
+    assert traffic_of(PROGRAM).unknown == set()
+    lost = re.sub('  %r = .*\n', '', PROGRAM)
+    found = traffic_of(lost)
+    assert found.unknown == {'r'} and moved(lost)['done'] == (0, 8 * 256 * 4)
 
 
 @pytest.mark.parametrize('source, part', [

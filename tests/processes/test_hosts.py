@@ -29,7 +29,8 @@ def test_several_processes_train_the_model_of_one(config, tmp_path, processes, r
     config.memory.updates = 'sparse'
     config.memory.shards.update(rows=rows, columns=columns)
     config.train.steps = 6
-    weights, evaluations = results(train(config))
+    alone = train(config)
+    weights, evaluations = results(alone)
     config.workdir = str(tmp_path / 'several')
     printed = finish(start(config, processes))
     ours, same = results(Path(config.workdir))
@@ -40,7 +41,9 @@ def test_several_processes_train_the_model_of_one(config, tmp_path, processes, r
         np.testing.assert_allclose(line['loss'], other['loss'], rtol=1e-5)
         assert line['memory']['1']['dead'] == pytest.approx(other['memory']['1']['dead'])
     assert sum('step 6/6' in output for output in printed) == 1     # one writes
-    assert (Path(config.workdir) / 'slot_counts_1.npz').exists()
+    counts, whole = (np.load(Path(folder) / 'slot_counts_1.npz') for folder in (config.workdir, alone))
+    assert counts['count'].shape == whole['count'].shape
+    assert counts['count'].sum() == whole['count'].sum() > 0
 
 
 @pytest.mark.slow

@@ -26,6 +26,7 @@ def lines(folder):
     return [json.loads(line) for line in (folder / 'metrics.jsonl').read_text().splitlines()]
 
 
+@pytest.mark.slow
 def test_everything_beside_the_checkpoints_is_mended_and_said(config, capsys):
     folder = train(config)
     expected, whole = weights(folder), {name: (folder / name).read_bytes()

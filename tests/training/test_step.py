@@ -10,10 +10,11 @@ import pytest
 
 from pkm_jax.data.labelled import Labelled
 from pkm_jax.memory.layer import MemoryConfig
-from pkm_jax.memory.usage import NEVER
+from pkm_jax.memory.usage import NEVER, no_counts
 from pkm_jax.models.bert import BertConfig
 from pkm_jax.tasks.masked_lm import MaskedLM
 from pkm_jax.training import evaluation, step
+from pkm_jax.training.program import Program
 from pkm_jax.training.state import initial_state, model_graph
 
 LENGTH, PREDICTIONS = 8, 3
@@ -40,10 +41,12 @@ def setup(query_norm='layer', rate=0., track_dead=False):
 
 
 def evaluate(state, batches, config, **options):
-    count = jax.jit(functools.partial(step.eval_step, task=TASK, graph=model_graph(config),
-                                      sites=config.memories))
+    graph, sites = model_graph(config), config.memories
+    count = jax.jit(functools.partial(step.eval_step, task=TASK, graph=graph, sites=sites))
+    program = Program(graph, state, jax.jit(initial_state), jax.jit(step.train_step), count,
+                      {name: no_counts(site.config.slots) for name, site in sites.items()})
     examples = sum(len(batch['tokens']) for batch in batches)
-    values, counts, _ = evaluation.evaluate(state, batches, count, TASK, config.memories, NO_DATA,
+    values, counts, _ = evaluation.evaluate(state, batches, program, TASK, sites, NO_DATA,
                                             'validation', examples, **options)
     return values, counts
 

@@ -21,7 +21,7 @@ from pkm_jax.memory.layer import MemoryConfig, ProductKeyMemory
 from pkm_jax.mesh import make_mesh
 from pkm_jax.models.interface import MemorySite, path_of
 from pkm_jax.planning import chips
-from pkm_jax.planning.estimate import estimate
+from pkm_jax.planning.estimate import STEP, estimate
 from pkm_jax.report.report import write_report
 from pkm_jax.tasks.interface import LossName, Outcome
 from pkm_jax.training import loop, start
@@ -241,5 +241,6 @@ def test_a_program_without_a_cache_says_why(tmp_path, monkeypatch):
 
 def test_it_can_be_planned(tmp_path):
     found = estimate(run(tmp_path, updates='sparse'), chips.parse('h200:8'))
-    assert found.fits and found.memory.bytes['value tables'] == 64 * WIDTH * 4
-    assert found.memory.bytes['optimizer state of value tables'] == 2 * 64 * WIDTH * 4
+    sizes = found.memory[STEP].bytes
+    assert found.fits and sizes['value tables'] == 64 * WIDTH * 4
+    assert sizes['optimizer state of value tables'] == 2 * 64 * WIDTH * 4

@@ -11,6 +11,7 @@ from jax.experimental.pallas import tpu as pltpu
 from benchmarks import tpu_sparsecore
 from pkm_jax.memory.embedding_bag import embedding_bag
 from pkm_jax.memory.kernels.tpu import sparsecore, sparsecore_forward
+from pkm_jax.refusal import Refusal
 from tests.memory.kernels.test_tpu_embedding_bag import LIMIT, error, make, random_slots
 from tests.planning.tiny import needs_tpu_compiler
 
@@ -139,6 +140,9 @@ def test_without_the_setting_or_sparsecores_the_tensorcore_reads(monkeypatch, ca
         assert sparsecore.chosen(interpret=False) is None
     assert [record.message for record in caplog.records] == [
         'PKM_JAX_SPARSECORE=1: this device has no SparseCores; the TensorCore reads.']
+    monkeypatch.setenv(sparsecore.SETTING, 'yes')
+    with pytest.raises(Refusal, match='PKM_JAX_SPARSECORE=yes: 1 has SparseCores read, 0 the Tens'):
+        sparsecore.chosen(interpret=True)
 
 
 @needs_tpu_compiler

@@ -57,9 +57,10 @@ def forward(
 def _sparsecores(values, slots, interpret):
     """Those that are to read, if any; see `sparsecore.SETTING`."""
     chip = sparsecore.chosen(interpret)
-    reason = chip and sparsecore_forward.unsupported(values, slots.shape[1], chip)
-    if reason:
-        sparsecore.say_once(reason)
+    if chip is None:
+        return None
+    reason = sparsecore_forward.unsupported(values, slots.shape[1], chip)
+    sparsecore.say_once(f'{reason}; the TensorCore reads' if reason else 'the SparseCores read')
     return None if reason else chip
 
 

@@ -18,6 +18,7 @@ from jax.experimental.pallas import tpu as pltpu
 from jaxtyping import Array, Float, Shaped
 
 from pkm_jax.memory.kernels.tpu.rows import LANES, Interpret
+from pkm_jax.refusal import Refusal
 
 SETTING = 'PKM_JAX_SPARSECORE'      # of the environment; '1': SparseCores read, where there are any
 NO_READ = -1        # an index that is not read
@@ -36,14 +37,19 @@ INTERPRETED = Chip(cores=1, subcores=2, lanes=8, memory=2 ** 18)
 
 def chosen(interpret: Interpret) -> Chip | None:
     """The SparseCores that are to read; None: the TensorCore is to. That a device has none of those
-    that SETTING asks for is logged once."""
-    if os.environ.get(SETTING) != '1':
+    that SETTING asks for is logged once.
+
+    Raises:
+      Refusal: SETTING is neither '1' nor '0'.
+    """
+    asked = os.environ.get(SETTING) or '0'
+    if asked not in ('0', '1'):
+        raise Refusal(f'{SETTING}={asked}: 1 has SparseCores read, 0 the TensorCore.')
+    if asked == '0':
         return None
-    if interpret:
-        return INTERPRETED
-    found = chip()
+    found = INTERPRETED if interpret else chip()
     if found is None:
-        say_once('this device has no SparseCores')
+        say_once('this device has no SparseCores; the TensorCore reads')
     return found
 
 
@@ -59,9 +65,9 @@ def chip() -> Chip | None:
 
 
 @functools.cache
-def say_once(reason: str) -> None:
-    """Logs why SparseCores do not read what they are to."""
-    logging.getLogger(__name__).warning('%s=1: %s; the TensorCore reads.', SETTING, reason)
+def say_once(what: str) -> None:
+    """Logs what becomes of SETTING."""
+    logging.getLogger(__name__).warning('%s=1: %s.', SETTING, what)
 
 
 def on_subcores(
