@@ -194,7 +194,7 @@ def merge(parts: SparseRows, n_slots: int, *, axes: Axes = OWN) -> SparseRows:
     """`sparse_rows.merge` of stacked parts, each row where it lives."""
     capacity = _capacity(n_slots, parts.ids.size // shards_in_use(axes).rows, axes)
     rows = _rows(axes)
-    stacked = type(rows)(*(P(None, *spec) for spec in rows))
+    stacked = jax.tree.map(lambda spec: P(None, *spec), rows)
 
     def add(parts):
         return sparse_rows.merge(parts, n_slots, capacity)
@@ -223,29 +223,28 @@ def put_rows(
 
 
 def on_parts(
-    function: Callable, table: Array, ids: Int32[Array, 'rows'], whole: Sequence[Array],
-    parts: Sequence[Array], *, axes: Axes = OWN,
+    function: Callable, ids: Int32[Array, 'rows'], whole: Sequence[Array], rows: Sequence[Array],
+    changing: Sequence[Array], *, axes: Axes = OWN,
 ) -> tuple[Array, ...]:
-    """`function(part, ids, start, *whole, *parts)` of each part of a table, with a place in `ids`
-    for each row. It returns the part changed, numbers [rows, 1], and `parts` from the third on
-    changed.
+    """`function(ids, start, *whole, *rows, *changing)` of each part of a table, the first that is
+    `changing`. It returns a number [1, 1] of the part and `changing` changed.
 
-    `ids` are those of the part, `start` the slot and the column with which it begins; `parts` are
-    arrays [S, V] or [S], split as the table.
+    `ids` are those of SparseRows, within the part; `start` is the slot and the column with which it
+    begins; `rows` belong to the ids, and like `changing` ([S, V] or [S]) are split as the table.
     """
-    def run(table, ids, whole, parts):
-        shards = shards_in_use(axes)
-        start = jnp.stack([jnp.int32(size) * (jax.lax.axis_index(names) if split > 1 else 0)
-                           for size, names, split in zip(
-                               table.shape, (axes.rows, axes.columns), shards[1:])])
-        return tuple(function(table, _in_shard(ids, len(table), axes)[0], start, *whole, *parts))
+    def run(ids, whole, rows, changing):
+        shards, size = shards_in_use(axes), changing[0].shape
+        start = jnp.stack([jnp.int32(length) * (jax.lax.axis_index(names) if split > 1 else 0)
+                           for length, names, split in zip(
+                               size, (axes.rows, axes.columns), shards[1:])])
+        return tuple(function(_in_shard(ids, size[0], axes)[0], start, *whole, *rows, *changing))
 
-    def spec(array):
-        return P(*axes.table[:array.ndim])
+    def specs(arrays):
+        return tuple(P(*axes.table[:array.ndim]) for array in arrays)
 
-    specs: Any = spec(table), _rows(axes).ids, tuple(P() for _ in whole), tuple(map(spec, parts))
-    out = axes.table, axes.table, *map(spec, parts[2:])
-    return on_shards(run, specs, out, axes)(table, ids, tuple(whole), tuple(parts))
+    given: Any = _rows(axes).ids, tuple(P() for _ in whole), specs(rows), specs(changing)
+    return on_shards(run, given, (axes.table, *specs(changing)), axes)(
+        ids, tuple(whole), tuple(rows), tuple(changing))
 
 
 def _rows(axes) -> Any:

@@ -20,6 +20,8 @@ class SparseRows(NamedTuple):
     rows: Float[Array, 'rows V']
     #: how many are in use
     count: Int32[Array, 'shards']   # type: ignore[assignment]  # hides a method of tuples
+    #: a factor of the rows that they are yet to get; None: 1
+    scale: Float[Array, ''] | None = None
 
 
 class Touched(NamedTuple):

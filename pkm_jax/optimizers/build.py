@@ -19,7 +19,13 @@ from pkm_jax.memory.sparse_rows import is_rows
 from pkm_jax.models.interface import path_of
 from pkm_jax.optimizers.groups import groups_of, schedule
 from pkm_jax.optimizers.skips import limit_loss
-from pkm_jax.optimizers.sparse import lazy_adam, on_rows, rowwise_adagrad, rowwise_adam, sparse_sgd
+from pkm_jax.optimizers.sparse import (
+    clip_by_global_norm,
+    lazy_adam,
+    rowwise_adagrad,
+    rowwise_adam,
+    sparse_sgd,
+)
 from pkm_jax.refusal import Refusal
 
 # Gives Muon's updates the root mean square of Adam's, so that one learning rate serves both
@@ -140,7 +146,7 @@ def make_optimizer(
     # What is frozen counts for nothing in clipping either.
     before = [_zeroed_where(frozen)] if frozen else []
     if config.clip:
-        before.append(on_rows(optax.clip_by_global_norm(config.clip)))
+        before.append(clip_by_global_norm(config.clip))
     groups = optax.chain(*before, groups) if before else groups
     return limit_loss(groups, config.skip_loss_spikes) if config.skip_loss_spikes else groups
 

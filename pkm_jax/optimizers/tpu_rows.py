@@ -1,12 +1,13 @@
-"""The update of a table by rows in the order of its slots, on a TPU (Pallas, Mosaic, TensorCore).
+"""The update of a table's rows on a TPU (Pallas, Mosaic, TensorCore), each touched once.
 
-One pass: a program takes a block of the table, of its moments and of the gradient, and writes table
-and moments where they were. Rows that are not in use keep what they have. XLA keeps a table whose
-width is no multiple of LANES column after column; it is taken so.
+Where every row of a part has its place, a program takes a block of the table, of its moments and of
+the gradient, and writes table and moments where they were. Rows that are not in use keep what they
+have. XLA keeps a table whose width is no multiple of LANES column after column; it is taken so.
+With fewer places than rows see `tpu_few_rows`.
 
 Bytes: the gradient is read, table and moments are read and written, once each. Operations: those of
 the rule and, in bfloat16, about 40 for the random bits of each number. Floor: the bytes over the
-memory bandwidth.
+memory bandwidth, or on v4 and v5p, whose memory is fast, the operations in bfloat16.
 """
 
 import functools
@@ -20,29 +21,44 @@ from jax.experimental.pallas import tpu as pltpu
 from jaxtyping import Array, Float, Int32, UInt32
 
 from pkm_jax.memory.kernels.tpu.rows import LANES, Interpret
-from pkm_jax.optimizers.sparse import Rule, noise, rounded
+from pkm_jax.optimizers import tpu_few_rows
+from pkm_jax.optimizers.rounding import noise, rounded
+from pkm_jax.optimizers.rules import Numbers, Rule
 
 BLOCK = 98_304      # numbers of a block at most, but where LANES rows have more
 ROWS = 256          # of a block of a table that is kept row after row
 WIDEST = 1_024      # columns of one that is not
 
 
-def unsupported(table: ShapeDtypeStruct, *_: ShapeDtypeStruct, rule: Any) -> str | None:
-    """Why the kernel cannot update this table; None if it can."""
+def unsupported(
+    ids: ShapeDtypeStruct, start: ShapeDtypeStruct, numbers: ShapeDtypeStruct,
+    seed: ShapeDtypeStruct, gradient: ShapeDtypeStruct, squares: ShapeDtypeStruct,
+    table: ShapeDtypeStruct, *_: ShapeDtypeStruct, rule: Any,
+) -> str | None:
+    """Why the kernels cannot update this table; None if they can."""
     if table.dtype not in (jnp.float32, jnp.bfloat16):
         return f'a table of {table.dtype} (float32 or bfloat16)'
+    if ids.shape[0] < table.shape[0]:
+        return tpu_few_rows.unsupported(table)
     if table.shape[1] % LANES and table.shape[1] > WIDEST:
         return f'{table.shape[1]} columns (a multiple of {LANES}, or at most {WIDEST})'
     return None
 
 
 def update(
-    table: Float[Array, 'S V'], ids: Int32[Array, 'S'], start: Int32[Array, '2'],
-    numbers: Float[Array, '2'], seed: UInt32[Array, '2'], gradient: Float[Array, 'S V'],
-    squares: Float[Array, 'S'], *moments: Float[Array, 'S ...'], rule: Rule, interpret: Interpret,
+    ids: Int32[Array, 'rows'], start: Int32[Array, '2'], numbers: Float[Array, '3'],
+    seed: UInt32[Array, '2'], gradient: Float[Array, 'rows V'], squares: Float[Array, 'rows'],
+    table: Float[Array, 'S V'], *moments: Float[Array, 'S ...'], rule: Rule, interpret: Interpret,
 ) -> tuple[Array, ...]:
-    """The table changed, the norm of each row's change and moments: see `sparse.reference`."""
-    (slots, width), turned = table.shape, table.shape[1] % LANES != 0
+    """The norm of the change, the table changed, and its moments: see `rules.reference`."""
+    run = _update_all if len(ids) == len(table) else tpu_few_rows.update
+    return run(ids, start, numbers, seed, gradient, squares, table, *moments, rule=rule,
+               interpret=interpret)
+
+
+def _update_all(ids, start, numbers, seed, gradient, squares, *changing, rule, interpret):
+    """Of rows that all have a place."""
+    (slots, width), turned = gradient.shape, gradient.shape[1] % LANES != 0
     block, grid = _blocks(slots, width, turned)
     by_row = pl.BlockSpec((1, block[turned]), lambda n, _: (0, n))
     by_number = pl.BlockSpec(block, lambda n, c: (c, n) if turned else (n, c))
@@ -53,12 +69,11 @@ def update(
     def spec(array):
         return by_row if array.ndim == 1 else by_number
 
-    changing = table, *moments
     arrays = ids, squares, gradient, *changing
     shapes = [ShapeDtypeStruct(seen(array).shape, array.dtype) for array in changing]
     integers = jnp.concatenate([jax.lax.bitcast_convert_type(seed, jnp.int32), start])
     scalars = pl.BlockSpec(memory_space=pltpu.SMEM)
-    found = pl.pallas_call(
+    changed = pl.pallas_call(
         functools.partial(_update, rule=rule, turned=turned, slots=slots), grid=grid,
         name='update_rows', interpret=interpret,
         in_specs=[scalars, scalars, *map(spec, arrays)],
@@ -68,9 +83,9 @@ def update(
         compiler_params=pltpu.CompilerParams(dimension_semantics=('parallel', 'arbitrary')),
         cost_estimate=_cost(arrays, changing),
     )(numbers, integers, *map(seen, arrays))
-    table, *moments = (new[0] if old.ndim == 1 else new.T if turned else new
-                       for new, old in zip(found, changing))
-    return table, jnp.sqrt(found[-1][0])[:, None], *moments
+    return jnp.sqrt(jnp.sum(changed[-1], keepdims=True)), *(
+        new[0] if old.ndim == 1 else new.T if turned else new
+        for new, old in zip(changed, changing))
 
 
 def _blocks(slots, width, turned):
@@ -99,17 +114,18 @@ def _update(numbers, integers, ids, squares, gradient, *refs, rule, turned, slot
         """Numbers of rows, as each column gets them."""
         return by_row if turned else jnp.broadcast_to(by_row, (8, by_row.shape[1])).T[:, :1]
 
+    rate, correction, scale = Numbers(*(numbers[at] for at in range(3)))
     used = ids[...] < slots
     used_wide = wide(used.astype(jnp.float32)) > 0
     table, *moments = (ref[...] for ref in old)
-    gradient = gradient[...]
+    gradient = gradient[...] * scale
     moments = [jnp.where(used if by_row else used_wide, after, before) for before, after, by_row in
                zip(moments, rule.moments(gradient, squares[...], *moments), rule.per_row)]
     for ref, moment in zip(new[1:], moments):
         ref[...] = moment
-    change = -numbers[0] * rule.step(gradient, *(
+    change = -rate * rule.step(gradient, *(
         wide(moment) if by_row else moment for moment, by_row in zip(moments, rule.per_row)),
-        numbers[1])
+        correction)
     before = table.astype(jnp.float32)
     rows = before + change
     if table.dtype == jnp.bfloat16:
@@ -119,7 +135,7 @@ def _update(numbers, integers, ids, squares, gradient, *refs, rule, turned, slot
 
 
 def _noise(integers, shape, turned):
-    """`sparse.noise` of a block."""
+    """`rounding.noise` of a block."""
     row, column = (
         jax.lax.broadcasted_iota(jnp.int32, shape, axis)
         + (pl.program_id(at) * shape[axis] + integers[2 + at])
