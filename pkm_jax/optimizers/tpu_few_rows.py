@@ -18,7 +18,7 @@ import jax.numpy as jnp
 from jax import ShapeDtypeStruct
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
-from jaxtyping import Array, Float, Int32, UInt32
+from jaxtyping import Array, BFloat16, Float, Int32, UInt32
 
 from pkm_jax.memory.kernels.tpu.rows import LANES, Interpret, padded_tokens
 from pkm_jax.memory.sparse_rows import put_rows, take_rows
@@ -47,7 +47,9 @@ def update(
 ) -> tuple[Array, ...]:
     """The norm of the change, the table changed, and its moments: see `rules.reference`."""
     by_row, moments = _numbers_of_rows(ids, gradient, squares, moments, rule)
-    changing = table, *(moment for moment in moments if moment.ndim == 2)
+    as_words = bool(interpret) and table.dtype == jnp.bfloat16   # it does not write in other types
+    changing = (words_of(table) if as_words else table,
+                *(moment for moment in moments if moment.ndim == 2))
     (places, width), tile = gradient.shape, tile_of(*gradient.shape)
     used = jnp.sum(ids < len(table), dtype=jnp.int32)[None]
     integers = jnp.concatenate([jax.lax.bitcast_convert_type(seed, jnp.int32), start, used])
@@ -65,17 +67,16 @@ def update(
         out_shape=[*(ShapeDtypeStruct(array.shape, array.dtype) for array in changing), norm],
         input_output_aliases={3 + len(scalars) + at: at for at in range(len(changing))},
         scratch_shapes=[
-            *(pltpu.VMEM((tile, width), _word(array.dtype)) for array in changing),
+            *(pltpu.VMEM((tile, width), jnp.float32 if array.dtype == jnp.float32 else jnp.int32) for array in changing),
             pltpu.VMEM((2, tile, LANES), jnp.int32),
             *(pltpu.VMEM((tile, LANES), jnp.float32) for _ in by_row),
             pltpu.SemaphoreType.DMA((len(changing),))],
         compiler_params=pltpu.CompilerParams(dimension_semantics=('arbitrary',)),
         cost_estimate=_cost(gradient, changing),
     )(numbers, integers, *scalars, gradient, *changing)
-    found = iter(changed)
-    norm_of = jnp.sqrt(jnp.sum(changed[-1], keepdims=True))
-    return norm_of, next(found), *(next(found) if moment.ndim == 2 else moment
-                                   for moment in moments)
+    table, *found, squares = changed
+    return (jnp.sqrt(jnp.sum(squares, keepdims=True)), rows_of_words(table) if as_words else table,
+            *(found.pop(0) if moment.ndim == 2 else moment for moment in moments))
 
 
 def _numbers_of_rows(ids, gradient, squares, moments, rule):
@@ -93,8 +94,16 @@ def tile_of(places: int, width: int) -> int:
     return min(SUBLANES * most, places)
 
 
-def _word(dtype):
-    return jnp.int32 if dtype == jnp.bfloat16 else jnp.float32
+def words_of(table: BFloat16[Array, 'S V']) -> Int32[Array, 'pairs V']:
+    """Pairs of rows as HBM holds them: the first one is the lower half of a word."""
+    pairs = table.reshape(-1, 2, table.shape[1]).swapaxes(1, 2)
+    return jax.lax.bitcast_convert_type(pairs, jnp.int32)
+
+
+def rows_of_words(words: Int32[Array, 'pairs V']) -> BFloat16[Array, 'S V']:
+    """The table that these are the `words_of`."""
+    pairs = jax.lax.bitcast_convert_type(words, jnp.bfloat16)
+    return pairs.swapaxes(1, 2).reshape(-1, words.shape[1])
 
 
 def _cost(gradient, changing):
@@ -115,11 +124,11 @@ def _update(numbers, integers, ids, *refs, rule):
     def copy(at, place, out):
         """That of a row to its place in the tile, or back."""
         slot = ids[0, 0, place]
-        if changing[at].dtype == jnp.bfloat16:
-            of_table = changing[at].bitcast(jnp.int32).at[pl.ds(slot >> 1, 1)]
-        else:
-            of_table = changing[at].at[pl.ds(slot, 1)]
-        ends = rows[at].at[pl.ds(place, 1)], of_table
+        array = changing[at]
+        if array.dtype == jnp.bfloat16:
+            array = array.bitcast(jnp.int32)
+        row = slot if array.dtype == jnp.float32 else slot >> 1
+        ends = rows[at].at[pl.ds(place, 1)], array.at[pl.ds(row, 1)]
         return pltpu.make_async_copy(*(ends if out else ends[::-1]), arrived.at[at])
 
     def describe(place):
@@ -128,7 +137,8 @@ def _update(numbers, integers, ids, *refs, rule):
         before = ids[0, 0, jnp.maximum(place - 1, 0)]
         after = jnp.where(place + 1 < size, ids[0, 0, jnp.minimum(place + 1, ids.shape[2] - 1)], -1)
         paired = jnp.where(slot & 1 == 1, (place > 0) & (before == slot - 1), after == slot + 1)
-        for at, number in enumerate((slot, (slot & 1) * ODD + paired * PAIRED)):
+        flags = (slot & 1) * ODD + jnp.where(paired, PAIRED, 0)
+        for at, number in enumerate((slot, flags)):
             known[at, pl.ds(place, 1)] = jnp.full((1, LANES), number)
         for column, number in zip(of_rows, by_row):
             column[pl.ds(place, 1)] = jnp.full((1, LANES), number[0, 0, place])
