@@ -193,7 +193,8 @@ def _by_row(rate: Rate, rule: Rule, axes: Axes | None) -> optax.GradientTransfor
 
 
 def _numbers(numbers, gradient):
-    return Numbers(*numbers, jnp.float32(1) if gradient.scale is None else gradient.scale)
+    rate, correction = numbers
+    return Numbers(rate, correction, jnp.ones(()) if gradient.scale is None else gradient.scale)
 
 
 def _mean_squares(rule, gradient):

@@ -1,14 +1,16 @@
 """The update of the few rows that a step touched, on a TPU (Pallas, Mosaic, TensorCore).
 
-A program takes a tile of places. Of each place in use the row of the table and those of its moments
-come from HBM by a copy each, all of a tile at once, change, and go back where they were. Of a
-bfloat16 table the copies take pairs of rows, as HBM holds them, in words of 32 bits; where both rows
-of a pair are in the tile both their words become the same. The next tile starts when all of this one
-is written. Moments of one number a row are too short to be copied: XLA gathers and scatters them.
+A program takes a tile of places. Of each place in use the row of the table and those of its
+moments come from HBM by a copy each, all of a tile at once, change, and go back where they were. Of
+a bfloat16 table the copies take pairs of rows, as HBM holds them, in words of 32 bits; where both
+rows of a pair are in the tile, the words of both become the same. The next tile starts when all of
+this one is written, since it may begin with the other row of a pair. Moments of one number a row
+are too short to be copied: XLA gathers and scatters them.
 
 Bytes: the gradient is read, rows of the table (pairs of them in bfloat16) and of moments are read
-and written. Copies: two for each of these rows. Floor: the bytes over the memory bandwidth, but no
-rate is published at which copies start.
+and written. Copies: two for each of these rows. Operations: those of the rule and, in bfloat16,
+about 50 for each number. Floor: the bytes over the memory bandwidth; but no rate is published at
+which copies start.
 """
 
 import functools
@@ -50,7 +52,7 @@ def update(
     as_words = bool(interpret) and table.dtype == jnp.bfloat16   # it does not write in other types
     changing = (words_of(table) if as_words else table,
                 *(moment for moment in moments if moment.ndim == 2))
-    (places, width), tile = gradient.shape, tile_of(*gradient.shape)
+    width, tile = gradient.shape[1], tile_of(*gradient.shape)
     used = jnp.sum(ids < len(table), dtype=jnp.int32)[None]
     integers = jnp.concatenate([jax.lax.bitcast_convert_type(seed, jnp.int32), start, used])
     scalars = [padded_tokens(array, tile).reshape(-1, 1, tile) for array in (ids, *by_row)]
@@ -67,7 +69,7 @@ def update(
         out_shape=[*(ShapeDtypeStruct(array.shape, array.dtype) for array in changing), norm],
         input_output_aliases={3 + len(scalars) + at: at for at in range(len(changing))},
         scratch_shapes=[
-            *(pltpu.VMEM((tile, width), jnp.float32 if array.dtype == jnp.float32 else jnp.int32) for array in changing),
+            *(pltpu.VMEM((tile, width), _type_of_copies(array)) for array in changing),
             pltpu.VMEM((2, tile, LANES), jnp.int32),
             *(pltpu.VMEM((tile, LANES), jnp.float32) for _ in by_row),
             pltpu.SemaphoreType.DMA((len(changing),))],
@@ -94,6 +96,10 @@ def tile_of(places: int, width: int) -> int:
     return min(SUBLANES * most, places)
 
 
+def _type_of_copies(array):
+    return jnp.float32 if array.dtype == jnp.float32 else jnp.int32
+
+
 def words_of(table: BFloat16[Array, 'S V']) -> Int32[Array, 'pairs V']:
     """Pairs of rows as HBM holds them: the first one is the lower half of a word."""
     pairs = table.reshape(-1, 2, table.shape[1]).swapaxes(1, 2)
@@ -115,38 +121,20 @@ def _cost(gradient, changing):
 def _update(numbers, integers, ids, *refs, rule):
     """One program: see the module."""
     per_row, wide = sum(rule.per_row), 1 + len(rule.per_row) - sum(rule.per_row)
-    by_row, (gradient, *refs) = refs[:per_row], refs[per_row:]
-    changing, (norm, *refs) = refs[wide:2 * wide], refs[2 * wide:]   # as they are put out
-    rows, (known, *of_rows, arrived) = refs[:wide], refs[wide:]
+    by_row, (gradient, *rest) = refs[:per_row], refs[per_row:]
+    changing, (norm, *rest) = rest[wide:2 * wide], rest[2 * wide:]      # as they are put out
+    rows, (known, *of_rows, arrived) = rest[:wide], rest[wide:]
     first = pl.program_id(0) * ids.shape[2]
     size = jnp.clip(integers[4] - first, 0, ids.shape[2])
 
     def copy(at, place, out):
         """That of a row to its place in the tile, or back."""
-        slot = ids[0, 0, place]
-        array = changing[at]
+        slot, array = ids[0, 0, place], changing[at]
         if array.dtype == jnp.bfloat16:
             array = array.bitcast(jnp.int32)
         row = slot if array.dtype == jnp.float32 else slot >> 1
         ends = rows[at].at[pl.ds(place, 1)], array.at[pl.ds(row, 1)]
         return pltpu.make_async_copy(*(ends if out else ends[::-1]), arrived.at[at])
-
-    def describe(place):
-        """What the tile needs of a row, in every lane."""
-        slot = ids[0, 0, place]
-        before = ids[0, 0, jnp.maximum(place - 1, 0)]
-        after = jnp.where(place + 1 < size, ids[0, 0, jnp.minimum(place + 1, ids.shape[2] - 1)], -1)
-        paired = jnp.where(slot & 1 == 1, (place > 0) & (before == slot - 1), after == slot + 1)
-        flags = (slot & 1) * ODD + jnp.where(paired, PAIRED, 0)
-        for at, number in enumerate((slot, flags)):
-            known[at, pl.ds(place, 1)] = jnp.full((1, LANES), number)
-        for column, number in zip(of_rows, by_row):
-            column[pl.ds(place, 1)] = jnp.full((1, LANES), number[0, 0, place])
-
-    def start(place, _):
-        describe(place)
-        for at in range(wide):
-            copy(at, place, out=False).start()
 
     def each(action, out):
         def act(place, _):
@@ -154,24 +142,38 @@ def _update(numbers, integers, ids, *refs, rule):
                 getattr(copy(at, place, out), action)()
         jax.lax.fori_loop(0, size, act, None)
 
+    def describe(place, _):
+        """What the tile needs of a row, in every lane."""
+        for at, number in enumerate((ids[0, 0, place], _flags(ids, place, size))):
+            known[at, pl.ds(place, 1)] = jnp.full((1, LANES), number)
+        for column, number in zip(of_rows, by_row):
+            column[pl.ds(place, 1)] = jnp.full((1, LANES), number[0, 0, place])
+
     @pl.when(first == 0)
     def _():
         norm[...] = jnp.zeros_like(norm)
 
     @pl.when(size > 0)
     def _():
-        jax.lax.fori_loop(0, size, start, None)
+        each('start', out=False)
+        jax.lax.fori_loop(0, size, describe, None)
         each('wait', out=False)
         change = _change(numbers, integers, gradient[...], rows, known, of_rows, rule)
-        squares = jnp.where(_row_numbers(change.shape) < size, change ** 2, 0)
+        in_use = jax.lax.broadcasted_iota(jnp.int32, change.shape, 0) < size
+        squares = jnp.where(in_use, change ** 2, 0)
         norm[...] += sum(jnp.sum(squares[:, at:at + LANES], axis=0, keepdims=True)
                          for at in range(0, change.shape[1], LANES))
         each('start', out=True)
         each('wait', out=True)
 
 
-def _row_numbers(shape):
-    return jax.lax.broadcasted_iota(jnp.int32, shape, 0)
+def _flags(ids, place, size):
+    """Of the row at a place of a tile."""
+    slot, last = ids[0, 0, place], ids.shape[2] - 1
+    before, after = ids[0, 0, jnp.maximum(place - 1, 0)], ids[0, 0, jnp.minimum(place + 1, last)]
+    paired = jnp.where(slot & 1 == 1, (place > 0) & (before == slot - 1),
+                       (place + 1 < size) & (after == slot + 1))
+    return (slot & 1) * ODD + jnp.where(paired, PAIRED, 0)
 
 
 def _change(numbers, integers, gradient, rows, known, of_rows, rule):
@@ -205,7 +207,6 @@ def _changed_words(words, change, slot, flags, integers):
     after = jax.lax.bitcast_convert_type(rounded(before + change, bits), jnp.int32) & high
     below = jnp.concatenate([after[1:], after[:1]])
     above = jnp.concatenate([after[-1:], after[:-1]])
-    mine = jnp.where(odd, after, jax.lax.shift_right_logical(after, 16))
-    other = jnp.where(odd, jnp.where(paired, jax.lax.shift_right_logical(above, 16), words & 0xFFFF),
-                      jnp.where(paired, below, words & high))
-    return mine | other
+    lower = jnp.where(odd, jnp.where(paired, above, words << 16), after)
+    upper = jnp.where(odd, after, jnp.where(paired, below, words & high))
+    return jax.lax.shift_right_logical(lower, 16) | upper

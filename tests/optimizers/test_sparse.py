@@ -9,10 +9,10 @@ import optax
 import pytest
 
 from pkm_jax.memory.sparse_rows import SparseRows
+from pkm_jax.optimizers.rounding import round_stochastically
 from pkm_jax.optimizers.sparse import (
     apply_updates,
     lazy_adam,
-    round_stochastically,
     rowwise_adagrad,
     rowwise_adam,
     sparse_sgd,

@@ -1,15 +1,13 @@
 """The update of rows in one pass: the kernels for TPUs interpreted, against plain jnp."""
 
-import logging
-
 import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
+from jax.experimental import pallas as pl
 
 from pkm_jax import dispatch
-from pkm_jax.memory.sharded import no_delta
 from pkm_jax.memory.sparse_rows import SparseRows
 from pkm_jax.mesh import Shards, make_mesh
 from pkm_jax.optimizers import rules, sparse, tpu_few_rows, tpu_rows
@@ -17,13 +15,18 @@ from pkm_jax.optimizers.groups import group_norms
 
 OPTIMIZERS = {'sparse_sgd': sparse.sparse_sgd, 'lazy_adam': sparse.lazy_adam,
               'rowwise_adam': sparse.rowwise_adam, 'rowwise_adagrad': sparse.rowwise_adagrad}
-names = pytest.mark.parametrize('name', OPTIMIZERS)
 SLOTS, PLACES, TILE = 300, 37, 8
 # Of every row a place, the last block not full; of few the last tile not full: no row, as many as
 # there are places, the last one alone, pairs within a tile and over the border of two, both halves.
 ALL = {'none': [], 'all': range(SLOTS), 'one': [299], 'some': range(0, SLOTS, 7)}
 FEW = {'none': [], 'full': range(100, 100 + PLACES), 'one': [299],
        'pairs': [0, 1, 3, 4, 5, 8, 11, 12, 13, 20, 22, 298, 299], 'odd': range(1, 2 * PLACES, 2)}
+
+
+def fast_are(fast, cases):
+    """The cases, of which all but the fast ones are marked slow."""
+    return [case if case in fast else pytest.param(*case, marks=pytest.mark.slow)
+            for case in cases]
 
 
 @pytest.fixture(autouse=True)
@@ -90,8 +93,10 @@ def by_kernels(monkeypatch):
         rules, 'update_rows', lambda _, *arrays, **static: choice('tpu', *arrays, **static))
 
 
-@names
-@pytest.mark.parametrize('dtype, width', [('float32', 256), ('bfloat16', 256), ('bfloat16', 72)])
+@pytest.mark.parametrize('name, dtype, width', fast_are(
+    [('lazy_adam', 'bfloat16', 256), ('rowwise_adam', 'bfloat16', 72), ('sparse_sgd', 'float32', 256)],
+    [(name, *table) for name in OPTIMIZERS
+     for table in (('float32', 256), ('bfloat16', 256), ('bfloat16', 72))]))
 def test_the_kernel_of_all_rows_changes_them_as_plain_jnp_does(name, dtype, width, by_kernels):
     given = list(gradients(width, ALL, SLOTS))
     want = steps(name, dtype, given)
@@ -99,10 +104,91 @@ def test_the_kernel_of_all_rows_changes_them_as_plain_jnp_does(name, dtype, widt
     check_same(steps(name, dtype, given), want)
 
 
-@names
-@pytest.mark.parametrize('dtype', ['float32', 'bfloat16'])
+@pytest.mark.parametrize('name, dtype', fast_are(
+    [('rowwise_adam', 'bfloat16')],
+    [(name, dtype) for name in OPTIMIZERS for dtype in ('float32', 'bfloat16')]))
 def test_the_kernel_of_few_rows_changes_them_as_plain_jnp_does(name, dtype, by_kernels):
     given = list(gradients(256, FEW, PLACES))
     want = steps(name, dtype, given)
     by_kernels()
     check_same(steps(name, dtype, given), want)
+
+
+@pytest.mark.parametrize('name, sets, dtype', fast_are(
+    [('rowwise_adagrad', 'all', 'bfloat16'), ('rowwise_adam', 'few', 'bfloat16')],
+    [(name, sets, dtype) for name in OPTIMIZERS for sets in ('all', 'few')
+     for dtype in ('float32', 'bfloat16')]))
+def test_one_pass_is_update_and_apply(name, sets, dtype):
+    used, places = {'all': (ALL, SLOTS), 'few': (FEW, PLACES)}[sets]
+    given = list(gradients(40, used, places))
+    check_same(steps(name, dtype, given), steps(name, dtype, given, split=True))
+
+
+@pytest.mark.parametrize('places, used', [
+    pytest.param(SLOTS, ALL, marks=pytest.mark.slow), (PLACES, FEW)], ids=['all', 'few'])
+def test_clipping_is_that_of_rows_that_are_scaled_before(places, used, by_kernels):
+    """Steps that are clipped and one that is not, by kernels; against Optax's clipping."""
+    given = list(gradients(128, used, places))
+    clip = float(jnp.linalg.norm(given[-2].rows)) * 1.01
+
+    def clipped(gradient):
+        rows, _ = optax.clip_by_global_norm(clip).update(gradient.rows, optax.EmptyState())
+        return gradient._replace(rows=rows)
+
+    want = steps('rowwise_adam', 'float32', [clipped(gradient) for gradient in given])
+    by_kernels()
+    check_same(steps('rowwise_adam', 'float32', given, clip=clip), want, exact=False)
+
+
+@pytest.mark.parametrize('shards, few', fast_are(
+    [(Shards(2, 2, 2), True)],
+    [(shards, few) for few in (False, True)
+     for shards in (Shards(1, 2, 4), Shards(2, 2, 2), Shards(1, 1, 8), Shards(4, 2, 1))]))
+def test_parts_by_kernels_change_as_one_device_does(shards, few, by_kernels):
+    """Of bfloat16, with the same random bits; the sum of squares of a row has another order."""
+    places = 10 * shards.rows if few else SLOTS
+    used = {'some': range(0, SLOTS, 33), 'other': range(1, SLOTS, 34)} if few else ALL
+    given = list(gradients(1024, used, places, shards.rows))
+    want = steps('rowwise_adam', 'bfloat16', given)
+    by_kernels()
+    with jax.set_mesh(make_mesh(shards)):
+        got = steps('rowwise_adam', 'bfloat16', given)
+    for ours, theirs in zip(got, want, strict=True):
+        np.testing.assert_allclose(ours[2], theirs[2], rtol=1e-5)
+        for one, other in zip(*map(jax.tree.leaves, (ours[1], theirs[1])), strict=True):
+            np.testing.assert_allclose(one, other, rtol=2e-6, atol=1e-7)
+        one, other = (np.asarray(found[0]['values'], np.float32) for found in (ours, theirs))
+        assert np.mean(one != other) < 1e-4
+        np.testing.assert_allclose(one, other, rtol=2 ** -7)
+
+
+@pytest.mark.parametrize('places, width, dtype, how', [
+    (SLOTS, 72, 'bfloat16', 'a TPU kernel'), (PLACES, 128, 'float32', 'a TPU kernel'),
+    (PLACES, 72, 'float32', 'no kernel for 72 columns of a table of which few rows change'),
+    (SLOTS, 1100, 'float32', 'no kernel for 1100 columns'),
+    (SLOTS, 128, 'float16', 'no kernel for a table of float16')])
+def test_kernels_are_chosen_for_tpus(places, width, dtype, how):
+    optimizer = sparse.rowwise_adam(0.1)
+    params = {'values': jnp.zeros((SLOTS, width), dtype)}
+    gradient = {'values': next(gradients(width, {'one': [1]}, places))}
+    with dispatch.recorded() as found:
+        jax.jit(optimizer.update).trace(gradient, optimizer.init(params), params,
+                                        rounding=jax.random.key(0)).lower(lowering_platforms=('tpu',))
+    assert how in found['update of rows']
+
+
+def test_says_what_few_rows_need():
+    reason = tpu_few_rows.unsupported(jax.ShapeDtypeStruct((9, 128), jnp.bfloat16))
+    assert reason and 'odd number of rows' in reason
+    assert tpu_few_rows.unsupported(jax.ShapeDtypeStruct((9, 128), jnp.float32)) is None
+
+
+def test_words_are_pairs_of_rows_as_pallas_has_them():
+    table = jnp.asarray(np.random.default_rng(0).normal(size=(16, 128)), jnp.bfloat16)
+
+    def read(table, words):
+        words[...] = table.bitcast(jnp.int32)[...]
+
+    words = pl.pallas_call(read, jax.ShapeDtypeStruct((8, 128), jnp.int32), interpret=True)(table)
+    np.testing.assert_array_equal(tpu_few_rows.words_of(table), words)
+    np.testing.assert_array_equal(tpu_few_rows.rows_of_words(words), table)
