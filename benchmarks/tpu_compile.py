@@ -35,6 +35,7 @@ from pkm_jax.memory.kernels.tpu import (
     own_reads,
     retrieval,
 )
+from pkm_jax.optimizers import rules, tpu_few_rows, tpu_rows
 
 CHIPS = flags.DEFINE_list('chips', ['v4', 'v5e', 'v5p', 'v6e', 'tpu7x'],
                           'See pkm_jax.accelerators.')
@@ -44,6 +45,12 @@ HALF = 256          # numbers of half a query
 OWNERS = 16         # of rows, of reads that are packed
 SORTED_TOKENS = 128     # as compiled: of so many tokens the compiler has the sorts done in seconds
 KEYS = 128, 512, 1024, 2048
+UPDATES = {'SGD': rules.sgd_rule(), 'lazy Adam': rules.lazy_adam_rule(.9, .999, 1e-6),
+           'rowwise Adam': rules.rowwise_adam_rule(.9, .999, 1e-6),
+           'rowwise Adagrad': rules.rowwise_adagrad_rule(1e-6)}
+UPDATED_WIDTHS = 192, *WIDTHS       # the first is kept column after column
+UPDATED = SLOTS // 16               # rows that the updates are compiled for: all of the larger
+#                                     tables would not fit a v5e
 # Vector instructions of a core per second, and cores. The clock follows from the peak rate and the
 # size of the matrix units; two a cycle on v4 (Jouppi et al. 2023), four on later ones, for which no
 # number is published (jax-ml.github.io/scaling-book has four for v5p). Of tpu7x nothing is.
@@ -70,7 +77,9 @@ class Case(NamedTuple):
 def cases(dtype: jnp.dtype) -> list[Case]:
     """Every kernel at every size."""
     return [case for size in itertools.product(WIDTHS, TOP_K) for case in reads(dtype, *size)] + [
-        case for size in itertools.product(KEYS, TOP_K) for case in searches(dtype, *size)]
+        case for size in itertools.product(KEYS, TOP_K) for case in searches(dtype, *size)] + [
+        case for size in itertools.product(UPDATED_WIDTHS, UPDATES)
+        for case in updates(dtype, *size)]
 
 
 def reads(dtype: jnp.dtype, width: int, k: int) -> list[Case]:
@@ -137,6 +146,32 @@ def searches(dtype: jnp.dtype, n_keys: int, k: int) -> list[Case]:
              queries.size * size + tiles * codebooks.size * size + 8 * chosen),
         Case('its gradients', sizes, backward, four, four,
              2 * queries.size * size + codebooks.size * (size + 4) + 16 * chosen)]
+
+
+def updates(dtype: jnp.dtype, width: int, optimizer: str) -> list[Case]:
+    """The update of a table, all rows of which have a place, or, of whole pieces, one in 16."""
+    rule = UPDATES[optimizer]
+    wide, by_row = rule.per_row.count(False), rule.per_row.count(True)
+    run = functools.partial(tpu_rows.update, rule=rule, interpret=False)
+
+    def arguments(slots, share):
+        rows, table = (slots // share,), (slots, width)
+        shapes = (rows, jnp.int32), ((2,), jnp.int32), ((3,), jnp.float32), ((2,), jnp.uint32), (
+            (*rows, width), jnp.float32), (rows, jnp.float32), (table, dtype), *(
+                ((slots,) if one else table, jnp.float32) for one in rule.per_row)
+        return tuple(jax.ShapeDtypeStruct(*shape) for shape in shapes)
+
+    sizes, places = f'V = {width}', SLOTS // 16
+    # Read and written: the table and its moments; read: gradient, ids, mean squares; norms written.
+    found = [Case(f'update, {optimizer}', sizes, run, arguments(SLOTS, 1), arguments(UPDATED, 1),
+                  SLOTS * (width * (4 + 2 * (dtype.itemsize + 4 * wide)) + 12 + 8 * by_row))]
+    if width % tpu_rows.LANES == 0:
+        tile = tpu_few_rows.tile_of(places, width)
+        found.append(Case(
+            f'update of one row in 16, {optimizer}', sizes, run, arguments(SLOTS, 16),
+            arguments(UPDATED, 16), places * (width * 4 * (3 + 2 * wide) + 4 + 4 * by_row),
+            2 * places * (1 + wide), 5 * (tile,), cores=1))
+    return found
 
 
 def counted(case: Case) -> tuple[float, float]:

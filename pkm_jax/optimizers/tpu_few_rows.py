@@ -9,7 +9,7 @@ are too short to be copied: XLA gathers and scatters them.
 
 Bytes: the gradient is read, rows of the table (pairs of them in bfloat16) and of moments are read
 and written. Copies: two for each of these rows. Operations: those of the rule and, in bfloat16,
-about 50 for each number. Floor: the bytes over the memory bandwidth; but no rate is published at
+some 30 for each number. Floor: the bytes over the memory bandwidth; but no rate is published at
 which copies start.
 """
 
@@ -202,7 +202,7 @@ def _changed_words(words, change, slot, flags, integers):
     odd, paired = flags & ODD != 0, flags & PAIRED != 0
     high = jnp.int32(-0x10000)
     before = jax.lax.bitcast_convert_type(jnp.where(odd, words & high, words << 16), jnp.float32)
-    column = jax.lax.broadcasted_iota(jnp.int32, words.shape, 1) + integers[3]
+    column = jax.lax.broadcasted_iota(jnp.int32, (1, words.shape[1]), 1) + integers[3]
     bits = noise([integers[at].astype(jnp.uint32) for at in range(2)], slot + integers[2], column)
     after = jax.lax.bitcast_convert_type(rounded(before + change, bits), jnp.int32) & high
     below = jnp.concatenate([after[1:], after[:1]])

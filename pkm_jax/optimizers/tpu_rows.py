@@ -6,8 +6,8 @@ have. XLA keeps a table whose width is no multiple of LANES column after column;
 With fewer places than rows see `tpu_few_rows`.
 
 Bytes: the gradient is read, table and moments are read and written, once each. Operations: those of
-the rule and, in bfloat16, about 40 for the random bits of each number. Floor: the bytes over the
-memory bandwidth, or on v4 and v5p, whose memory is fast, the operations in bfloat16.
+the rule and, in bfloat16, some 20 for the random bits of each number. Floor: the bytes over the
+memory bandwidth.
 """
 
 import functools
@@ -137,10 +137,15 @@ def _update(numbers, integers, ids, squares, gradient, *refs, rule, turned, slot
 def _noise(integers, shape, turned):
     """`rounding.noise` of a block."""
     row, column = (
-        jax.lax.broadcasted_iota(jnp.int32, shape, axis)
-        + (pl.program_id(at) * shape[axis] + integers[2 + at])
+        numbers_along(axis, shape[axis]) + (pl.program_id(at) * shape[axis] + integers[2 + at])
         for at, axis in enumerate((1, 0) if turned else (0, 1)))
     return noise([integers[at].astype(jnp.uint32) for at in range(2)], row, column)
+
+
+def numbers_along(axis: int, size: int) -> Int32[Array, 'rows columns']:
+    """0, 1, … along one axis of two, the other of which has length 1."""
+    shape = (size, 1) if axis == 0 else (1, size)
+    return jax.lax.broadcasted_iota(jnp.int32, shape, axis)
 
 
 def _add_squares(norms, change, turned):

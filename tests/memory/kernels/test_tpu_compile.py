@@ -1,5 +1,7 @@
 """The kernels for TPUs as the TPU's compiler takes them, and what is counted of them."""
 
+import itertools
+
 import jax.numpy as jnp
 import pytest
 
@@ -15,8 +17,19 @@ BF16, F32 = jnp.dtype('bfloat16'), jnp.dtype('float32')
 @pytest.mark.parametrize('chip', ['v5e', *(pytest.param(chip, marks=pytest.mark.slow)
                                            for chip in ('v4', 'v5p', 'v6e', 'tpu7x'))])
 def test_the_compiler_takes_every_kernel(chip):
-    for case in tpu_compile.reads(BF16, 768, 8) + tpu_compile.searches(F32, 128, 8):
+    for case in (tpu_compile.reads(BF16, 768, 8) + tpu_compile.searches(F32, 128, 8)
+                 + tpu_compile.updates(BF16, 768, 'rowwise Adam')):
         assert tpu_compile.compile_seconds(case, chip) > 0
+
+
+@needs_tpu_compiler
+@pytest.mark.slow
+@pytest.mark.parametrize('chip', ['v4', 'v5e', 'v5p', 'v6e', 'tpu7x'])
+def test_the_compiler_takes_every_update(chip):
+    for dtype, width, optimizer in itertools.product(
+            (BF16, F32), tpu_compile.UPDATED_WIDTHS, tpu_compile.UPDATES):
+        for case in tpu_compile.updates(dtype, width, optimizer):
+            assert tpu_compile.compile_seconds(case, chip) > 0
 
 
 def test_operations_are_those_of_the_kernels():
