@@ -109,7 +109,7 @@ def seconds_by_layout(shards: Shards, work: Work, rates: Rates) -> float:
         squares = mean_squares_sent(shards, _rows(shards, work.read, work.steps))
         links += work.tables * squares.bytes / rates.link(shards, squares.axes)
     moved = (work.memories * work.steps * _moved_by_read(shards, work, rates)
-             + work.tables * _moved_by_update(shards, work))
+             + work.tables * _moved_by_update(shards, work, rates))
     return links + moved / rates.chip.bandwidth
 
 
@@ -159,16 +159,17 @@ def passes_of_bitonic_sort(size: int, on_chip: int) -> int:
     return 1 + doublings * (doublings + 3) // 2
 
 
-def _moved_by_update(shards, work):
+def _moved_by_update(shards, work, rates):
     """Bytes of a table's gradients, its update, and what is rounded of it for the reads."""
     part, steps = work.read.width // shards.columns, work.steps
     stored = 2 * (work.itemsize + work.state)       # read and written
     if work.sparse:
         # Gradient rows written, read for their norm and for the update, whose own rows are written
-        # and read; those of several micro-batches are read and added to their sum.
+        # and read but by a TPU's kernel; those of several micro-batches are read and added up.
         rows = _rows(shards, work.read, steps)
+        passes = 12 if rates.chip.dimensions else 20
         summed = steps * _rows(shards, work.read) * 12 if steps > 1 else 0
-        return part * (rows * (20 + stored) + summed)
+        return part * (rows * (passes + stored) + summed)
     # In each micro-batch values are read and rounded, gradients written, read, widened and added.
     rounded = 4 + 2 * work.read.itemsize
     summed = (12 if shards.data > 1 else 4) + (8 if steps > 1 else 0)
