@@ -10,7 +10,12 @@ from jax.experimental.pallas import tpu as pltpu
 
 from pkm_jax.memory.embedding_bag import compact_gradients, embedding_bag
 from pkm_jax.memory.kernels.tpu import embedding_bag as kernel
-from pkm_jax.memory.kernels.tpu import embedding_bag_backward, embedding_bag_forward, own_reads
+from pkm_jax.memory.kernels.tpu import (
+    embedding_bag_backward,
+    embedding_bag_forward,
+    own_reads,
+    rows,
+)
 
 bag = functools.partial(embedding_bag, implementation='tpu')
 LIMIT = {'float32': 1e-6, 'bfloat16': 5e-3}
@@ -170,3 +175,14 @@ def test_says_what_it_does_not_support(shape, dtype, reads, word):
     reason = kernel.unsupported(jax.ShapeDtypeStruct(shape, jnp.dtype(dtype)),
                                 jax.ShapeDtypeStruct((2, reads), jnp.int32))
     assert (reason is None) if word is None else word in reason
+
+
+@pytest.mark.parametrize('width', [72, 1100])
+def test_a_table_in_pieces_is_the_table_again(width):
+    """Filled up with zeros, of more rows than a program turns."""
+    table = jnp.asarray(np.random.default_rng(0).normal(size=(523, width)), jnp.bfloat16)
+    pieces = rows.as_rows(table, True)
+    filled = np.asarray(pieces.reshape(len(table), -1))
+    np.testing.assert_array_equal(filled[:, :width], table)
+    assert not np.any(filled[:, width:])
+    np.testing.assert_array_equal(rows.as_table(pieces, width, True), table)

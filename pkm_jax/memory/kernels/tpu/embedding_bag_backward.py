@@ -54,7 +54,7 @@ def dense_gradients(
     by_token, table = as_rows(gradient, interpret), as_rows(values, interpret)
     rows, by_sorted = _sums(reads, reads.slots, by_token, len(table), len(table), values.dtype,
                             slots.shape[1], interpret, table)
-    return as_table(rows, values.shape[1]), _in_order(reads, by_sorted, weights)
+    return as_table(rows, values.shape[1], interpret), _in_order(reads, by_sorted, weights)
 
 
 def compact_gradients(
@@ -76,7 +76,7 @@ def compact_gradients(
         count = jnp.sum(begins, dtype=jnp.int32)[None]
     rows, by_sorted = _sums(reads, place, as_rows(gradient, interpret), n_slots, capacity,
                             jnp.float32, slots.shape[1], interpret, as_rows(values, interpret))
-    return (SparseRows(ids, as_table(rows, values.shape[1]), count),
+    return (SparseRows(ids, as_table(rows, values.shape[1], interpret), count),
             _in_order(reads, by_sorted, weights))
 
 
@@ -102,7 +102,7 @@ def own_row_gradients(
     windows, start = own_reads.windows(blocks, n_slots, size), (jnp.int32(1), rows_of(0))
     with jax.named_scope(SKEWED_READS):
         rows = jax.lax.while_loop(lambda carry: carry[0] < windows, add_window, start)[1]
-    return as_table(rows, gradient.shape[1])
+    return as_table(rows, gradient.shape[1], interpret)
 
 
 def _all_by_slot(slots, weights):

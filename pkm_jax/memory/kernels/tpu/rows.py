@@ -8,7 +8,7 @@ from jax.experimental.pallas import tpu as pltpu
 from jaxtyping import Array, Float, Int32, Shaped
 
 LANES = 128
-TURNED = 512        # rows that a program turns
+TURNED = 4_096      # pieces that a program turns, but where LANES rows have more or 512 fewer
 Interpret = bool | pltpu.InterpretParams    # the latter: copies at other times than they start
 
 
@@ -24,32 +24,57 @@ def as_rows(
         return table.reshape(len(table), -1, LANES)
     slots, width = table.shape
     pieces = -(-width // LANES)
+    turned = _turned(pieces)
     return pl.pallas_call(
-        _turn, grid=(pl.cdiv(slots, TURNED),), name='as_rows', interpret=interpret,
-        in_specs=[pl.BlockSpec((width, TURNED), lambda n: (0, n))],
-        out_specs=pl.BlockSpec((TURNED, pieces, LANES), lambda n: (n, 0, 0)),
+        _turn, grid=(pl.cdiv(slots, turned),), name='as_rows', interpret=interpret,
+        in_specs=[pl.BlockSpec((width, turned), lambda n: (0, n))],
+        out_specs=pl.BlockSpec((turned, pieces, LANES), lambda n: (n, 0, 0)),
         out_shape=jax.ShapeDtypeStruct((slots, pieces, LANES), table.dtype),
         compiler_params=pltpu.CompilerParams(dimension_semantics=('parallel',)),
     )(table.T)
 
 
+def _turned(pieces):
+    """Rows that a program turns."""
+    return max(min(TURNED // pieces, 512) // LANES, 1) * LANES
+
+
 def _turn(columns, rows):
-    """One program: columns [V, TURNED] as rows."""
+    """One program: columns [V, rows] as rows."""
     width = columns.shape[0]
     for piece in range(rows.shape[1]):
         of_piece = columns[piece * LANES:min((piece + 1) * LANES, width)].astype(jnp.float32)
         missing = LANES - len(of_piece)
         if missing:
-            of_piece = jnp.concatenate([of_piece, jnp.zeros((missing, TURNED), jnp.float32)])
+            of_piece = jnp.concatenate([of_piece, jnp.zeros((missing, rows.shape[0]), jnp.float32)])
         rows[:, piece] = of_piece.T.astype(rows.dtype)
 
 
-def as_table(rows: Float[Array, 'S pieces 128'], width: int) -> Float[Array, 'S {width}']:
-    """What `as_rows` made rows of, row after row where that wastes no room: else XLA may want
-    columns together, and bring the table and its moments into that order too."""
-    if width % LANES:
-        return rows.reshape(len(rows), -1)[:, :width]
-    return with_layout_constraint(rows.reshape(len(rows), width), Layout((0, 1)))
+def as_table(
+    rows: Float[Array, 'S pieces 128'], width: int, interpret: Interpret,
+) -> Float[Array, 'S {width}']:
+    """What `as_rows` made rows of: row after row where that wastes no room, else XLA may want
+    columns together, and bring the table and its moments into that order too. Where it wastes
+    room, column after column."""
+    slots, pieces, _ = rows.shape
+    turned = _turned(pieces)
+    if width % LANES == 0:
+        return with_layout_constraint(rows.reshape(slots, width), Layout((0, 1)))
+    return pl.pallas_call(
+        _turn_back, grid=(pl.cdiv(slots, turned),), name='as_table', interpret=interpret,
+        in_specs=[pl.BlockSpec((turned, pieces, LANES), lambda n: (n, 0, 0))],
+        out_specs=pl.BlockSpec((width, turned), lambda n: (0, n)),
+        out_shape=jax.ShapeDtypeStruct((width, slots), rows.dtype),
+        compiler_params=pltpu.CompilerParams(dimension_semantics=('parallel',)),
+    )(rows).T
+
+
+def _turn_back(rows, columns):
+    """One program: rows as columns [V, rows]."""
+    width = columns.shape[0]
+    for start in range(0, width, LANES):
+        of_piece = rows[:, start // LANES].astype(jnp.float32).T
+        columns[start:start + LANES] = of_piece[:width - start].astype(columns.dtype)
 
 
 def whole_pieces(array: Float[Array, '... n']) -> Float[Array, '... m']:
