@@ -5,6 +5,10 @@ other parameters belong in another group of `optax.partition`. States are as lar
 laid out like the tables; rows that were not read keep every bit of theirs. Rates are numbers or
 Optax schedules, moments float32 whatever the table is. `axes` are those of the mesh in use that
 split the tables, as in `ProductKeyMemory`; None: see `pkm_jax.mesh.axes_of`.
+
+`update(updates, state, params, rounding=key)` changes the tables too, each touched row in one pass,
+on a TPU by a kernel. Its updates are for `apply_updates` with the same key, which then only takes
+the tables; the results are those of `update(updates, state)`.
 """
 
 import functools
@@ -68,7 +72,9 @@ def clip_by_global_norm(largest: float) -> optax.GradientTransformation:
     return optax.GradientTransformation(inner.init, update)
 
 
-def sparse_sgd(rate: Rate, *, axes: Axes | None = None) -> optax.GradientTransformation:
+def sparse_sgd(
+    rate: Rate, *, axes: Axes | None = None,
+) -> optax.GradientTransformationExtraArgs:
     """Stochastic gradient descent of the rows that were read, without moments."""
     return _by_row(rate, rules.sgd_rule(), axes)
 
@@ -76,7 +82,7 @@ def sparse_sgd(rate: Rate, *, axes: Axes | None = None) -> optax.GradientTransfo
 def lazy_adam(
     rate: Rate, beta1: float = 0.9, beta2: float = 0.999, epsilon: float = 1e-8, *,
     axes: Axes | None = None,
-) -> optax.GradientTransformation:
+) -> optax.GradientTransformationExtraArgs:
     """Adam whose moments decay only when their row is read, as in torch.optim.SparseAdam.
 
     The correction of the bias is that of all steps taken; epsilon is added to √v before it.
@@ -88,14 +94,14 @@ def lazy_adam(
 def rowwise_adam(
     rate: Rate, beta1: float = 0.9, beta2: float = 0.999, epsilon: float = 1e-8, *,
     axes: Axes | None = None,
-) -> optax.GradientTransformation:
+) -> optax.GradientTransformationExtraArgs:
     """`lazy_adam` with one second moment for each row, that of the mean square of its gradient."""
     return _by_row(rate, rules.rowwise_adam_rule(beta1, beta2, epsilon), axes)
 
 
 def rowwise_adagrad(
     rate: Rate, epsilon: float = 1e-8, *, axes: Axes | None = None,
-) -> optax.GradientTransformation:
+) -> optax.GradientTransformationExtraArgs:
     """Adagrad (Duchi et al. 2011) with one sum a row, of the mean squares of its gradient."""
     return _by_row(rate, rules.rowwise_adagrad_rule(epsilon), axes)
 
@@ -141,12 +147,8 @@ def _per_row(table):
                           dtype=jnp.float32)
 
 
-def _by_row(rate: Rate, rule: Rule, axes: Axes | None) -> optax.GradientTransformation:
-    """Descent by -rate times the rule's step.
-
-    Where `update` gets `params`, and a key to round with as `rounding`, it changes tables as well:
-    updates are ChangedTables.
-    """
+def _by_row(rate: Rate, rule: Rule, axes: Axes | None) -> optax.GradientTransformationExtraArgs:
+    """Descent by -rate times the rule's step; see the module."""
     zeros = [_per_row if per_row else _per_number for per_row in rule.per_row]
 
     def init(params):
@@ -157,31 +159,16 @@ def _by_row(rate: Rate, rule: Rule, axes: Axes | None) -> optax.GradientTransfor
         count = optax.safe_increment(state.count)
         numbers = (jnp.asarray(rate(state.count) if callable(rate) else rate, jnp.float32),
                    rule.correction(count.astype(jnp.float32)))
-        split, implementation = resolve(axes, None)
-
-        def change_rows(numbers, gradient, *moments):
-            change, moments = rules.changes(
-                gradient.ids, _numbers(numbers, gradient), gradient.rows,
-                _mean_squares(rule, gradient), moments, rule,
-                take=functools.partial(take_rows, axes=split),
-                put=functools.partial(put_rows, axes=split))
-            return gradient._replace(rows=change, scale=None), *moments
-
-        def change_table(numbers, gradient, *changing):
-            update_rows = functools.partial(rules.update_rows, implementation, rule=rule)
-            norms, table, *moments = on_parts(
-                update_rows, gradient.ids,
-                (jnp.stack(_numbers(numbers, gradient)), jax.random.bits(rounding, (2,))),
-                (gradient.rows, _mean_squares(rule, gradient)), changing, axes=split)
-            return ChangedTable(table, norms), *moments
 
         def of_table(gradient, *arrays):
             specs = specs_of(arrays)
             if rounding is None:
-                change, results = change_rows, (specs_of(gradient)._replace(scale=None), *specs)
-            else:
-                change, results = change_table, (ChangedTable(specs[0], specs[0]), *specs[1:])
-            return on_auto_axes(change, results)(numbers, gradient, *arrays)
+                results = specs_of(gradient)._replace(scale=None), *specs
+                change = on_auto_axes(functools.partial(_change_rows, rule, axes), results)
+                return change(numbers, gradient, *arrays)
+            results = ChangedTable(specs[0], specs[0]), *specs[1:]
+            change = on_auto_axes(functools.partial(_change_table, rule, axes), results)
+            return change(numbers, rounding, gradient, *arrays)
 
         gradients, tree = jax.tree.flatten(updates, is_leaf=is_rows)
         trees = ([] if rounding is None else [params]) + list(state.moments)
@@ -190,6 +177,26 @@ def _by_row(rate: Rate, rule: Rule, axes: Axes | None) -> optax.GradientTransfor
         return updates, RowsState(count, tuple(moments))
 
     return optax.GradientTransformationExtraArgs(init, update)
+
+
+def _change_rows(rule, axes, numbers, gradient, *moments):
+    """SparseRows of what is to be added to a table, and its moments changed."""
+    axes = axes_of(axes)[0]
+    change, moments = rules.changes(
+        gradient.ids, _numbers(numbers, gradient), gradient.rows, _mean_squares(rule, gradient),
+        moments, rule, take=functools.partial(take_rows, axes=axes),
+        put=functools.partial(put_rows, axes=axes))
+    return gradient._replace(rows=change, scale=None), *moments
+
+
+def _change_table(rule, axes, numbers, rounding, gradient, *changing):
+    """A table changed, and its moments."""
+    axes, implementation = resolve(axes, None)
+    norms, table, *moments = on_parts(
+        functools.partial(rules.update_rows, implementation, rule=rule), gradient.ids,
+        (jnp.stack(_numbers(numbers, gradient)), jax.random.bits(rounding, (2,))),
+        (gradient.rows, _mean_squares(rule, gradient)), changing, axes=axes)
+    return ChangedTable(table, norms), *moments
 
 
 def _numbers(numbers, gradient):

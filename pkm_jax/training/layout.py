@@ -17,9 +17,10 @@ from pkm_jax.refusal import Refusal
 from pkm_jax.training.layout_time import NOT_KNOWN, Rates, Work, rates_here, seconds_by_layout
 
 # Float32 arrays of the touched rows in a sparse update: gradient, moments, new values. By the TPU's
-# compiler lazy Adam keeps 3.5, rowwise Adam 2.5 to 3.5 and Adagrad 2; where every row has its place
-# all keep the gradient alone; there the others stand for what kernels and collectives make of it:
-# so the pod's whole step on v6e comes within 1 % of what was compiled (docs/results.md).
+# compiler lazy Adam keeps 3.5, rowwise Adam 2.5 to 3.5 and Adagrad 2 in plain jnp; with a kernel,
+# or where every row has its place, all keep the gradient alone. The others then stand for what the
+# kernels of the read and collectives make of it: so the pod's whole step on v6e comes within 1 % of
+# what was compiled (docs/results.md).
 COMPACT_ARRAYS = 4
 NARROWEST = 128     # columns of a shard: below that reads are short, and rows are split instead
 
