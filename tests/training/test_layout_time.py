@@ -5,7 +5,13 @@ import pytest
 from pkm_jax.accelerators import CHIPS
 from pkm_jax.memory.bytes_sent import Read
 from pkm_jax.mesh import Shards
-from pkm_jax.training.layout_time import NOT_KNOWN, Rates, Work, seconds_by_layout
+from pkm_jax.training.layout_time import (
+    NOT_KNOWN,
+    Rates,
+    Work,
+    _moved_by_update,
+    seconds_by_layout,
+)
 
 READ = Read(tokens=2 ** 15, reads=128, slots=2 ** 18, width=768, itemsize=2, weight_itemsize=4)
 DENSE = Work(READ, memories=2, tables=2, steps=1, itemsize=4, state=8, sparse=False, by_row=False)
@@ -40,6 +46,13 @@ def test_a_gradient_is_summed_over_links_and_read_by_halves():
     assert whole - alone == pytest.approx(
         numbers * 4 / 450e9 + numbers * 8 / 3.35e12, abs=1e-4)
     assert alone - columns == pytest.approx(numbers * (4 + 4 + 4 + 8 + 24) / 2 / 3.35e12, abs=1e-3)
+
+
+def test_a_kernel_for_tpus_writes_no_rows_of_updates():
+    sparse = DENSE._replace(sparse=True)
+    tpu, gpu = (_moved_by_update(Shards(1, 2, 4), sparse, Rates(CHIPS[name]))
+                for name in ('v5e', 'h100'))
+    assert gpu - tpu == READ.slots * READ.width / 8 * 8
 
 
 def test_micro_batches_sum_a_gradient_each():

@@ -2,10 +2,12 @@
 
 import itertools
 
+import jax
 import jax.numpy as jnp
 import pytest
 
 from benchmarks import tpu_compile
+from benchmarks.jaxprs import equations
 from pkm_jax.memory.layer import MemoryConfig
 from tests.memory.layers import check_same
 from tests.planning.tiny import needs_tpu_compiler
@@ -42,6 +44,19 @@ def test_operations_are_those_of_the_kernels():
     flops, vectors = tpu_compile.counted(gradients)
     assert flops == 2 * product
     assert 3 * 8 <= vectors / (16_384 / 128 * 4 * 2 * 128 / 8) < 4 * 8 + 8
+
+
+def test_operations_and_bytes_of_updates_are_those_of_the_kernels():
+    """Scale, rate, add, two selections, square and sum for each number; in HBM by the kernel too."""
+    alone, = tpu_compile.updates(F32, 192, 'SGD')
+    numbers = tpu_compile.SLOTS * 192 / 1024
+    assert 7 <= tpu_compile.counted(alone)[1] / numbers < 7.2
+    for case in (alone, *tpu_compile.updates(BF16, 768, 'rowwise Adam')):
+        jaxpr = jax.make_jaxpr(case.run)(*case.arguments).jaxpr
+        cost, = (eqn.params['cost_estimate'] for eqn in equations(jaxpr)
+                 if eqn.primitive.name == 'pallas_call')
+        assert cost.bytes_accessed == pytest.approx(case.bytes, rel=.01)
+    assert case.copies == 2 * 2 * tpu_compile.SLOTS / 16
 
 
 def test_floors_name_the_longest():
