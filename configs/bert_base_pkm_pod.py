@@ -6,7 +6,7 @@ r"""BERT-base with one memory of 4096² slots: 12.9 billion value parameters on 
 
 For 256 chips of v5e (16 GB), which the first command plans without any: the table is split into 32
 parts by rows and 4 by columns, twice over, and a chip is filled to two fifths. What is exchanged
-and what that costs is in docs/scaling.md: 12.8 million tokens/s are estimated, so 5.7 hours for
+and what that costs is in docs/scaling.md: 13.2 million tokens/s are estimated, so 5.5 hours for
 500k steps. It has not been run on a pod yet, and how it ends is unknown.
 
 Against the paper's recipe (configs/bert_base_pkm.py): one memory, in the middle of the network,
