@@ -84,15 +84,15 @@ class ModelConfig(Protocol):
         """An estimate of the bytes that a device keeps from the forward to the backward pass."""
 
 
-def traced_rngs(key: Key[Array, ''] | int) -> nnx.Rngs:
+class TracedRngs(nnx.Rngs):
     """`nnx.Rngs(key)` for a model that is built while it is traced: the same keys, sooner.
 
     Flax counts them in an array and asks it for its sharding. A traced array has none, and JAX
     composes the text of that error from all operations so far.
     """
-    rngs = nnx.Rngs()
-    rngs.default = _Counted(jax.random.key(key) if isinstance(key, int) else key)
-    return rngs
+
+    def __init__(self, key: Key[Array, '']) -> None:
+        self.default = _Counted(key)    # for every name
 
 
 class _Counted:
@@ -106,7 +106,7 @@ class _Counted:
 
 def abstract_model(config: ModelConfig) -> nnx.Module:
     """The module with shapes in the place of its parameters and statistics."""
-    return nnx.eval_shape(lambda: config.build(traced_rngs(0)))
+    return nnx.eval_shape(lambda: config.build(TracedRngs(jax.random.key(0))))
 
 
 def table_paths(memories: dict[Any, MemorySite]) -> frozenset[str]:

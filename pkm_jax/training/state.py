@@ -14,7 +14,7 @@ from jaxtyping import Array, Int32, Integer
 
 from pkm_jax.memory.usage import NEVER
 from pkm_jax.mesh import OWN
-from pkm_jax.models.interface import ModelConfig, abstract_model, path_of, traced_rngs
+from pkm_jax.models.interface import ModelConfig, TracedRngs, abstract_model, path_of
 from pkm_jax.optimizers.layout import state_specs
 from pkm_jax.refusal import Refusal
 
@@ -34,7 +34,7 @@ def initial_state(
 ) -> TrainState:
     """A fresh model; to be called under `jax.jit` (of the seed: as a constant, XLA would draw the
     random weights while it compiles) or `jax.eval_shape`."""
-    model = config.build(traced_rngs(jax.random.key(seed)))
+    model = config.build(TracedRngs(jax.random.key(seed)))
     params = nnx.to_pure_dict(nnx.state(model, nnx.Param))
     return TrainState(
         step=jnp.zeros((), jnp.int32), params=params,
