@@ -49,7 +49,8 @@ def update(
 ) -> tuple[Array, ...]:
     """The norm of the change, the table changed, and its moments: see `rules.reference`."""
     by_row, moments = _numbers_of_rows(ids, gradient, squares, moments, rule)
-    as_words = bool(interpret) and table.dtype == jnp.bfloat16   # it does not write in other types
+    # Interpreted, a copy cannot write words into a table of another type.
+    as_words = bool(interpret) and table.dtype == jnp.bfloat16
     changing = (words_of(table) if as_words else table,
                 *(moment for moment in moments if moment.ndim == 2))
     width, tile = gradient.shape[1], tile_of(*gradient.shape)
