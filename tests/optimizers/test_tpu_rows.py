@@ -218,17 +218,17 @@ def test_words_are_pairs_of_rows_as_pallas_has_them():
 def test_both_rows_of_a_pair_put_back_the_same_words():
     """Since nobody knows whose copy arrives last: in a tile of 7 places, 6 of them in use."""
     slots, size = [3, 4, 5, 8, 10, 11, 10], 6
-    flags = [int(tpu_few_rows._flags(jnp.asarray(slots)[None, None], place, size))
-             for place in range(size)]
+    flags = jax.jit(lambda ids: [tpu_few_rows._flags(ids, place, size) for place in range(size)])(
+        jnp.asarray(slots)[None, None])
     alone, odd, paired = 0, tpu_few_rows.ODD, tpu_few_rows.PAIRED
     assert flags == [odd, paired, odd | paired, alone, paired, odd | paired]
     rng = np.random.default_rng(0)
     change = rng.normal(size=(size, 128)).astype(np.float32)
-    pairs = tpu_few_rows.words_of(jnp.asarray(rng.normal(size=(12, 128)), jnp.bfloat16))
-    words = pairs[jnp.asarray(slots[:size]) // 2]
-    changed = tpu_few_rows._changed_words(
-        words, jnp.asarray(change), *(jnp.asarray(numbers)[:, None]
-                                      for numbers in (slots[:size], flags)), jnp.zeros(4, jnp.int32))
+    lower, upper = rng.normal(size=(2, 6, 128)).astype(np.float32).view(np.uint32) >> 16
+    words = (lower | upper << 16).view(np.int32)[np.asarray(slots[:size]) // 2]
+    changed = jax.jit(tpu_few_rows._changed_words)(
+        words, change, *(jnp.asarray(numbers)[:, None] for numbers in (slots[:size], flags)),
+        jnp.zeros(4, jnp.int32))
     np.testing.assert_array_equal(changed[1], changed[2])
     np.testing.assert_array_equal(changed[4], changed[5])
     np.testing.assert_array_equal(changed[0] & 0xFFFF, words[0] & 0xFFFF)
