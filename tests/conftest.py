@@ -1,6 +1,7 @@
 """What every test runs under, and the tiny run that several of them train."""
 
 import functools
+import gc
 import os
 
 os.environ.setdefault('JAX_PLATFORMS', 'cpu')
@@ -42,6 +43,8 @@ def _lenient(function):
 nnx.LayerNorm.__call__ = _lenient(nnx.LayerNorm.__call__)
 jax.nn.dot_product_attention = _lenient(jax.nn.dot_product_attention)
 optax.tree.bias_correction = _lenient(optax.tree.bias_correction)
+
+gc.set_threshold(100_000, 20, 50)   # traces and compiled programs are many, and none is a cycle to free
 
 # Files that nobody wrote: the same few in every run; --hypothesis-profile=thorough tries many more.
 FIXTURES = [HealthCheck.function_scoped_fixture, HealthCheck.too_slow]

@@ -10,6 +10,7 @@ import jax
 import numpy as np
 import orbax.checkpoint as ocp
 import tensorstore as ts
+from etils import epath
 
 from pkm_jax.checkpoints import checksums
 from pkm_jax.models.interface import path_of
@@ -50,9 +51,14 @@ def write(folder: Path, model: dict) -> None:
 
 def open_model(checkpoint: Path) -> dict:
     """{'params': …, 'statistics': …} of one finished checkpoint, nested, unread."""
-    folder = checkpoint / 'model'
-    with ocp.PyTreeCheckpointer() as reader:
-        tree = reader.metadata(folder).item_metadata.tree
+    return open_item(checkpoint / 'model')
+
+
+def open_item(folder: Path) -> dict:
+    """The arrays of one item of a checkpoint, such as its 'model', nested, unread."""
+    reader = ocp.PyTreeCheckpointHandler()  # a Checkpointer misses metadata that items have none of
+    tree = reader.metadata(epath.Path(folder)).tree
+    reader.close()
     return jax.tree_util.tree_map_with_path(
         lambda path, _: StoredArray(folder, path_of(path).replace('/', '.')),
         tree)

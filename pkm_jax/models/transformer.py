@@ -17,6 +17,7 @@ from jaxtyping import Array, Key
 from pkm_jax.fields import check_settings, setting
 from pkm_jax.memory.layer import MemoryConfig
 from pkm_jax.models.interface import MemorySite, Path, Saving
+from pkm_jax.ops.attention import deterministic_flag
 from pkm_jax.ops.dropout import HIGHEST_RATE
 from pkm_jax.refusal import Refusal
 
@@ -104,6 +105,8 @@ class TransformerConfig:
                     f'times as fast']
         if self.dtype != 'bfloat16':
             return [f'attention: NOT FUSED, since model.dtype = {self.dtype!r} is not bfloat16']
+        if flag := deterministic_flag():
+            return [f'attention: NOT FUSED, since XLA cannot run cuDNN\'s under {flag}']
         return ['attention: fused (cuDNN)']
 
     @property

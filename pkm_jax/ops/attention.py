@@ -3,6 +3,8 @@
 import functools
 import logging
 import math
+import os
+import re
 
 import jax
 import jax.numpy as jnp
@@ -26,7 +28,7 @@ def attend(
     `causal`: of these a token attends to itself and those before it only. With dropout of the
     attention weights (`rate` and a key) the weights are materialised, [B, H, L, L], since no public
     fused implementation has it; otherwise cuDNN's is used for bfloat16 on a GPU, and XLA's
-    elsewhere. A row of length 0 attends to its first token.
+    elsewhere and under `deterministic_flag`. A row of length 0 attends to its first token.
     """
     lengths = jnp.maximum(lengths, 1).astype(jnp.int32)
     if rate and dropout_key is not None:
@@ -34,9 +36,20 @@ def attend(
     plain, fused = (functools.partial(_attend, causal=causal, implementation=implementation)
                     for implementation in ('xla', 'cudnn'))
     # By the platform of the lowering, but cuDNN's can be traced only where there are GPUs.
-    if jax.default_backend() != 'gpu' or query.dtype != jnp.bfloat16:
+    if jax.default_backend() != 'gpu' or query.dtype != jnp.bfloat16 or deterministic_flag():
         return plain(query, key, value, lengths)
     return jax.lax.platform_dependent(query, key, value, lengths, cuda=fused, default=plain)
+
+
+def deterministic_flag() -> str:
+    """The flag in XLA_FLAGS that asks for the same bits in every run on a GPU; '' without one.
+
+    With it XLA looks for cuDNN's attention under another name than it has compiled it under, and
+    the first step ends in an IndexError (github.com/openxla/xla/pull/46500).
+    """
+    found = re.search(r'--(xla_gpu_deterministic_ops|xla_gpu_exclude_nondeterministic_ops)'
+                      r'(=true|=1|(?=\s|$))', os.environ.get('XLA_FLAGS', ''), re.IGNORECASE)
+    return f'--{found[1]}' if found else ''
 
 
 def _attend(query, key, value, lengths, *, causal, implementation):

@@ -294,7 +294,7 @@ def test_a_long_object_is_read_in_parts(read, tmp_path, monkeypatch, text):
     assert counts.malformed_lines == 4 and 'line 3 ' in counts.first_malformed
 
 
-@pytest.mark.parametrize('ending', ['.txt', '.jsonl'])
+@pytest.mark.parametrize('ending', ['.txt', pytest.param('.jsonl', marks=pytest.mark.slow)])
 def test_memory_does_not_grow_with_a_document(open_files, tmp_path, ending):
     def peak(megabytes: int) -> int:
         words = ' '.join(str(number) for number in range(20_000))

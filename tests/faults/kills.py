@@ -11,10 +11,9 @@ from typing import Any
 import jax
 import ml_collections
 import numpy as np
-import orbax.checkpoint as ocp
 
 from pkm_jax.checkpoints import store
-from pkm_jax.checkpoints.arrays import StoredArray
+from pkm_jax.checkpoints.arrays import open_item
 from pkm_jax.configs import bert_base_pkm
 from tests.processes.started import lines, start
 from tests.training.events import scalars
@@ -137,13 +136,9 @@ def differences(run: Path, other: Path) -> list[str]:
 
 def _everything(run) -> dict[str, Any]:
     """Every array of the newest checkpoint, and the progress, by name."""
-    checkpoint, arrays = store.newest(run), {}
-    with ocp.PyTreeCheckpointer() as reader:
-        for item in 'model', 'rest':
-            tree = reader.metadata(checkpoint / item).item_metadata.tree
-            for path, _ in jax.tree_util.tree_leaves_with_path(tree):
-                name = jax.tree_util.keystr(path, simple=True, separator='.')
-                arrays[f'{item}.{name}'] = StoredArray(checkpoint / item, name)
+    checkpoint = store.newest(run)
+    arrays = {f'{item}{jax.tree_util.keystr(path)}': array for item in ('model', 'rest')
+              for path, array in jax.tree_util.tree_leaves_with_path(open_item(checkpoint / item))}
     progress = json.loads((checkpoint / 'progress' / 'metadata').read_text())
     return arrays | {'place of the stream': np.frombuffer(json.dumps(progress['data']).encode(),
                                                           np.uint8)}
@@ -158,7 +153,7 @@ def check(
       AssertionError: the killed run differs.
     """
     with tempfile.TemporaryDirectory() as folder:
-        steps = 60 * kills // processes     # several are slower, and further apart when killed
+        steps = (60 if processes == 1 else 30) * kills      # more than a start takes until a kill
         straight = tiny(Path(folder) / 'straight', updates, steps)
         broken = tiny(Path(folder) / 'broken', updates, steps)
         first_step = undisturbed(straight, processes)

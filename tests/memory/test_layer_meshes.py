@@ -29,6 +29,8 @@ from pkm_jax.refusal import Refusal
 WIDTH, SHAPE = 16, (8, 6)
 SIZES = dict(sub_keys=8, heads=2, top_k=3, query_width=8, value_width=8)
 kinds = pytest.mark.parametrize('kind', [AxisType.Auto, AxisType.Explicit], ids=str)
+mostly_explicit = pytest.mark.parametrize('kind', [
+    pytest.param(AxisType.Auto, marks=pytest.mark.slow), AxisType.Explicit], ids=str)
 NAMED = {'data and columns': Axes(('dp',), (), ('tp',)), 'rows': Axes(('dp',), ('tp',), ()),
          'data twice': Axes(('tp', 'dp'), (), ()), 'one of two': Axes((), ('tp',), ())}
 
@@ -104,7 +106,7 @@ def test_a_mesh_of_somebody_elses_replicates_the_table_and_says_so_once(kind, sp
     assert y.sharding.spec[0] == 'dp'
 
 
-@kinds
+@mostly_explicit
 @pytest.mark.parametrize('sparse', [False, True])
 @pytest.mark.parametrize('named', NAMED)
 def test_named_axes_of_somebody_elses_mesh_split_the_table(kind, sparse, named, said):
@@ -148,7 +150,7 @@ def after_sparse_steps(make):
     return sparse_steps(make)[0]
 
 
-@kinds
+@mostly_explicit
 @pytest.mark.parametrize('named', [None, 'data and columns', 'rows'])
 def test_sparse_steps_in_somebody_elses_mesh(kind, named):
     want, axes, mesh = after_sparse_steps(lazy_adam), NAMED.get(named), foreign(kind)
@@ -162,8 +164,9 @@ def test_sparse_steps_in_somebody_elses_mesh(kind, named):
         assert table.sharding.is_equivalent_to(place, 2)
 
 
-@kinds
-@pytest.mark.parametrize('make', [rowwise_adam, rowwise_adagrad])
+@mostly_explicit
+@pytest.mark.parametrize('make', [
+    rowwise_adam, pytest.param(rowwise_adagrad, marks=pytest.mark.slow)])
 def test_moments_of_rows_in_somebody_elses_mesh(kind, make):
     want, axes, mesh = after_sparse_steps(make), NAMED['rows'], foreign(kind)
     with jax.set_mesh(mesh):

@@ -48,7 +48,8 @@ def with_backbone_of(plain, config):
 
 
 @pytest.mark.parametrize('dtype', [pytest.param('float32', marks=pytest.mark.slow), 'bfloat16'])
-@pytest.mark.parametrize('deterministic', [True, False])
+@pytest.mark.parametrize('deterministic', [
+    pytest.param(True, marks=pytest.mark.slow), False])
 def test_added_memory_with_zero_scale_changes_no_bit(dtype, deterministic):
     no_dropout = dict(dtype=dtype, dropout=0., attention_dropout=0.)
     plain = build(dataclasses.replace(PLAIN, **no_dropout))

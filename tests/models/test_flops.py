@@ -46,7 +46,7 @@ def test_a_plain_model(family):
     assert ours(PLAIN[family]) < counted(PLAIN[family]) < 1.1 * ours(PLAIN[family])
 
 
-@pytest.mark.parametrize('family', ['bert', 'causal'])
+@pytest.mark.parametrize('family', ['bert', pytest.param('causal', marks=pytest.mark.slow)])
 @pytest.mark.parametrize('field, more', [
     ('layers', 4), ('width', 256), ('feed_forward_width', 1024), ('vocab_size', 4000)])
 def test_what_a_larger_size_adds(family, field, more):
@@ -55,8 +55,8 @@ def test_what_a_larger_size_adds(family, field, more):
     assert added < counted(larger) - counted(PLAIN[family]) < 1.12 * added
 
 
-@pytest.mark.parametrize('family', ['bert', 'causal'])
-@pytest.mark.parametrize('value_width', [0, 384, 64])
+@pytest.mark.parametrize('family', ['bert', pytest.param('causal', marks=pytest.mark.slow)])
+@pytest.mark.parametrize('value_width', [0, 384, pytest.param(64, marks=pytest.mark.slow)])
 @pytest.mark.parametrize('placement', ['add', 'replace'])
 def test_what_a_memory_adds(family, value_width, placement):
     """Without its read, which XLA counts once for all of the loop that reads."""

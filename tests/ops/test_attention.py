@@ -5,6 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from pkm_jax.models.bert import BertConfig
 from pkm_jax.ops import attention
 from pkm_jax.ops.attention import attend
 
@@ -41,6 +42,26 @@ def test_causal_attention_does_not_look_ahead(rate):
     ahead = jax.grad(lambda value: jnp.sum(attend(
         query, key, value, LENGTHS, rate, jax.random.key(0), causal=True)[:, :4]))(value)
     assert not np.asarray(ahead[:, 4:]).any() and np.asarray(ahead[:, :4]).any()
+
+
+@pytest.mark.parametrize('flags, found', [
+    ('--xla_gpu_deterministic_ops=true', '--xla_gpu_deterministic_ops'),
+    ('--xla_dump_to=a --xla_gpu_exclude_nondeterministic_ops --xla_b=1',
+     '--xla_gpu_exclude_nondeterministic_ops'),
+    ('--xla_gpu_deterministic_ops=false', ''), ('', '')])
+def test_cudnn_is_not_used_where_every_run_shall_be_the_same(flags, found, monkeypatch):
+    """XLA cannot run it there."""
+    monkeypatch.setenv('XLA_FLAGS', flags)
+    monkeypatch.setattr(attention.jax, 'default_backend', lambda: 'gpu')
+    used = []
+    monkeypatch.setattr(attention, '_attend', lambda query, *_, causal, implementation: (
+        used.append(implementation) or query))
+    jax.eval_shape(lambda *arrays: attend(*arrays, LENGTHS, 0., None),
+                   *(x.astype(jnp.bfloat16) for x in draw()))
+    assert attention.deterministic_flag() == found and ('cudnn' in used) == (not found)
+    config = BertConfig(attention_dropout=0., dtype='bfloat16')
+    said, = config.fast_paths('gpu')
+    assert said.endswith(f'under {found}') if found else said == 'attention: fused (cuDNN)'
 
 
 def test_cudnn_is_chosen_by_the_platform_of_the_lowering(monkeypatch):

@@ -16,7 +16,13 @@ def texts(*contents):
     return [Text((content,), f'line {number}') for number, content in enumerate(contents, 1)]
 
 
-@pytest.mark.parametrize('kind', ['bert', 'plain'])
+@nnx.jit
+def shares_of(model, tokens, places):
+    states, _ = model(tokens, jnp.zeros_like(tokens), jnp.array([tokens.shape[1]]))
+    return jax.nn.softmax(model.mlm_logits(states, places))[0]
+
+
+@pytest.mark.parametrize('kind', ['bert', pytest.param('plain', marks=pytest.mark.slow)])
 def test_scores_are_the_probabilities_of_the_head(folder_of, kind):
     trained = open_trained(folder_of(kind))
     given = texts('a b [MASK] c', '[MASK] . [MASK]', 'a ' * 30 + '[MASK]')
@@ -25,9 +31,8 @@ def test_scores_are_the_probabilities_of_the_head(folder_of, kind):
     model, ids = nnx.merge(trained.graph, *trained.state), trained.vocabulary.ids
     for text, result in zip(given, found):
         tokens = jnp.array([[ids[word] for word in ['[CLS]', *text.content.split(), '[SEP]']]])
-        states, _ = model(tokens, jnp.zeros_like(tokens), jnp.array([tokens.shape[1]]))
         places = np.flatnonzero(tokens[0] == ids['[MASK]'])
-        shares = jax.nn.softmax(model.mlm_logits(states, jnp.asarray(places[None])))[0]
+        shares = shares_of(model, tokens, jnp.asarray(places[None]))
         for own, mask in zip(np.asarray(shares), result['masks']):
             best = np.argsort(-own)[:3]
             assert [entry['word'] for entry in mask] == [

@@ -16,11 +16,12 @@ def use(folder, texts, rows=2):
     way = predictor(trained, trained.task)
     found = list(way([Text(parts, '') for parts in texts], rows))
     model, ids = nnx.merge(trained.graph, *trained.state), trained.vocabulary.ids
+    call = nnx.jit(lambda model, *row: model(*row)[0])
 
     def states(words, segments=None):
         tokens = jnp.array([[ids[word] for word in words]])
         segments = jnp.zeros_like(tokens) if segments is None else jnp.array([segments])
-        return model(tokens, segments, jnp.array([len(words)]))[0]
+        return call(model, tokens, segments, jnp.array([len(words)]))
     return found, way, model, states
 
 

@@ -115,9 +115,9 @@ def test_a_run_whose_loader_delivers_nothing_is_reported(config, monkeypatch, ca
     assert 'hang_here' in capfd.readouterr().err
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize('place, name, what', [
-    (loop, 'evaluate', 'in an evaluation; '),
-    pytest.param(loop.Checkpoints, 'save', 'in a save; ', marks=pytest.mark.slow)])
+    (loop, 'evaluate', 'in an evaluation; '), (loop.Checkpoints, 'save', 'in a save; ')])
 def test_a_run_that_hangs_outside_its_steps_is_reported(place, name, what, config, monkeypatch):
     for limit, seconds in (('LEAST', 100.), ('LEAST_APART', .5), ('PEERS', 0), ('PERIOD', .05)):
         monkeypatch.setattr(watch, limit, seconds)

@@ -99,6 +99,7 @@ def test_a_run_goes_on_over_other_devices_and_micro_batches(config, monkeypatch,
         assert line.get('loss', 0.) == pytest.approx(other.get('loss', 0.), abs=1e-5)
 
 
+@pytest.mark.slow
 def test_a_folder_that_is_gone_ends_the_run_in_one_line(config, monkeypatch, tmp_path):
     """Unmounted, or removed by somebody, after the first checkpoint."""
     real, folder = loop.loader.BatchStream.__next__, Path(config.workdir)

@@ -27,6 +27,17 @@ def lines(folder, kind):
             if line['kind'] == kind]
 
 
+@pytest.fixture
+def trained(config, tmp_path_factory):
+    """The folder of a finished run of `config`, which a process trains once and copies."""
+    kept, folder = tmp_path_factory.getbasetemp() / 'trained', Path(config.workdir)
+    if kept.exists():
+        shutil.copytree(kept, folder)
+    else:
+        shutil.copytree(train(config), kept)
+    return folder
+
+
 def test_a_run_leaves_what_it_promises(config, capsys):
     folder = train(config)
     assert folder == Path(config.workdir)
@@ -48,7 +59,8 @@ def test_a_run_leaves_what_it_promises(config, capsys):
     assert 'layers/*/memory/values' in output
 
 
-@pytest.mark.parametrize('steps', [1, pytest.param(2, marks=pytest.mark.slow)])
+@pytest.mark.slow     # tests/faults is the same in whole processes
+@pytest.mark.parametrize('steps', [1, 2])
 def test_killed_and_resumed_is_the_run_that_was_not(config, tmp_path, steps):
     """Bit for bit, with dropout, batch norm and accumulation; killed between two checkpoints."""
     config.train.gradient_accumulation_steps = steps
@@ -69,46 +81,43 @@ def test_killed_and_resumed_is_the_run_that_was_not(config, tmp_path, steps):
     assert [line['step'] for line in lines(resumed, 'train')] == [2, 3, 4, 6]
 
 
-def test_a_finished_run_is_not_trained_again(config):
-    folder = train(config)
-    before = (folder / 'metrics.jsonl').read_text()
+def test_a_finished_run_is_not_trained_again(config, trained):
+    before = (trained / 'metrics.jsonl').read_text()
     train(config)
-    assert (folder / 'metrics.jsonl').read_text() == before
+    assert (trained / 'metrics.jsonl').read_text() == before
 
 
 @pytest.mark.slow
-def test_a_truncated_checkpoint_falls_back_to_the_one_before(config, caplog):
-    folder = train(config)
-    expected = weights(folder)
-    newest = folder / 'checkpoints' / '6'
+def test_a_truncated_checkpoint_falls_back_to_the_one_before(config, trained, caplog):
+    expected = weights(trained)
+    newest = trained / 'checkpoints' / '6'
     largest = max(newest.rglob('*'), key=lambda path: path.stat().st_size)
     largest.write_bytes(largest.read_bytes()[:largest.stat().st_size // 2])
     train(config)
     assert 'checkpoints/6 is damaged' in caplog.text
-    assert (folder / 'checkpoints' / 'damaged-6').exists()
-    for name, array in weights(folder).items():
+    assert (trained / 'checkpoints' / 'damaged-6').exists()
+    for name, array in weights(trained).items():
         np.testing.assert_array_equal(array, expected[name])
 
 
 @pytest.mark.slow
-def test_an_unfinished_checkpoint_is_not_believed(config, caplog):
-    folder = train(config)
-    (folder / 'checkpoints' / '6' / 'commit_success.txt').unlink()
+def test_an_unfinished_checkpoint_is_not_believed(config, trained, caplog):
+    (trained / 'checkpoints' / '6' / 'commit_success.txt').unlink()
     train(config)
     assert 'never finished' in caplog.text
 
 
-def test_no_checkpoint_left_is_an_error_that_names_them(config):
-    folder = train(config)
+def test_no_checkpoint_left_is_an_error_that_names_them(config, trained):
     for step in (3, 6):
-        shutil.rmtree(folder / 'checkpoints' / str(step) / 'model')
+        shutil.rmtree(trained / 'checkpoints' / str(step) / 'model')
     with pytest.raises(Refusal, match=r'None of the checkpoints .* is whole') as refusal:
         train(config)
     for step in (6, 3):
         assert f'checkpoints/{step}: model/' in str(refusal.value)
-        assert (folder / 'checkpoints' / str(step)).exists()    # not renamed
+        assert (trained / 'checkpoints' / str(step)).exists()    # not renamed
 
 
+@pytest.mark.slow
 def test_memory_is_added_to_a_run_without_one(config, tmp_path, capsys):
     config.memory.update(placement='none', layers=())
     plain = train(config)
@@ -130,9 +139,8 @@ def test_memory_is_added_to_a_run_without_one(config, tmp_path, capsys):
     pytest.param({'model': {'attention_heads': 4}}, 'model.attention_heads: 2 there, 4 here',
                  marks=pytest.mark.slow),
 ])
-def test_init_from_other_sizes_names_every_mismatch(config, tmp_path, changes, message):
-    source = train(config)
-    config.update(workdir=str(tmp_path / 'other'), init_from=str(source), **changes)
+def test_init_from_other_sizes_names_every_mismatch(config, trained, tmp_path, changes, message):
+    config.update(workdir=str(tmp_path / 'other'), init_from=str(trained), **changes)
     with pytest.raises(Refusal, match=message):
         train(config)
 
@@ -154,8 +162,7 @@ def test_init_from_nowhere(config):
         train(config)
 
 
-def test_another_configuration_does_not_share_a_folder(config):
-    train(config)
+def test_another_configuration_does_not_share_a_folder(config, trained):
     config.log.every = 1
     train(config)
     config.train.learning_rate = 0.5
@@ -222,7 +229,8 @@ def test_a_text_that_changed_is_said_to_be_that(config, corpus, tmp_path):
     assert [path.name for path in (folder / 'checkpoints').iterdir()] == ['3']
 
 
-@pytest.mark.parametrize('room', [1000, 200_000])  # the second holds all numbers, not all files
+@pytest.mark.parametrize('room', [      # the second holds all numbers, not all files
+    pytest.param(1000, marks=pytest.mark.slow), 200_000])
 def test_a_full_disk_is_named_before_a_checkpoint_is_begun(config, monkeypatch, room):
     real = shutil.disk_usage
     rooms = iter([10 ** 9, 10 ** 9, room])      # at the start, for steps 3 and 6
@@ -233,7 +241,8 @@ def test_a_full_disk_is_named_before_a_checkpoint_is_begun(config, monkeypatch, 
     assert store.newest(Path(config.workdir)).name == '3'
 
 
-@pytest.mark.parametrize('seed', [pytest.param(2 ** 31, marks=pytest.mark.slow), 2 ** 32 - 1])
+@pytest.mark.slow
+@pytest.mark.parametrize('seed', [2 ** 31, 2 ** 32 - 1])
 def test_seeds_beyond_int32_train(config, seed):
     config.seed = seed
     config.train.steps = config.log.checkpoint_every = config.log.eval_every = 3

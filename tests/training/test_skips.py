@@ -33,7 +33,8 @@ def _bits(array):
 
 
 @pytest.mark.parametrize('shards, options', [
-    (ONE, dict(sparse=False)), (ONE, dict(sparse=True)),
+    pytest.param(ONE, dict(sparse=False), marks=pytest.mark.slow),
+    (ONE, dict(sparse=True)),
     pytest.param(Shards(2, 2, 2), dict(sparse=True, accumulation_steps=2),
                  marks=pytest.mark.slow),
     pytest.param(ONE, dict(sparse=True, accumulation_steps=2, model=SHARED,
@@ -61,7 +62,8 @@ def test_a_step_that_is_not_finite_changes_its_number_alone(shards, options):
         assert np.mean(changed) > .8
 
 
-@pytest.mark.parametrize('sparse', [pytest.param(False, marks=pytest.mark.slow), True])
+@pytest.mark.slow
+@pytest.mark.parametrize('sparse', [False, True])
 def test_a_loss_above_a_multiple_of_its_mean_is_skipped(sparse):
     training = Training(ONE, sparse=sparse, skip_loss_spikes=1.5)
     with jax.set_mesh(training.mesh):

@@ -23,6 +23,7 @@ NO_DATA = Labelled('', 0, {})       # the task's metrics are of its sums alone
 pytestmark = pytest.mark.usefixtures('compile_once')
 
 
+@functools.cache    # what it returns compiles once for each shape
 def setup(query_norm='layer', rate=0., track_dead=False):
     config = BertConfig(
         vocab_size=40, layers=2, width=16, attention_heads=2, feed_forward_width=16, max_length=8,

@@ -201,7 +201,8 @@ def test_it_trains_evaluates_stops_and_resumes(updates, tmp_path, capsys):
         np.testing.assert_array_equal(ours[name], theirs[name], err_msg=name)
 
 
-@pytest.mark.parametrize('updates', ['dense', 'sparse'])
+@pytest.mark.parametrize('updates', [
+    pytest.param('dense', marks=pytest.mark.slow), 'sparse'])
 def test_its_table_is_split_does_not_decay_and_is_updated_by_rows(updates, tmp_path):
     """By the path that the model gives, at which no other model here has one."""
     one = run(tmp_path, updates=updates, shards=Parts(rows=2, columns=2))

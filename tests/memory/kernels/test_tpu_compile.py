@@ -66,7 +66,7 @@ def test_floors_name_the_longest():
     assert tpu_compile.floor(read._replace(bytes=0., cores=1), 'v4', 0., 2.1e9) == '1000.00 v'
 
 
-@pytest.mark.parametrize('sparse', [False, True])
+@pytest.mark.parametrize('sparse', [pytest.param(False, marks=pytest.mark.slow), True])
 def test_a_layer_by_kernels_is_the_layer_in_plain_jnp(sparse):
     """Interpreted, in float32: values, slots touched and gradients."""
     check_same('tpu', MemoryConfig(sub_keys=16, heads=2, top_k=4, query_width=32), (4, 6), sparse)
