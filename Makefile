@@ -55,7 +55,7 @@ test-all: $(VENV)/tpu/installed
 	$(PYTEST)
 
 # All of docs/reliability.md: real runs killed KILLS times, and compared to the bit with one that nobody
-# killed (an hour), then whatever else is promised there.
+# killed (hours), then whatever else is promised there.
 KILLS ?= 50
 KILLED_PROCESSES ?= 1,2,4
 KILLED_UPDATES ?= dense,sparse
@@ -72,7 +72,7 @@ test-faults: $(VENV)/dev-installed
 # The newest jax that is supported: the parts that a new jax can break, in an environment of its own.
 NEWEST ?= $(shell for python in python3.13 $$(pyenv root 2>/dev/null)/versions/3.13.*/bin/python; do \
 	$$python -c 'import venv' 2>/dev/null && echo $$python && break; done)
-NEWEST_TESTS := $(wildcard $(addprefix tests/,memory ops examples optimizers/test_sparse.py test_readme.py \
+NEWEST_TESTS := $(wildcard $(addprefix tests/,memory ops examples optimizers/test_sparse.py optimizers/test_tpu_rows.py test_readme.py \
 	$(patsubst %,training/test_%.py,step golden toy)))
 
 test-newest:

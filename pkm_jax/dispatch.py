@@ -4,7 +4,8 @@ An operation has a plain jnp reference, which runs everywhere, and can have kern
 and for TPUs. The choice is a primitive of its own, which is traced as the reference's shapes and
 lowered as one of them. So a program that is lowered for a GPU on a machine without one has the
 kernels, and a kernel's module is imported only where a program for its device is lowered. Those for
-TPUs have been compiled, but have run on none: `implementation='xla'` is without them.
+TPUs have been compiled, but have run on none: `implementation='xla'` is without them, and updates
+are without `rounding`.
 """
 
 import contextlib

@@ -88,7 +88,7 @@ class TracedRngs(nnx.Rngs):
     """`nnx.Rngs(key)` for a model that is built while it is traced: the same keys, sooner.
 
     Flax counts them in an array and asks it for its sharding. A traced array has none, and JAX
-    composes the text of that error from all operations so far.
+    composes the text of that error from all operations so far. Its streams are only to be called.
     """
 
     def __init__(self, key: Key[Array, '']) -> None:

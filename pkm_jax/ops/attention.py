@@ -47,9 +47,10 @@ def deterministic_flag() -> str:
     With it XLA looks for cuDNN's attention under another name than it has compiled it under, and
     the first step ends in an IndexError (github.com/openxla/xla/pull/46500).
     """
-    found = re.search(r'--(xla_gpu_deterministic_ops|xla_gpu_exclude_nondeterministic_ops)'
-                      r'(=true|=1|(?=\s|$))', os.environ.get('XLA_FLAGS', ''), re.IGNORECASE)
-    return f'--{found[1]}' if found else ''
+    given = dict(re.findall(
+        r'(--xla_gpu_deterministic_ops|--xla_gpu_exclude_nondeterministic_ops)(?:=(\w+)|(?=\s|$))',
+        os.environ.get('XLA_FLAGS', '')))       # of one flag the last
+    return next((flag for flag, value in given.items() if value.lower() not in ('false', '0')), '')
 
 
 def _attend(query, key, value, lengths, *, causal, implementation):

@@ -22,10 +22,11 @@ from jaxtyping import Array, Float, Int32, Key
 
 from pkm_jax.memory.sharded import on_parts, put_rows, resolve, take_rows
 from pkm_jax.memory.sparse_rows import is_rows, rows_of
-from pkm_jax.mesh import Axes, axes_of, on_auto_axes, specs_of
+from pkm_jax.mesh import Axes, axes_of, explicit_axes, on_auto_axes, specs_of
 from pkm_jax.optimizers import rules
 from pkm_jax.optimizers.rounding import round_stochastically
 from pkm_jax.optimizers.rules import Numbers, Rule
+from pkm_jax.refusal import Refusal
 
 Rate = float | Callable[[Any], Any]     # or an Optax schedule
 
@@ -156,6 +157,8 @@ def _by_row(rate: Rate, rule: Rule, axes: Axes | None) -> optax.GradientTransfor
             jax.tree.map(start, params) for start in zeros))
 
     def update(updates, state, params=None, *, rounding=None, **_):
+        if rounding is not None and params is None:
+            raise Refusal('update(…, rounding=key) changes the tables too: give it params.')
         count = optax.safe_increment(state.count)
         numbers = (jnp.asarray(rate(state.count) if callable(rate) else rate, jnp.float32),
                    rule.correction(count.astype(jnp.float32)))
@@ -166,7 +169,8 @@ def _by_row(rate: Rate, rule: Rule, axes: Axes | None) -> optax.GradientTransfor
                 results = specs_of(gradient)._replace(scale=None), *specs
                 change = on_auto_axes(functools.partial(_change_rows, rule, axes), results)
                 return change(numbers, gradient, *arrays)
-            results = ChangedTable(specs[0], specs[0]), *specs[1:]
+            parts: Any = explicit_axes(axes_of(axes)[0]).table  # a spec in place of an array
+            results = ChangedTable(specs[0], parts), *specs[1:]
             change = on_auto_axes(functools.partial(_change_table, rule, axes), results)
             return change(numbers, rounding, gradient, *arrays)
 

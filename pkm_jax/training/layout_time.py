@@ -167,7 +167,9 @@ def _moved_by_update(shards, work, rates):
         # Gradient rows written, read for their norm and for the update, whose own rows are written
         # and read but by a TPU's kernel; those of several micro-batches are read and added up.
         rows = _rows(shards, work.read, steps)
-        passes = 12 if rates.chip.dimensions else 20
+        all_rows = rows == work.read.slots // shards.rows
+        kernel = rates.chip.dimensions and (all_rows or part % 128 == 0)
+        passes = 12 if kernel else 20
         summed = steps * _rows(shards, work.read) * 12 if steps > 1 else 0
         return part * (rows * (passes + stored) + summed)
     # In each micro-batch values are read and rounded, gradients written, read, widened and added.

@@ -129,8 +129,8 @@ def test_rotary_products_depend_on_the_distance():
 
 
 @pytest.mark.parametrize('changes', [
-    {}, {'placement': 'replace'}, {'memory_layers': (0, 1), 'shared_values': True}])
-@pytest.mark.slow
+    pytest.param({}, marks=pytest.mark.slow), {'placement': 'replace'},
+    pytest.param({'memory_layers': (0, 1), 'shared_values': True}, marks=pytest.mark.slow)])
 def test_rematerialised_gradients_are_the_same(changes):
     """With dropout, and batch statistics that are written outside the blocks."""
     config = dataclasses.replace(ADD, dropout=.1, attention_dropout=.1, memory=dataclasses.replace(

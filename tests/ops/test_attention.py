@@ -48,7 +48,7 @@ def test_causal_attention_does_not_look_ahead(rate):
     ('--xla_gpu_deterministic_ops=true', '--xla_gpu_deterministic_ops'),
     ('--xla_dump_to=a --xla_gpu_exclude_nondeterministic_ops --xla_b=1',
      '--xla_gpu_exclude_nondeterministic_ops'),
-    ('--xla_gpu_deterministic_ops=false', ''), ('', '')])
+    ('--xla_gpu_deterministic_ops=true --xla_gpu_deterministic_ops=false', ''), ('', '')])
 def test_cudnn_is_not_used_where_every_run_shall_be_the_same(flags, found, monkeypatch):
     """XLA cannot run it there."""
     monkeypatch.setenv('XLA_FLAGS', flags)

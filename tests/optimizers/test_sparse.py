@@ -17,6 +17,7 @@ from pkm_jax.optimizers.sparse import (
     rowwise_adam,
     sparse_sgd,
 )
+from pkm_jax.refusal import Refusal
 
 GOLDEN = Path(__file__).parent / 'goldens' / 'sparse_adam.npz'
 SLOTS, WIDTH = 12, 5
@@ -211,3 +212,10 @@ def test_no_temporary_is_of_table_size(name):
     large, small = temporaries(2 ** 24), temporaries(2 ** 22)
     assert large.temp_size_in_bytes == small.temp_size_in_bytes < rows * WIDTH * 4 * 8
     assert large.alias_size_in_bytes >= 2 ** 24 * WIDTH * 4
+
+
+def test_tables_are_asked_for_where_they_shall_change():
+    optimizer, params = rowwise_adam(.1), jnp.ones((4, 2))
+    gradient = SparseRows(jnp.array([1]), jnp.ones((1, 2)), jnp.array([1]))
+    with pytest.raises(Refusal, match=r'rounding=key\) changes the tables too: give it params'):
+        optimizer.update(gradient, optimizer.init(params), rounding=jax.random.key(0))

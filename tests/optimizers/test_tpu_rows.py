@@ -38,7 +38,7 @@ def small_blocks(monkeypatch):
 
 
 def gradients(width, used_rows, places, parts=1):
-    """For each set of rows SparseRows, of so many parts by rows; unused places hold nothing good."""
+    """For each set of rows SparseRows, of so many parts by rows; unused places hold zeros."""
     rng = np.random.default_rng(1)
     for used in used_rows.values():
         used, size = np.asarray(used, np.int32), SLOTS // parts
@@ -94,7 +94,7 @@ def by_kernels(monkeypatch):
 
 
 @pytest.mark.parametrize('name, dtype, width', fast_are(
-    [('lazy_adam', 'bfloat16', 256), ('rowwise_adam', 'bfloat16', 72), ('sparse_sgd', 'float32', 256)],
+    [('rowwise_adam', 'bfloat16', 256), ('lazy_adam', 'bfloat16', 72), ('sparse_sgd', 'float32', 256)],
     [(name, *table) for name in OPTIMIZERS
      for table in (('float32', 256), ('bfloat16', 256), ('bfloat16', 72))]))
 def test_the_kernel_of_all_rows_changes_them_as_plain_jnp_does(name, dtype, width, by_kernels):
@@ -127,7 +127,7 @@ def test_one_pass_is_update_and_apply(name, sets, dtype):
 @pytest.mark.parametrize('places, used', [
     pytest.param(SLOTS, ALL, marks=pytest.mark.slow), (PLACES, FEW)], ids=['all', 'few'])
 def test_clipping_is_that_of_rows_that_are_scaled_before(places, used, by_kernels):
-    """Steps that are clipped and one that is not, by kernels; against Optax's clipping."""
+    """Steps that are clipped and some that are not, by kernels; against Optax's clipping."""
     given = list(gradients(128, used, places))
     clip = float(jnp.linalg.norm(given[-2].rows)) * 1.01
 

@@ -1,10 +1,14 @@
 """A step whose loss or gradient is none to learn from leaves everything but its number as it was."""
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from pkm_jax.memory.sparse_rows import SparseRows
 from pkm_jax.mesh import Shards
+from pkm_jax.optimizers.skips import is_sound, limit_loss
+from pkm_jax.optimizers.sparse import ChangedTable, lazy_adam
 from tests.training.test_layouts import ONE, SHARED, Training, batch
 
 pytestmark = pytest.mark.usefixtures('compile_once')
@@ -60,6 +64,19 @@ def test_a_step_that_is_not_finite_changes_its_number_alone(shards, options):
         changed = [np.any(np.asarray(ours) != np.asarray(theirs)) for ours, theirs in zip(
             jax.tree.leaves(good.params), jax.tree.leaves(after.params))]
         assert np.mean(changed) > .8
+
+
+def test_a_loss_above_its_limit_is_not_sound():
+    """The inner optimizer is asked as the outer one is: here for a table changed in one pass."""
+    optimizer, params = limit_loss(lazy_adam(.1), 2.), jnp.ones((4, 2))
+    gradient = SparseRows(jnp.array([1, 4]), jnp.ones((2, 2)), jnp.array([1]))
+    state = optimizer.init(params)
+    for loss, limit in (3., 6.), (1., 6. + .01 * (2. - 6.)):
+        updates, state = optimizer.update(gradient, state, params, loss=jnp.float32(loss),
+                                          rounding=jax.random.key(0))
+        assert isinstance(updates, ChangedTable) and state.limit == pytest.approx(limit)
+    for loss, sound in (5.9, True), (6., False), (np.nan, False):
+        assert bool(is_sound(jnp.float32(loss), jnp.float32(1.), state)) == sound
 
 
 @pytest.mark.slow
