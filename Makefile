@@ -72,8 +72,10 @@ test-faults: $(VENV)/dev-installed
 # The newest jax that is supported: the parts that a new jax can break, in an environment of its own.
 NEWEST ?= $(shell for python in python3.13 $$(pyenv root 2>/dev/null)/versions/3.13.*/bin/python; do \
 	$$python -c 'import venv' 2>/dev/null && echo $$python && break; done)
-NEWEST_TESTS := $(wildcard $(addprefix tests/,memory ops examples optimizers/test_sparse.py optimizers/test_tpu_rows.py test_readme.py \
-	$(patsubst %,training/test_%.py,step golden toy)))
+NEWEST_TESTS := $(wildcard $(addprefix tests/,examples ops/test_add_norm.py training/test_golden.py \
+	$(patsubst %,optimizers/test_%.py,sparse tpu_rows) \
+	$(patsubst %,memory/%.py,test_layer test_sharded kernels/test_embedding_bag kernels/test_tpu_embedding_bag \
+	kernels/test_retrieval kernels/test_tpu_retrieval)))
 
 test-newest:
 ifeq ($(NEWEST),)
