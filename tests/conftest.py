@@ -3,14 +3,11 @@
 import functools
 import gc
 import os
-from importlib.metadata import version
 
 os.environ.setdefault('JAX_PLATFORMS', 'cpu')
 os.environ.setdefault('JAX_NUM_CPU_DEVICES', '8')
-# Programs here are compiled more often than run: a third less time in all; and as much again less
-# with XLA's emitters of before, which jaxlib 0.11 no longer has.
-os.environ.setdefault('XLA_FLAGS', '--xla_backend_optimization_level=0' + (
-    ' --xla_cpu_use_fusion_emitters=false' if version('jaxlib') < '0.11' else ''))
+# Programs here are compiled more often than run: a third less time in all.
+os.environ.setdefault('XLA_FLAGS', '--xla_backend_optimization_level=0')
 
 import jax
 import numpy as np

