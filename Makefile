@@ -53,7 +53,7 @@ EMITTERS = $$($(BIN)/python -c 'from importlib.metadata import version; \
 	print("--xla_cpu_use_fusion_emitters=false" * (version("jaxlib") < "0.11"))')
 
 test: $(VENV)/tpu/installed
-	export XLA_FLAGS="--xla_backend_optimization_level=0 $(EMITTERS)"; $(PYTEST) -m 'not slow'
+	XLA_FLAGS="$(EMITTERS) $$XLA_FLAGS" $(PYTEST) -m 'not slow'
 
 test-all: $(VENV)/tpu/installed
 	$(PYTEST)

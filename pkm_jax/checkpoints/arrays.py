@@ -3,6 +3,7 @@
 Checkpoints are Orbax's; store.py writes and restores whole states of training.
 """
 
+import contextlib
 from pathlib import Path
 from typing import Any
 
@@ -56,9 +57,9 @@ def open_model(checkpoint: Path) -> dict:
 
 def open_item(folder: Path) -> dict:
     """The arrays of one item of a checkpoint, such as its 'model', nested, unread."""
-    reader = ocp.PyTreeCheckpointHandler()  # a Checkpointer misses metadata that items have none of
-    tree = reader.metadata(epath.Path(folder)).tree
-    reader.close()
+    # A Checkpointer would warn that it misses metadata, which items have none of.
+    with contextlib.closing(ocp.PyTreeCheckpointHandler()) as reader:
+        tree = reader.metadata(epath.Path(folder)).tree
     return jax.tree_util.tree_map_with_path(
         lambda path, _: StoredArray(folder, path_of(path).replace('/', '.')),
         tree)

@@ -11,9 +11,16 @@ def round_stochastically(
     rows: Float[Array, 'rows V'], ids: Int32[Array, 'rows'], key: Key[Array, ''],
 ) -> BFloat16[Array, 'rows V']:
     """Float32 rows as bfloat16: up or down, so that the mean is the number that was rounded."""
-    columns = jnp.arange(rows.shape[1], dtype=jnp.int32)
-    bits = noise(jax.random.bits(key, (2,)), ids[:, None], columns[None])
-    return rounded(rows, bits).astype(jnp.bfloat16)
+    return round_rows(rows, ids, jax.random.bits(key, (2,)))
+
+
+def round_rows(
+    rows: Float[Array, 'rows V'], ids: Int32[Array, 'rows'], seed: UInt32[Array, '2'],
+    first_column: Int32[Array, ''] | int = 0,
+) -> BFloat16[Array, 'rows V']:
+    """`round_stochastically` by what it takes of a key, of rows that begin with a column."""
+    columns = jnp.arange(rows.shape[1], dtype=jnp.int32) + first_column
+    return rounded(rows, noise(seed, ids[:, None], columns[None])).astype(jnp.bfloat16)
 
 
 def noise(

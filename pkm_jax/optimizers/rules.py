@@ -12,7 +12,7 @@ from jaxtyping import Array, Float, Int32, UInt32
 
 from pkm_jax.dispatch import Choice, Kernel
 from pkm_jax.memory.sparse_rows import put_rows, take_rows
-from pkm_jax.optimizers.rounding import noise, rounded
+from pkm_jax.optimizers.rounding import round_rows
 
 
 class Rule(NamedTuple):
@@ -108,8 +108,7 @@ def reference(
     change, changed = changes(ids, Numbers(*numbers), gradient, squares, moments, rule)
     rows = take_rows(table, ids).astype(jnp.float32) + change
     if table.dtype == jnp.bfloat16:
-        columns = jnp.arange(table.shape[1], dtype=jnp.int32) + start[1]
-        rows = rounded(rows, noise(seed, ids[:, None] + start[0], columns[None]))
+        rows = round_rows(rows, ids + start[0], seed, start[1])
     squares = jnp.sum(jnp.where((ids < len(table))[:, None], change, 0) ** 2, keepdims=True)
     return jnp.sqrt(squares), put_rows(table, ids, rows), *changed
 

@@ -139,12 +139,12 @@ def _update(numbers, integers, ids, squares, gradient, *refs, rule, turned, slot
 def _noise(integers, shape, turned):
     """`rounding.noise` of a block."""
     row, column = (
-        numbers_along(axis, shape[axis]) + (pl.program_id(at) * shape[axis] + integers[2 + at])
+        _numbers_along(axis, shape[axis]) + (pl.program_id(at) * shape[axis] + integers[2 + at])
         for at, axis in enumerate((1, 0) if turned else (0, 1)))
     return noise([integers[at].astype(jnp.uint32) for at in range(2)], row, column)
 
 
-def numbers_along(axis: int, size: int) -> Int32[Array, 'rows columns']:
+def _numbers_along(axis, size):
     """0, 1, … along one axis of two, the other of which has length 1."""
     shape = (size, 1) if axis == 0 else (1, size)
     return jax.lax.broadcasted_iota(jnp.int32, shape, axis)
