@@ -54,7 +54,7 @@ def undisturbed(config: ml_collections.ConfigDict, processes: int) -> float:
     while not _step(config) and all(one.poll() is None for one in started):
         time.sleep(.02)
     first = time.monotonic() - began
-    _stopped(started, 600, {0})
+    _stopped(started, 1_800, {0})
     return first
 
 
@@ -87,7 +87,7 @@ def killed(config: ml_collections.ConfigDict, processes: int, kills: int, second
         when = 'before a first step' if _step(config) == reached else 'after some steps'
         name = f'{signal.Signals(what).name} {when}'
         counts[name] = counts.get(name, 0) + 1
-    _stopped(start(config, processes), 600, {0})
+    _stopped(start(config, processes), 1_800, {0})
     return counts
 
 
