@@ -205,22 +205,22 @@ class RowCopies:
 
 # What follows is built for one lane of one warp; pointers count elements.
 
-def _c(value, bits=32):
+def constant(value, bits=32):
     return arith.constant(ir.IntegerType.get_signless(bits), value)
 
 
-def _number(array):
+def number_of(array):
     register = array.registers.item()
     if isinstance(register.type, ir.VectorType):
-        return llvm.extractelement(register, _c(0))
+        return llvm.extractelement(register, constant(0))
     return register
 
 
 def _is(want):
-    return arith.cmpi(arith.CmpIPredicate.ne, _number(want), _c(0))
+    return arith.cmpi(arith.CmpIPredicate.ne, number_of(want), constant(0))
 
 
-def _element(ref, index):
+def element(ref, index):
     """Pointer to an element of a contiguous array, by an index of 32 bits."""
     wide = arith.extsi(ir.IntegerType.get_signless(64), index)
     return utils.getelementptr(utils.memref_ptr(ref), [wide], ir.MemRefType(ref.type).element_type)
@@ -230,12 +230,12 @@ def _row(ref, row):
     """Pointer to a row of a matrix whose rows are contiguous."""
     kind = ir.MemRefType(ref.type)
     stride = kind.get_strides_and_offset()[0][0]
-    wide = arith.muli(arith.extsi(ir.IntegerType.get_signless(64), row), _c(stride, 64))
+    wide = arith.muli(arith.extsi(ir.IntegerType.get_signless(64), row), constant(stride, 64))
     return utils.getelementptr(utils.memref_ptr(ref), [wide], kind.element_type)
 
 
-def _lane():
-    return arith.remui(utils.thread_idx(), _c(LANES))
+def lane_index():
+    return arith.remui(utils.thread_idx(), constant(LANES))
 
 
 def _barrier(barriers):
@@ -248,7 +248,7 @@ def _make_barriers(number, _, barriers):
     base, word = utils.memref_ptr(barriers), ir.IntegerType.get_signless(64)
     first = utils.single_thread_predicate(utils.ThreadSubset.WARPGROUP)
     for at in range(number):
-        nvvm.mbarrier_init(utils.getelementptr(base, [at], word), _c(1), predicate=first)
+        nvvm.mbarrier_init(utils.getelementptr(base, [at], word), constant(1), predicate=first)
     nvvm.fence_mbarrier_init()
     utils.warpgroup_barrier()
 
@@ -257,21 +257,21 @@ def _start_copies(width, _, rows, barriers, *wanted):
     utils.warp_barrier()        # all lanes have read what was there
     lane = utils.single_thread_predicate(utils.ThreadSubset.WARP)
     warp, barrier = utils.warp_idx(sync=True), _barrier(barriers)
-    size = _c(width * utils.bitwidth(ir.MemRefType(rows.type).element_type) // 8)
+    size = constant(width * utils.bitwidth(ir.MemRefType(rows.type).element_type) // 8)
     copies = list(zip(wanted[::3], wanted[1::3], map(_is, wanted[2::3])))
-    sizes = [arith.select(want, size, _c(0)) for *_, want in copies]
+    sizes = [arith.select(want, size, constant(0)) for *_, want in copies]
     nvvm.mbarrier_arrive_expect_tx(barrier, functools.reduce(arith.addi, sizes), predicate=lane)
     for copy, (table, row, want) in enumerate(copies):
-        to = arith.muli(arith.addi(warp, _c(copy * WARPS)), _c(width))
+        to = arith.muli(arith.addi(warp, constant(copy * WARPS)), constant(width))
         llvm.inline_asm(
             ir.Type.parse('!llvm.void'),
-            [arith.andi(lane, want), _element(rows, to), _row(table, _number(row)), size, barrier],
+            [arith.andi(lane, want), element(rows, to), _row(table, number_of(row)), size, barrier],
             '@$0 cp.async.bulk.shared::cta.global.mbarrier::complete_tx::bytes [$1], [$2], $3, [$4];',
             'b,l,l,r,l', has_side_effects=True)
 
 
 def _wait(_, barriers, phase):
-    nvvm.mbarrier_try_wait_parity(_barrier(barriers), _number(phase), _c(PATIENCE))
+    nvvm.mbarrier_try_wait_parity(_barrier(barriers), number_of(phase), constant(PATIENCE))
 
 
 def _loaded(rows):
@@ -280,8 +280,8 @@ def _loaded(rows):
     width, is_float32 = kind.shape[1], isinstance(kind.element_type, ir.F32Type)
     number = 1 if is_float32 else 2
     piece = _piece(width // number)
-    first = arith.addi(arith.muli(utils.warp_idx(sync=False), _c(width)),
-                       arith.muli(_lane(), _c(piece * number)))
+    first = arith.addi(arith.muli(utils.warp_idx(sync=False), constant(width)),
+                       arith.muli(lane_index(), constant(piece * number)))
     words = ir.VectorType.get((piece,), ir.IntegerType.get_signless(32))
     floats = ir.VectorType.get((piece,), ir.F32Type.get())
 
@@ -290,7 +290,7 @@ def _loaded(rows):
             words, ir.IntegerAttr.get(words.element_type, value)))
 
     parts = [[] for _ in range(number)]
-    pointer = _element(rows, first)
+    pointer = element(rows, first)
     for block in range(width // (LANES * piece * number)):
         here = llvm.load(floats if is_float32 else words, utils.getelementptr(
             pointer, [block * LANES * piece * number], kind.element_type))
@@ -335,13 +335,13 @@ def _zero(kind):
     for at in range(kind.shape[0]):
         zero = llvm.inline_asm(ir.F32Type.get(), [], 'mov.f32 $0, 0f00000000;', '=f',
                                has_side_effects=True)
-        numbers = llvm.insertelement(numbers, zero, _c(at))
+        numbers = llvm.insertelement(numbers, zero, constant(at))
     return numbers
 
 
 def _store(_, table, row, want, *parts):
     with utils.when(_is(want)):
-        _store_parts(table, _number(row), parts)
+        _store_parts(table, number_of(row), parts)
 
 
 def _finish(_, rows, pieces, numbers, number, row, piece, is_piece, want, *parts):
@@ -350,10 +350,10 @@ def _finish(_, rows, pieces, numbers, number, row, piece, is_piece, want, *parts
         for block, table, at in ((branch.then_block, pieces, piece),
                                  (branch.else_block, rows, row)):
             with ir.InsertionPoint(block):
-                _store_parts(table, _number(at), parts)
+                _store_parts(table, number_of(at), parts)
                 scf.yield_([])
-        with utils.when(arith.cmpi(arith.CmpIPredicate.eq, _lane(), _c(0))):
-            llvm.store(_number(number), _element(numbers, _number(row)))
+        with utils.when(arith.cmpi(arith.CmpIPredicate.eq, lane_index(), constant(0))):
+            llvm.store(number_of(number), element(numbers, number_of(row)))
 
 
 def _store_parts(table, row, parts):
@@ -361,12 +361,12 @@ def _store_parts(table, row, parts):
     kind = ir.MemRefType(table.type).element_type
     piece = _piece(parts[0].shape[1])
     turns = piece * len(parts)
-    first = utils.getelementptr(_row(table, row), [arith.muli(_lane(), _c(turns))], kind)
+    first = utils.getelementptr(_row(table, row), [arith.muli(lane_index(), constant(turns))], kind)
     for block, registers in enumerate(zip(*(part.registers.flat for part in parts))):
         joined = llvm.mlir_undef(ir.VectorType.get((turns,), ir.F32Type.get()))
         for at in range(turns):
-            number = llvm.extractelement(registers[at % len(parts)], _c(at // len(parts)))
-            joined = llvm.insertelement(joined, number, _c(at))
+            number = llvm.extractelement(registers[at % len(parts)], constant(at // len(parts)))
+            joined = llvm.insertelement(joined, number, constant(at))
         if not isinstance(kind, ir.F32Type):
             joined = arith.truncf(ir.VectorType.get((turns,), kind), joined)
         llvm.store(joined, utils.getelementptr(first, [block * LANES * turns], kind))
@@ -375,4 +375,4 @@ def _store_parts(table, row, parts):
 def _store_numbers(_, out, number, at, want):
     lane = utils.single_thread_predicate(utils.ThreadSubset.WARP)
     with utils.when(arith.andi(lane, _is(want))):
-        llvm.store(_number(number), _element(out, _number(at)))
+        llvm.store(number_of(number), element(out, number_of(at)))

@@ -7,20 +7,31 @@ ahead, so that registers hold sums and one value row alone. The four warps go th
 step by step together; what only one of them does at a step, it does in a branch of its own.
 """
 
+import functools
+
 import jax
 import jax.numpy as jnp
 from jax.experimental import pallas as pl
+from jax.experimental.mosaic.gpu import utils
 from jax.experimental.pallas import mosaic_gpu as plgpu
+from jaxlib.mlir import ir
+from jaxlib.mlir.dialects import arith, llvm
 from jaxtyping import Array, Float, Int32
 
 from pkm_jax.memory.kernels.gpu.mosaic import (
     BY_WARP,
+    LANES,
+    REF,
     WARPS,
     RowCopies,
     as_columns,
+    constant,
+    element,
     finish,
+    lane_index,
     load,
     no_parts,
+    number_of,
     renew,
     store_numbers,
 )
@@ -46,20 +57,20 @@ def stream(
     chunks = len(cut) - 1
     groups, longest = pl.cdiv(chunks, WARPS), 2 * chunk
     copies = RowCopies(stages, 2 * ahead, width, values.dtype, interpret)
-    by_step, by_chunk = _plan(weights, order, slot, cut, rows_before, groups, longest)
-    steps = jnp.max(by_chunk[:, 0], axis=1)
+    by_chunk = _by_chunk(slot, cut, rows_before, groups)
+    steps = jnp.max(by_chunk[:, 1], axis=1)
     compact = rows_before is not None
 
-    def kernel(values, gradient, by_step, scales, by_chunk, steps, row_slots, rows, by_read, pieces,
+    def kernel(values, gradient, weights, order, slot, by_chunk, steps, row_slots, rows, by_read, pieces,
                plan, scale, chunk_plan, held_rows, barriers, arrived):
         group = jax.lax.axis_index('group')
         copies.begin(barriers)
-        for source, here in ((by_step, plan), (scales, scale), (by_chunk, chunk_plan)):
-            plgpu.copy_gmem_to_smem(source.at[group], here, arrived,
-                                    oob_mode=plgpu.OOBFillMode.PROMISE_IN_BOUNDS)
+        plgpu.copy_gmem_to_smem(by_chunk.at[group], chunk_plan, arrived,
+                                oob_mode=plgpu.OOBFillMode.PROMISE_IN_BOUNDS)
         plgpu.barrier_wait(arrived)
-        length, head_cut, tail_cut, first_row, head_piece, tail_piece = (
-            plgpu.load(chunk_plan.at[n], layout=BY_WARP) for n in range(6))
+        first, length, head_cut, tail_cut, first_row, head_piece, tail_piece = (
+            plgpu.load(chunk_plan.at[n], layout=BY_WARP) for n in range(7))
+        _fill(order, slot, weights, plan, scale, first, length, interpret=interpret)
         last = (steps[group] + ahead - 1) // ahead
 
         def at_read(at):
@@ -118,16 +129,16 @@ def stream(
     like = jax.ShapeDtypeStruct
     row_slots = jax.new_ref(jnp.full((n_rows,), n_slots, jnp.int32))
     rows, by_read, pieces = plgpu.kernel(
-        lambda *refs: kernel(*refs[:6], row_slots, *refs[6:]),
+        lambda *refs: kernel(*refs[:7], row_slots, *refs[7:]),
         out_type=[like((n_rows, width), values.dtype), like((reads,), jnp.float32),
                   like((groups * WARPS * 2, width), jnp.float32)],
         grid=(groups,), grid_names=('group',),
         scratch_types=[plgpu.SMEM((3, longest, WARPS), jnp.int32),
                        plgpu.SMEM((longest, WARPS), jnp.float32),
-                       plgpu.SMEM((6, WARPS), jnp.int32), *copies.scratch,
-                       plgpu.Barrier(num_arrivals=3)],
+                       plgpu.SMEM((7, WARPS), jnp.int32), *copies.scratch,
+                       plgpu.Barrier()],
         interpret=plgpu.InterpretGPUParams() if interpret else None,
-    )(values, gradient, *by_step, by_chunk, steps)
+    )(values, gradient, weights.reshape(-1).astype(jnp.float32), order, slot, by_chunk, steps)
     return row_slots[...], rows, by_read, pieces.reshape(-1, 2, width)[:chunks]
 
 
@@ -136,38 +147,68 @@ def _positive(number):
     return jnp.minimum(jnp.maximum(number, 0), 1)
 
 
-def _plan(weights, order, slot, cut, rows_before, groups, longest):
-    """What each warp does at each step, and of each chunk.
-
-    [groups, 3, steps, 4]: the read, its slot, and whether a segment starts with it, with the last
-    read again where a chunk has no more; [groups, steps, 4]: its weight, then 0. [groups, 6, 4]:
-    length, whether its head and its tail are cut, its first row, its head's and its tail's piece.
-    """
-    reads = slot.size
-    chunks = jnp.arange(groups * WARPS)
+def _by_chunk(slot, cut, rows_before, groups):
+    """[groups, 7, 4]: first read, length, whether head and tail are cut, first row, and the pieces
+    of head and tail of every warp's chunk."""
+    reads, chunks = slot.size, jnp.arange(groups * WARPS)
     first, last = (jnp.pad(part, (0, groups * WARPS - len(part)), constant_values=reads)
                    for part in (cut[:-1], cut[1:]))
-    length = last - first
-    step = jnp.arange(longest)
-    at = jnp.clip(jnp.minimum(first[:, None] + step, last[:, None] - 1), 0, reads - 1)
-    read, here = order[at], slot[at]
-    inside = step < length[:, None]
-    new = inside & ((step == 0) | (here != slot[jnp.maximum(at - 1, 0)]))
-    scale = jnp.where(inside, weights.reshape(-1)[read].astype(jnp.float32), 0)
 
     def is_cut(position):
         return (position > 0) & (position < reads) & (
             slot[jnp.maximum(position - 1, 0)] == slot[jnp.minimum(position, reads - 1)])
 
-    head_cut, tail_cut = is_cut(first), is_cut(last)
-    before = 0 * first if rows_before is None else (
+    head_cut = is_cut(first)
+    row = 0 * first if rows_before is None else (
         jnp.pad(rows_before[:-1], (0, len(first) - len(cut) + 1)) - head_cut)
+    parts = first, last - first, head_cut, is_cut(last), row, 2 * chunks, 2 * chunks + 1
+    return jnp.stack([part.astype(jnp.int32).reshape(groups, WARPS) for part in parts], axis=1)
 
-    def by_group(parts):
-        """[groups, parts, …, 4]"""
-        stacked = jnp.stack([jnp.asarray(part, jnp.int32) for part in parts])
-        return jnp.moveaxis(stacked.reshape(len(parts), groups, WARPS, *stacked.shape[2:]),
-                            (0, 2), (1, -1))
 
-    return ((by_group((read, here, new)), scale.reshape(groups, WARPS, -1).swapaxes(1, 2)),
-            by_group((length, head_cut, tail_cut, before, 2 * chunks, 2 * chunks + 1)))
+def _fill(order, slot, weights, plan, scale, first, length, *, interpret):
+    """What each warp does at each step: plan [3, steps, 4], the read, its slot, and whether a
+    segment starts with it, with the last read again where a chunk has no more; scale [steps, 4],
+    its weight, then 0."""
+    if not interpret:
+        plgpu.inline_mgpu(arg_types=(REF,) * 5 + (BY_WARP,) * 2)(
+            functools.partial(_fill_of_warp, scale.shape[0], slot.shape[0]))(
+                order, slot, weights, plan, scale, first, length)
+        return
+    step = jnp.arange(scale.shape[0], dtype=jnp.int32)
+    for warp in range(WARPS):
+        end = first[warp] + length[warp]
+        at = jnp.clip(jnp.minimum(first[warp] + step, end - 1), 0, slot.shape[0] - 1)
+        inside = step < length[warp]
+        read, here, before = order[...][at], slot[...][at], slot[...][jnp.maximum(at - 1, 0)]
+        plan[0, :, warp], plan[1, :, warp] = read, here
+        plan[2, :, warp] = (inside & ((step == 0) | (here != before))).astype(jnp.int32)
+        scale[:, warp] = jnp.where(inside, weights[...][read], 0)
+
+
+def _fill_of_warp(steps, reads, _, order, slot, weights, plan, scale, first, length):
+    """`_fill` by the lanes of a warp, one step each at a time."""
+    first, length, warp = number_of(first), number_of(length), utils.warp_idx(sync=False)
+    end = arith.subi(arith.addi(first, length), constant(1))
+
+    def fetch(ref, at):
+        return llvm.load(ir.MemRefType(ref.type).element_type, element(ref, at))
+
+    def between(low, at, high):
+        return arith.minsi(arith.maxsi(at, low), high)
+
+    for block in range(0, steps, LANES):
+        step = arith.addi(lane_index(), constant(block))
+        at = between(constant(0), arith.minsi(arith.addi(first, step), end), constant(reads - 1))
+        read, here = fetch(order, at), fetch(slot, at)
+        before = fetch(slot, arith.maxsi(arith.subi(at, constant(1)), constant(0)))
+        inside = arith.cmpi(arith.CmpIPredicate.slt, step, length)
+        new = arith.ori(arith.cmpi(arith.CmpIPredicate.eq, step, constant(0)),
+                        arith.cmpi(arith.CmpIPredicate.ne, here, before))
+        new = arith.extui(step.type, arith.andi(inside, new))
+        weight = arith.select(inside, fetch(weights, read),
+                              arith.constant(ir.F32Type.get(), 0.0))
+        place = arith.addi(arith.muli(step, constant(WARPS)), warp)
+        for number, (ref, value) in enumerate(((plan, read), (plan, here), (plan, new))):
+            llvm.store(value, element(ref, arith.addi(place, constant(number * steps * WARPS))))
+        llvm.store(weight, element(scale, place))
+    utils.warp_barrier()
