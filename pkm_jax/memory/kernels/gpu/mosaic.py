@@ -69,6 +69,14 @@ def as_columns(by_warp: Float[Array, '4'], part: Float[Array, '4 columns']) -> A
                              part_layout(part.shape[1]))
 
 
+def own(numbers: Any, at: Int32[Array, ''], *, interpret: bool) -> Array:
+    """[4]: of [4, n] in shared memory each warp the number at a place of its own row."""
+    if interpret:
+        return numbers[:, at]
+    like = plgpu.ShapeDtypeStruct((WARPS,), numbers.dtype, layout=BY_WARP)
+    return plgpu.inline_mgpu(arg_types=(REF, NUMBER), return_type=like)(_own)(numbers, at)
+
+
 def load(rows: Any, *, interpret: bool) -> Parts:
     """Rows [4, width] in shared memory, of which each warp takes its own."""
     number = parts_of(rows.dtype)
@@ -307,6 +315,16 @@ def _array(registers, columns):
     return FragmentedArray(
         _registers=np.array(registers, dtype=object).reshape(layout.registers_shape((WARPS, columns))),
         _layout=layout, _is_signed=None)
+
+
+def _own(_, numbers, at):
+    kind = ir.MemRefType(numbers.type)
+    place = arith.addi(arith.muli(utils.warp_idx(sync=False), constant(kind.shape[1])), number_of(at))
+    register = llvm.load(ir.VectorType.get((1,), kind.element_type), element(numbers, place))
+    return FragmentedArray(
+        _registers=np.array([register], dtype=object).reshape(
+            BY_WARP.to_mgpu().registers_shape((WARPS,))), _layout=BY_WARP.to_mgpu(),
+        _is_signed=None if isinstance(kind.element_type, ir.FloatType) else True)
 
 
 def _load(_, rows):

@@ -128,8 +128,12 @@ def stream(
 
     like = jax.ShapeDtypeStruct
     row_slots = jax.new_ref(jnp.full((n_rows,), n_slots, jnp.int32))
+
+    def read_backward(*refs):
+        kernel(*refs[:7], row_slots, *refs[7:])
+
     rows, by_read, pieces = plgpu.kernel(
-        lambda *refs: kernel(*refs[:7], row_slots, *refs[7:]),
+        read_backward,
         out_type=[like((n_rows, width), values.dtype), like((reads,), jnp.float32),
                   like((groups * WARPS * 2, width), jnp.float32)],
         grid=(groups,), grid_names=('group',),

@@ -20,6 +20,7 @@ from pkm_jax.memory.kernels.gpu.mosaic import (
     as_columns,
     load,
     no_parts,
+    own,
     store,
 )
 
@@ -43,35 +44,29 @@ def sum_rows(
     steps = reads // rows
     copies = RowCopies(1 << min(stages, steps).bit_length() - 1, rows, columns, values.dtype, interpret)
     groups = pl.cdiv(tokens, WARPS)
-    # The last group of tokens overlaps the one before, and writes the same.
-    by_warp = (jnp.minimum(jnp.arange(groups, dtype=jnp.int32) * WARPS, tokens - WARPS)[:, None]
-               + jnp.arange(WARPS, dtype=jnp.int32))
 
-    def by_group(array):
-        """[groups, R, 4]"""
-        return array[by_warp].swapaxes(1, 2)
-
-    def kernel(values, slots, weights, by_warp, out, slots_here, weights_here, tokens_here, held,
-               barriers, arrived):
-        group = jax.lax.axis_index('group')
+    def read_rows(values, slots, weights, out, slots_here, weights_here, held, barriers, arrived):
+        # The last group of tokens overlaps the one before, and writes the same.
+        token = jnp.minimum(jax.lax.axis_index('group') * WARPS, tokens - WARPS)
         stripe = pl.ds(pl.multiple_of(jax.lax.axis_index('stripe') * columns, columns), columns)
         copies.begin(barriers)
-        for array, here in ((slots, slots_here), (weights, weights_here), (by_warp, tokens_here)):
-            plgpu.copy_gmem_to_smem(array.at[group], here, arrived,
+        for array, here in ((slots, slots_here), (weights, weights_here)):
+            plgpu.copy_gmem_to_smem(array.at[pl.ds(token, WARPS)], here, arrived,
                                     oob_mode=plgpu.OOBFillMode.PROMISE_IN_BOUNDS)
         plgpu.barrier_wait(arrived)
         always = plgpu.layout_cast(jnp.ones(WARPS, jnp.int32), BY_WARP)
+        warp = plgpu.broadcasted_iota(jnp.int32, (WARPS,), 0, layout=BY_WARP)
 
         def start(step):
             copies.start(step, held, barriers, [
                 (values.at[:, stripe],
-                 plgpu.load(slots_here.at[step * rows + row], layout=BY_WARP), always)
+                 own(slots_here, step * rows + row, interpret=interpret), always)
                 for row in range(rows)])
 
         def add_rows(step, totals):
             stage = copies.wait(step, barriers)
             for row in range(rows):
-                weight = plgpu.load(weights_here.at[step * rows + row], layout=BY_WARP)
+                weight = own(weights_here, step * rows + row, interpret=interpret)
                 totals = [total + as_columns(weight, part) * part for total, part in zip(
                     totals, load(held.at[stage, row], interpret=interpret))]
 
@@ -83,14 +78,13 @@ def sum_rows(
         for step in range(copies.stages):
             start(jnp.int32(step))
         totals = jax.lax.fori_loop(0, steps, add_rows, no_parts(columns, values.dtype))
-        token = plgpu.load(tokens_here, layout=BY_WARP)
-        store(out.at[:, stripe], totals, token, always, interpret=interpret)
+        store(out.at[pl.ds(token, WARPS), stripe], totals, warp, always, interpret=interpret)
 
     return plgpu.kernel(
-        kernel, out_type=jax.ShapeDtypeStruct((tokens, width), values.dtype),
+        read_rows, out_type=jax.ShapeDtypeStruct((tokens, width), values.dtype),
         grid=(width // columns, groups), grid_names=('stripe', 'group'),
-        scratch_types=[plgpu.SMEM((reads, WARPS), jnp.int32),
-                       plgpu.SMEM((reads, WARPS), jnp.float32), plgpu.SMEM((WARPS,), jnp.int32),
-                       *copies.scratch, plgpu.Barrier(num_arrivals=3)],
+        scratch_types=[plgpu.SMEM((WARPS, reads), jnp.int32),
+                       plgpu.SMEM((WARPS, reads), jnp.float32),
+                       *copies.scratch, plgpu.Barrier(num_arrivals=2)],
         interpret=plgpu.InterpretGPUParams() if interpret else None,
-    )(values, by_group(slots), by_group(weights.astype(jnp.float32)), by_warp)
+    )(values, slots, weights.astype(jnp.float32))
