@@ -2,6 +2,8 @@
 
 import os
 
+import jax
+
 from pkm_jax.refusal import Refusal
 
 SETTING = 'PKM_JAX_MOSAIC_GPU'      # of the environment; '1': Mosaic GPU (Hopper and later)
@@ -17,3 +19,12 @@ def is_mosaic() -> bool:
     if asked not in ('0', '1'):
         raise Refusal(f'{SETTING}={asked}: 1 has Mosaic GPU make the reads, 0 Triton.')
     return asked == '1'
+
+
+def mosaic_lacks(tokens: int) -> str | None:
+    """Why Mosaic GPU cannot make the reads of so many tokens; None if it can."""
+    if jax.__version_info__ < (0, 11):
+        return f'Mosaic GPU by jax {jax.__version__} (0.11 or later)'
+    if tokens < 4:
+        return f'{tokens} tokens (at least 4, one a warp)'
+    return None

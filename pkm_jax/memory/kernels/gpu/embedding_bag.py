@@ -5,7 +5,7 @@ import jax.numpy as jnp
 from jax import ShapeDtypeStruct
 from jaxtyping import Array, Float, Int32
 
-from pkm_jax.memory.kernels.gpu.backend import is_mosaic
+from pkm_jax.memory.kernels.gpu.backend import is_mosaic, mosaic_lacks
 from pkm_jax.memory.kernels.gpu.embedding_bag_backward import dense_gradients, rows_that_were_read
 from pkm_jax.memory.kernels.gpu.embedding_bag_forward import sum_rows
 from pkm_jax.memory.sparse_rows import SparseRows
@@ -24,9 +24,7 @@ def unsupported(
         return f'a value width of {values.shape[1]} (a multiple of 128)'
     if slots.size >= 2**31:
         return f'{slots.size} reads (fewer than 2^31)'
-    if is_mosaic() and slots.shape[0] < 4:
-        return f'{slots.shape[0]} tokens (at least 4)'
-    return None
+    return mosaic_lacks(slots.shape[0]) if is_mosaic() else None
 
 
 def forward(

@@ -98,8 +98,7 @@ def _gradients(values, reads, weights, gradient, n_rows, rows_before, mosaic, in
     `rows_before` counts the distinct slots before each chunk; None: a slot is its own row.
     """
     order, slot = reads
-    width, n_slots = values.shape[1], len(values)
-    chunk_size = _chunk_size(slot, mosaic)
+    width, chunk_size = values.shape[1], _chunk_size(slot, mosaic)
     cut, segment_end = _cuts(slot, chunk_size, interpret)
     chunks = len(cut) - 1
     compact = [] if rows_before is None else [rows_before]

@@ -12,26 +12,20 @@ import functools
 import jax
 import jax.numpy as jnp
 from jax.experimental import pallas as pl
-from jax.experimental.mosaic.gpu import utils
 from jax.experimental.pallas import mosaic_gpu as plgpu
-from jaxlib.mlir import ir
-from jaxlib.mlir.dialects import arith, llvm
 from jaxtyping import Array, Float, Int32
 
+from pkm_jax.memory.kernels.gpu import mosaic_lanes as lanes
 from pkm_jax.memory.kernels.gpu.mosaic import (
     BY_WARP,
-    LANES,
     REF,
     WARPS,
     RowCopies,
     as_columns,
-    constant,
-    element,
     finish,
-    lane_index,
+    inline,
     load,
     no_parts,
-    number_of,
     renew,
     store_numbers,
 )
@@ -61,8 +55,10 @@ def stream(
     steps = jnp.max(by_chunk[:, 1], axis=1)
     compact = rows_before is not None
 
-    def kernel(values, gradient, weights, order, slot, by_chunk, steps, row_slots, rows, by_read, pieces,
-               plan, scale, chunk_plan, held_rows, barriers, arrived):
+    row_slots = jax.new_ref(jnp.full((n_rows,), n_slots, jnp.int32))
+
+    def read_backward(values, gradient, weights, order, slot, by_chunk, steps, rows, by_read,
+                      pieces, plan, scale, chunk_plan, held_rows, barriers, arrived):
         group = jax.lax.axis_index('group')
         copies.begin(barriers)
         plgpu.copy_gmem_to_smem(by_chunk.at[group], chunk_plan, arrived,
@@ -127,11 +123,6 @@ def stream(
               _positive(length))
 
     like = jax.ShapeDtypeStruct
-    row_slots = jax.new_ref(jnp.full((n_rows,), n_slots, jnp.int32))
-
-    def read_backward(*refs):
-        kernel(*refs[:7], row_slots, *refs[7:])
-
     rows, by_read, pieces = plgpu.kernel(
         read_backward,
         out_type=[like((n_rows, width), values.dtype), like((reads,), jnp.float32),
@@ -164,7 +155,7 @@ def _by_chunk(slot, cut, rows_before, groups):
 
     head_cut = is_cut(first)
     row = 0 * first if rows_before is None else (
-        jnp.pad(rows_before[:-1], (0, len(first) - len(cut) + 1)) - head_cut)
+        jnp.pad(rows_before[:-1], (0, len(first) - len(cut) + 1)) - head_cut.astype(jnp.int32))
     parts = first, last - first, head_cut, is_cut(last), row, 2 * chunks, 2 * chunks + 1
     return jnp.stack([part.astype(jnp.int32).reshape(groups, WARPS) for part in parts], axis=1)
 
@@ -174,9 +165,8 @@ def _fill(order, slot, weights, plan, scale, first, length, *, interpret):
     segment starts with it, with the last read again where a chunk has no more; scale [steps, 4],
     its weight, then 0."""
     if not interpret:
-        plgpu.inline_mgpu(arg_types=(REF,) * 5 + (BY_WARP,) * 2)(
-            functools.partial(_fill_of_warp, scale.shape[0], slot.shape[0]))(
-                order, slot, weights, plan, scale, first, length)
+        inline(functools.partial(lanes.fill_of_warp, scale.shape[0], slot.shape[0]),
+               (REF,) * 5 + (BY_WARP,) * 2, order, slot, weights, plan, scale, first, length)
         return
     step = jnp.arange(scale.shape[0], dtype=jnp.int32)
     for warp in range(WARPS):
@@ -187,32 +177,3 @@ def _fill(order, slot, weights, plan, scale, first, length, *, interpret):
         plan[0, :, warp], plan[1, :, warp] = read, here
         plan[2, :, warp] = (inside & ((step == 0) | (here != before))).astype(jnp.int32)
         scale[:, warp] = jnp.where(inside, weights[...][read], 0)
-
-
-def _fill_of_warp(steps, reads, _, order, slot, weights, plan, scale, first, length):
-    """`_fill` by the lanes of a warp, one step each at a time."""
-    first, length, warp = number_of(first), number_of(length), utils.warp_idx(sync=False)
-    end = arith.subi(arith.addi(first, length), constant(1))
-
-    def fetch(ref, at):
-        return llvm.load(ir.MemRefType(ref.type).element_type, element(ref, at))
-
-    def between(low, at, high):
-        return arith.minsi(arith.maxsi(at, low), high)
-
-    for block in range(0, steps, LANES):
-        step = arith.addi(lane_index(), constant(block))
-        at = between(constant(0), arith.minsi(arith.addi(first, step), end), constant(reads - 1))
-        read, here = fetch(order, at), fetch(slot, at)
-        before = fetch(slot, arith.maxsi(arith.subi(at, constant(1)), constant(0)))
-        inside = arith.cmpi(arith.CmpIPredicate.slt, step, length)
-        new = arith.ori(arith.cmpi(arith.CmpIPredicate.eq, step, constant(0)),
-                        arith.cmpi(arith.CmpIPredicate.ne, here, before))
-        new = arith.extui(step.type, arith.andi(inside, new))
-        weight = arith.select(inside, fetch(weights, read),
-                              arith.constant(ir.F32Type.get(), 0.0))
-        place = arith.addi(arith.muli(step, constant(WARPS)), warp)
-        for number, (ref, value) in enumerate(((plan, read), (plan, here), (plan, new))):
-            llvm.store(value, element(ref, arith.addi(place, constant(number * steps * WARPS))))
-        llvm.store(weight, element(scale, place))
-    utils.warp_barrier()

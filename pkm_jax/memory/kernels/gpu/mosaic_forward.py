@@ -42,7 +42,8 @@ def sum_rows(
     columns = math.gcd(width, stripe_bytes // values.dtype.itemsize)
     rows = math.gcd(reads, rows)
     steps = reads // rows
-    copies = RowCopies(1 << min(stages, steps).bit_length() - 1, rows, columns, values.dtype, interpret)
+    copies = RowCopies(1 << min(stages, steps).bit_length() - 1, rows, columns, values.dtype,
+                       interpret)
     groups = pl.cdiv(tokens, WARPS)
 
     def read_rows(values, slots, weights, out, slots_here, weights_here, held, barriers, arrived):
