@@ -21,10 +21,12 @@ def is_mosaic() -> bool:
     return asked == '1'
 
 
-def mosaic_lacks(tokens: int) -> str | None:
-    """Why Mosaic GPU cannot make the reads of so many tokens; None if it can."""
+def mosaic_lacks(tokens: int, reads: int) -> str | None:
+    """Why Mosaic GPU cannot make so many reads of each of so many tokens; None if it can."""
     if jax.__version_info__ < (0, 11):
         return f'Mosaic GPU by jax {jax.__version__} (0.11 or later)'
     if tokens < 4:
         return f'{tokens} tokens (at least 4, one a warp)'
+    if tokens % 4 and reads % 4:    # the last four tokens' slots would not begin at 16 bytes
+        return f'{tokens} tokens of {reads} reads (one of them a multiple of 4)'
     return None

@@ -24,7 +24,7 @@ def unsupported(
         return f'a value width of {values.shape[1]} (a multiple of 128)'
     if slots.size >= 2**31:
         return f'{slots.size} reads (fewer than 2^31)'
-    return mosaic_lacks(slots.shape[0]) if is_mosaic() else None
+    return mosaic_lacks(*slots.shape) if is_mosaic() else None
 
 
 def forward(

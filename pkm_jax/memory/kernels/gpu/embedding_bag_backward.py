@@ -84,7 +84,7 @@ def _sort(slots):
     return order, slot
 
 
-def _chunk_size(slot, mosaic):
+def _chunk_size(slot, mosaic=False):
     """Sorted reads of one chunk, and the longest segment that is not cut."""
     if mosaic:
         from pkm_jax.memory.kernels.gpu.mosaic_backward import CHUNK
