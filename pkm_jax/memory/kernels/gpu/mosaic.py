@@ -177,19 +177,21 @@ class RowCopies:
     def start(
         self, step: Int32[Array, ''], rows: Any, barriers: Any, wanted: Sequence[tuple],
     ) -> None:
-        """Starts the copies of a step: for each a table, its rows [4] and which [4] to copy.
+        """Starts the copies of a step: for each a table, its rows [4], which [4] to copy, and the
+        share of them that L2 is asked to keep.
 
         A warp has read what it copied `stages` steps before.
         """
         stage = step & (self.stages - 1)
         if self.interpret:
-            for copy, (table, row, _) in enumerate(wanted):     # all: it knows no predicates
+            for copy, (table, row, *_) in enumerate(wanted):     # all: it knows no predicates
                 for warp in range(WARPS):
                     plgpu.copy_gmem_to_smem(
                         table.at[row[warp]], rows.at[stage, copy, warp], barriers.at[stage])
             return
-        flat = [part for copy in wanted for part in copy]
-        inline(functools.partial(lanes.start_copies_of_warp, self.width),
+        flat = [part for copy in wanted for part in copy[:3]]
+        kept = tuple(copy[3] for copy in wanted)
+        inline(functools.partial(lanes.start_copies_of_warp, self.width, kept),
                 (REF, REF, *(REF, BY_WARP, BY_WARP) * len(wanted)),
                 rows.at[stage], barriers.at[stage], *flat)
 

@@ -32,6 +32,7 @@ from pkm_jax.memory.kernels.gpu.mosaic import (
 
 STAGES = 2      # steps on their way,
 READS = 2       # of so many reads each
+KEEP = 1.       # share of the gradients that L2 is asked to keep
 CHUNK = 128     # sorted reads of one warp, and the longest segment that is not cut
 
 
@@ -39,7 +40,7 @@ def stream(
     values: Float[Array, 'S V'], gradient: Float[Array, 'T V'], weights: Float[Array, 'T R'],
     order: Int32[Array, 'reads'], slot: Int32[Array, 'reads'], cut: Int32[Array, 'chunks_1'],
     rows_before: Int32[Array, 'chunks_1'] | None, n_rows: int, *, stages: int = STAGES,
-    ahead: int = READS, chunk: int = CHUNK, interpret: bool,
+    ahead: int = READS, keep: float = KEEP, chunk: int = CHUNK, interpret: bool,
 ) -> tuple[Int32[Array, '{n_rows}'], Float[Array, '{n_rows} V'], Float[Array, 'reads'],
            Float[Array, 'chunks 2 V']]:
     """Slot of each gradient row (S: none, and the row not set), the rows, the weights' gradients by
@@ -78,8 +79,8 @@ def stream(
             for n in range(ahead):
                 read, here, new = at_read(step * ahead + n)
                 always = plgpu.layout_cast(jnp.ones(WARPS, jnp.int32), BY_WARP)
-                wanted += [(gradient, jax.lax.div(read, reads // tokens), always),
-                           (values, here, new)]
+                wanted += [(gradient, jax.lax.div(read, reads // tokens), always, keep),
+                           (values, here, new, 0)]
             copies.start(step, held_rows, barriers, wanted)
 
         def write(here, totals, row, is_piece, piece, want):

@@ -61,7 +61,7 @@ def sum_rows(
         def start(step):
             copies.start(step, held, barriers, [
                 (values.at[:, stripe],
-                 own(slots_here, step * rows + row, interpret=interpret), always)
+                 own(slots_here, step * rows + row, interpret=interpret), always, 0)
                 for row in range(rows)])
 
         def add_rows(step, totals):

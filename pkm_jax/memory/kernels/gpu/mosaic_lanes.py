@@ -16,8 +16,7 @@ from jaxlib.mlir.dialects import arith, llvm, nvvm, scf, vector
 WARPS = 4       # of a warpgroup
 LANES = 32      # of a warp
 PATIENCE = 10_000_000       # ns that a wait sleeps at most before it looks again
-COPY = ('@$0 cp.async.bulk.shared::cta.global.mbarrier::complete_tx::bytes '
-        '[$1], [$2], $3, [$4];')     # predicate, destination, source, bytes, barrier
+COPY = '@$0 cp.async.bulk.shared::cta.global.mbarrier::complete_tx::bytes'
 
 
 def piece_of(columns: int) -> int:
@@ -77,7 +76,9 @@ def make_barriers(number: int, _: Any, barriers: Any) -> None:
     utils.warpgroup_barrier()
 
 
-def start_copies_of_warp(width: int, _: Any, rows: Any, barriers: Any, *wanted: Any) -> None:
+def start_copies_of_warp(
+    width: int, kept: tuple, _: Any, rows: Any, barriers: Any, *wanted: Any
+) -> None:
     """See `mosaic.RowCopies.start`."""
     utils.warp_barrier()        # all lanes have read what was there
     lane = utils.single_thread_predicate(utils.ThreadSubset.WARP)
@@ -88,11 +89,18 @@ def start_copies_of_warp(width: int, _: Any, rows: Any, barriers: Any, *wanted: 
     nvvm.mbarrier_arrive_expect_tx(barrier, functools.reduce(arith.addi, sizes), predicate=lane)
     for copy, (table, row, want) in enumerate(copies):
         to = arith.muli(arith.addi(warp, constant(copy * WARPS)), constant(width))
-        llvm.inline_asm(
-            ir.Type.parse('!llvm.void'),
-            [arith.andi(lane, want), element(rows, to), _row(table, number_of(row)), size, barrier],
-            COPY,
-            'b,l,l,r,l', has_side_effects=True)
+        operands = [arith.andi(lane, want), element(rows, to), _row(table, number_of(row)), size,
+                    barrier]
+        if kept[copy]:
+            policy = llvm.inline_asm(
+                ir.IntegerType.get_signless(64), [],
+                f'createpolicy.fractional.L2::evict_last.b64 $0, {kept[copy]:.2f};', '=l')
+            llvm.inline_asm(ir.Type.parse('!llvm.void'), [*operands, policy],
+                            COPY + '.L2::cache_hint [$1], [$2], $3, [$4], $5;', 'b,l,l,r,l,l',
+                            has_side_effects=True)
+        else:
+            llvm.inline_asm(ir.Type.parse('!llvm.void'), operands,
+                            COPY + ' [$1], [$2], $3, [$4];', 'b,l,l,r,l', has_side_effects=True)
 
 
 def wait_of_warp(_: Any, barriers: Any, phase: Any) -> None:
