@@ -20,6 +20,7 @@ from configs import bert_base_pkm
 from pkm_jax.convert import huggingface
 from pkm_jax.data import vocabulary
 from pkm_jax.models.bert import BertConfig
+from pkm_jax.models.interface import abstract_model
 
 VERBOSITY = logging.get_verbosity()     # before any program
 
@@ -86,7 +87,7 @@ def tiny_bert(tmp_path_factory):
         near_one = path[-1].key == 'scale'
         return (near_one + .1 * rng.normal(size=leaf.shape)).astype(np.float32)
 
-    model = nnx.eval_shape(lambda: config.build(nnx.Rngs(0)))
+    model = abstract_model(config)
     params = jax.tree_util.tree_map_with_path(draw, nnx.to_pure_dict(nnx.state(model, nnx.Param)))
     folder = tmp_path_factory.mktemp('weights') / 'tiny_bert'
     huggingface.save(folder, config, params, {}, vocabulary=vocabulary.word_pieces(

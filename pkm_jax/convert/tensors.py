@@ -11,8 +11,8 @@ import ml_dtypes
 import numpy as np
 from flax import nnx
 
-from pkm_jax.models.bert import Bert, BertConfig
-from pkm_jax.models.interface import flatten, unflatten
+from pkm_jax.models.bert import BertConfig
+from pkm_jax.models.interface import abstract_model, flatten, unflatten
 from pkm_jax.refusal import Refusal
 
 FLOATS = (np.float32, np.float16, ml_dtypes.bfloat16)
@@ -80,7 +80,7 @@ class ForeignModel:
 
 def expected(config: BertConfig) -> tuple[dict[str, Any], dict[str, Any]]:
     """Shapes of the parameters and of the batch statistics of `Bert(config)`, by path."""
-    model = nnx.eval_shape(lambda: Bert(config, nnx.Rngs(0)))
+    model = abstract_model(config)
     params, statistics = nnx.state(model, nnx.Param), nnx.state(model, nnx.BatchStat)
     return flatten(nnx.to_pure_dict(params)), flatten(nnx.to_pure_dict(statistics))
 

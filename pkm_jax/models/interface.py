@@ -10,6 +10,7 @@ from typing import Any, NamedTuple, Protocol, runtime_checkable
 import jax
 from flax import nnx
 from flax.traverse_util import flatten_dict, unflatten_dict
+from jaxtyping import Array, Key
 
 from pkm_jax.memory.layer import MemoryConfig
 
@@ -81,6 +82,31 @@ class ModelConfig(Protocol):
 
     def activation_bytes(self, sequences: int, length: int, predictions: int) -> int:
         """An estimate of the bytes that a device keeps from the forward to the backward pass."""
+
+
+class TracedRngs(nnx.Rngs):
+    """`nnx.Rngs(key)` for a model that is built while it is traced: the same keys, sooner.
+
+    Flax counts them in an array and asks it for its sharding. A traced array has none, and JAX
+    composes the text of that error from all operations so far.
+    """
+
+    def __init__(self, key: Key[Array, '']) -> None:
+        self.default = _Counted(key)    # for every name
+
+
+class _Counted:
+    def __init__(self, key: Key[Array, '']) -> None:
+        self.key, self.count = key, 0
+
+    def __call__(self) -> Key[Array, '']:
+        self.count += 1
+        return jax.random.fold_in(self.key, self.count - 1)
+
+
+def abstract_model(config: ModelConfig) -> nnx.Module:
+    """The module with shapes in the place of its parameters and statistics."""
+    return nnx.eval_shape(lambda: config.build(TracedRngs(jax.random.key(0))))
 
 
 def table_paths(memories: dict[Any, MemorySite]) -> frozenset[str]:

@@ -14,7 +14,7 @@ from pkm_jax.checkpoints.pretrained import model_of_weights, open_pretrained
 from pkm_jax.configuration.resolve import task_of
 from pkm_jax.data import tokenizer
 from pkm_jax.data.vocabulary import Vocabulary
-from pkm_jax.models.interface import ModelConfig, flatten, unflatten
+from pkm_jax.models.interface import ModelConfig, abstract_model, flatten, unflatten
 from pkm_jax.refusal import Refusal
 
 
@@ -48,7 +48,7 @@ def open_trained(source: str) -> Trained:
         raise Refusal(f'{source} has no tokenizer.json or vocab.txt: put that of its training '
                       f'there, without which words have no numbers.')
     config = model_of_weights(pretrained.model, pretrained.weights)
-    abstract = nnx.eval_shape(lambda: config.build(nnx.Rngs(0)))
+    abstract = abstract_model(config)
     state = (_filled(source, pretrained, 'params', nnx.state(abstract, nnx.Param)),
              _filled(source, pretrained, 'statistics', nnx.state(abstract, nnx.BatchStat)))
     vocabulary = tokenizer.load(pretrained.vocabulary)

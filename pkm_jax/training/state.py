@@ -14,7 +14,7 @@ from jaxtyping import Array, Int32, Integer
 
 from pkm_jax.memory.usage import NEVER
 from pkm_jax.mesh import OWN
-from pkm_jax.models.interface import ModelConfig, path_of
+from pkm_jax.models.interface import ModelConfig, TracedRngs, abstract_model, path_of
 from pkm_jax.optimizers.layout import state_specs
 from pkm_jax.refusal import Refusal
 
@@ -34,7 +34,7 @@ def initial_state(
 ) -> TrainState:
     """A fresh model; to be called under `jax.jit` (of the seed: as a constant, XLA would draw the
     random weights while it compiles) or `jax.eval_shape`."""
-    model = config.build(nnx.Rngs(jax.random.key(seed)))
+    model = config.build(TracedRngs(jax.random.key(seed)))
     params = nnx.to_pure_dict(nnx.state(model, nnx.Param))
     return TrainState(
         step=jnp.zeros((), jnp.int32), params=params,
@@ -46,7 +46,7 @@ def initial_state(
 
 def model_graph(config: ModelConfig) -> nnx.GraphDef:
     """The structure that `nnx.merge(graph, params, batch_stats)` makes a model of."""
-    model = nnx.eval_shape(lambda: config.build(nnx.Rngs(0)))
+    model = abstract_model(config)
     return nnx.split(model, nnx.Param, nnx.BatchStat)[0]
 
 

@@ -10,6 +10,7 @@ from flax import nnx
 from pkm_jax.memory.layer import MemoryConfig
 from pkm_jax.models.bert import BertConfig
 from pkm_jax.models.causal import CausalConfig
+from pkm_jax.models.interface import abstract_model
 
 LENGTH, BATCH, PREDICTIONS = 64, 2, 16
 SIZES = dict(vocab_size=1000, layers=2, width=128, attention_heads=2, feed_forward_width=512,
@@ -21,7 +22,7 @@ PLAIN = {'bert': BertConfig(**SIZES), 'causal': CausalConfig(**SIZES)}
 def counted(config):
     """Of the whole forward pass, elementwise work and comparisons included."""
     graph, params, rest = nnx.split(
-        nnx.eval_shape(lambda: config.build(nnx.Rngs(0))), nnx.Param, ...)
+        abstract_model(config), nnx.Param, ...)
     tokens, lengths = jnp.zeros((BATCH, LENGTH), jnp.int32), jnp.full(BATCH, LENGTH)
 
     def forward(params, rest):
