@@ -32,7 +32,7 @@ from pkm_jax.memory.kernels.gpu.mosaic import (
 
 STAGES = 2      # steps on their way,
 READS = 2       # of so many reads each
-KEEP = 1.       # share of the gradients that L2 is asked to keep
+KEEP = .5       # share of the gradients that L2 is asked to keep
 CHUNK = 128     # sorted reads of one warp, and the longest segment that is not cut
 
 

@@ -26,7 +26,7 @@ from pkm_jax.memory.kernels.gpu.mosaic import (
 
 STRIPE_BYTES = 512      # of one row in one stripe, at most
 STAGES = 4
-ROWS_A_STAGE = 4
+ROWS_A_STAGE = 8
 
 
 def sum_rows(
