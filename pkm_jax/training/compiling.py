@@ -18,7 +18,7 @@ Shapes = frozenset[tuple[str, tuple[int, ...]]]     # of a batch, by the names o
 
 
 class Programs:
-    """The compiled programs of a run; whoever asks for one waits until it is there.
+    """The compiled programs of a run.
 
     One thread traces and lowers them in the order in which they are needed, others compile them. An
     error of theirs is raised where the program is asked for.
@@ -43,26 +43,20 @@ class Programs:
         for length in batches if step < run.train.steps else ():
             batch = abstract_batch(run, mesh, length, run.train.micro_batch)
             self._begin(('evaluation', length), functools.partial(_lowered_count, program, batch))
-        self._first = takes_norms(run, step + 1)
 
     def first_state(self) -> Any:
         """A fresh TrainState."""
         return self._compiled['first state'].result()(self._seed)
 
-    def wait_for_first_step(self) -> None:
-        """Until the steps that can be the next one are compiled."""
-        for shapes in self.lengths:
-            self.step(self._first, shapes)
+    def wait(self) -> None:
+        """Until all are there. Later they would look for the fastest kernels on devices that are
+        busy and full; `Program.count` is found by JAX when it is called."""
+        for program in self._compiled.values():
+            program.result()
 
     def step(self, all_norms: bool, shapes: Shapes) -> Callable:
         """`Program.take_step` for batches of these shapes."""
         return self._compiled[all_norms, shapes].result()
-
-    def wait_for_evaluation(self) -> None:
-        """Until `Program.count` is compiled, which JAX finds when it is called."""
-        for key, program in self._compiled.items():
-            if key[0] == 'evaluation':
-                program.result()
 
     def close(self) -> None:
         """Forgets what has not begun."""

@@ -113,14 +113,14 @@ def _train(run: Run, layout: Layout, changed: str, data: Data | None,
                   lower_is_better=run.task.lower_is_better,
                   memories={name: site.title for name, site in run.model.memories.items()})
         requests = closing.enter_context(StopRequests(mesh))
-        with start.phase('compiling the step'), log.pause():
-            programs.wait_for_first_step()
+        with start.phase('compiling the programs'), log.pause():
+            programs.wait()
         log.say('\n'.join(f'{name}: {how}' for name, how in programs.operations.items()))
         best = closing.enter_context(contextlib.closing(
             Checkpoints(run.folder / 'best', 1, still_ours))) if run.train.best else None
         watch = closing.enter_context(Watch(run.folder, jax.process_index(), run.log.hang_exit))
-        _loop(run, state, progress, programs, _evaluation(run, program, programs, mesh, data, log),
-              stream, mesh, checkpoints, best, log, requests, watch)
+        _loop(run, state, progress, programs, _evaluation(run, program, mesh, data, log), stream,
+              mesh, checkpoints, best, log, requests, watch)
     return run.folder
 
 
@@ -293,7 +293,7 @@ def _reporter(run: Run, log: RunLog, progress: Progress, skips: divergence.Skips
     return report
 
 
-def _evaluation(run: Run, program: Program, programs: Programs, mesh: Mesh, data: Data,
+def _evaluation(run: Run, program: Program, mesh: Mesh, data: Data,
                 log: RunLog) -> Callable[[TrainState, int, Progress], dict[str, Any]]:
     """A function that evaluates a state on the same validation batches each time, and logs it."""
     number = run.log.eval_batches * run.train.gradient_accumulation_steps
@@ -310,7 +310,6 @@ def _evaluation(run: Run, program: Program, programs: Programs, mesh: Mesh, data
              if sites and run.tables.drift_tokens else None)
 
     def evaluate_now(state, step, progress):
-        programs.wait_for_evaluation()
         values, counts, _ = evaluate(
             state, batches(), program, run.task, sites, data, 'validation',
             min(number * size, data.num_records('validation')), run.tables.dead_after)

@@ -26,7 +26,7 @@ def fail(monkeypatch, place, words):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize('place', ['_loop', 'first_state', 'wait_for_first_step'])
+@pytest.mark.parametrize('place', ['_loop', 'first_state', 'wait'])
 def test_it_is_said_what_there_is_too_much_of(config, monkeypatch, place):
     config.memory.update(sub_keys=256, updates='dense')
     config.memory.shards.update(rows=1, columns=1)
