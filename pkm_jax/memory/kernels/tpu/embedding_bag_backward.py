@@ -26,7 +26,7 @@ from jax.experimental.pallas import tpu as pltpu
 from jaxtyping import Array, Float, Int32
 
 from pkm_jax.memory.embedding_bag import SKEWED_READS
-from pkm_jax.memory.kernels.tpu import own_reads
+from pkm_jax.memory.kernels.tpu import own_reads, sparsecore, sparsecore_backward
 from pkm_jax.memory.kernels.tpu.rows import (
     LANES,
     Interpret,
@@ -59,9 +59,10 @@ def dense_gradients(
 
 def compact_gradients(
     values: Float[Array, 'S V'], slots: Int32[Array, 'T R'], weights: Float[Array, 'T R'],
-    gradient: Float[Array, 'T V'], *, interpret: Interpret,
+    gradient: Float[Array, 'T V'], *, interpret: Interpret, chip: sparsecore.Chip | None = None,
 ) -> tuple[SparseRows, Float[Array, 'T R']]:
-    """The rows of the gradient of `values`, and that of `weights`; slots of S are no reads."""
+    """The rows of the gradient of `values`, and that of `weights`; slots of S are no reads. By the
+    SparseCores of `chip`, if that is given."""
     n_slots = len(values)
     capacity = min(n_slots, slots.size)
     reads = _all_by_slot(slots, weights)
@@ -74,10 +75,14 @@ def compact_gradients(
         ids = jnp.full(capacity, n_slots, jnp.int32).at[
             jnp.where(begins, place, capacity)].set(reads.slots, mode='drop')
         count = jnp.sum(begins, dtype=jnp.int32)[None]
-    rows, by_sorted = _sums(reads, place, as_rows(gradient, interpret), n_slots, capacity,
-                            jnp.float32, slots.shape[1], interpret, as_rows(values, interpret))
-    return (SparseRows(ids, as_table(rows, values.shape[1], interpret), count),
-            _in_order(reads, by_sorted, weights))
+    if chip is not None:
+        rows, by_sorted = sparsecore_backward.sum_by_slot(
+            reads, place, ids, values, gradient, slots.shape[1], chip=chip, interpret=interpret)
+    else:
+        rows, by_sorted = _sums(reads, place, as_rows(gradient, interpret), n_slots, capacity,
+                                jnp.float32, slots.shape[1], interpret, as_rows(values, interpret))
+        rows = as_table(rows, values.shape[1], interpret)
+    return SparseRows(ids, rows, count), _in_order(reads, by_sorted, weights)
 
 
 def own_row_gradients(

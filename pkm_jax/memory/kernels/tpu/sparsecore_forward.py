@@ -24,6 +24,7 @@ from jaxtyping import Array, Float, Int32
 from pkm_jax.memory.kernels.tpu.rows import LANES, Interpret, padded_tokens
 from pkm_jax.memory.kernels.tpu.sparsecore import (
     NO_READ,
+    SHARE,
     Chip,
     Rows,
     as_words,
@@ -36,7 +37,6 @@ from pkm_jax.memory.kernels.tpu.sparsecore import (
 
 STREAMS = 8         # parts on their way to a subcore, a power of two
 TILE = 16           # tokens of a tile, a multiple of every chip's lanes
-SHARE = 7 / 8       # of a subcore's memory that is used
 
 
 class Sizes(NamedTuple):

@@ -1,0 +1,405 @@
+"""Gradients of the weighted sum of value rows on the SparseCores of a TPU (Pallas, Mosaic).
+
+The reads come sorted by slot, those of a slot together, as a *segment*. Every vector subcore has as
+many of them in one piece, in tiles of TILE, one after the other. A *part* is as many reads as a
+vector of the subcore has lanes. Two indirect copies bring the output gradients of its tokens and
+the value rows of the slots that begin in it; AHEAD parts are on their way while parts before them
+are added up, in the order of the reads. A value row is copied once for each segment and tile: a
+segment that goes on in the next part hands it on. weight · gradient is added to a float32 sum, kept
+after each read, and a third indirect copy takes those sums of a part to their rows with which a
+segment ends. The product of value row and gradient is the gradient of the read's weight.
+
+A segment can begin in the share of one subcore and go on in others'. The one that it begins in
+writes the row, of its own reads; the others leave what they begin with, the *rest* of a segment,
+beside the rows, and it is added to them afterwards, in the order of the subcores. So no sum depends
+on when a copy arrives, and many reads of one slot are shared like any. Rows without a read get
+zeros by indirect copies too. Rows of which not AHEAD parts fit a subcore's memory are passed over
+in pieces, one piece for the whole tile after the other.
+
+Bytes: as on the TensorCore. Operations of a subcore, for each read and vector of words: both rows
+are loaded, and of each half both are widened (bfloat16 alone), the gradient is multiplied twice and
+added twice, and one sum is chosen.
+"""
+
+import functools
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax import ShapeDtypeStruct
+from jax.experimental import pallas as pl
+from jax.experimental.pallas import tpu as pltpu
+from jaxtyping import Array, Float, Int32
+
+from pkm_jax.memory.kernels.tpu.own_reads import Reads
+from pkm_jax.memory.kernels.tpu.rows import LANES, Interpret, padded_tokens
+from pkm_jax.memory.kernels.tpu.sparsecore import (
+    NO_READ,
+    SHARE,
+    Chip,
+    Rows,
+    as_words,
+    fold_vectors,
+    halves,
+    on_subcores,
+    over_vectors,
+    widened,
+    words_of,
+)
+
+AHEAD = 4           # parts on their way to a subcore, a power of two
+LEAVING = 2         # parts whose sums are on their way to their rows, a power of two
+TILE = 512          # sorted reads of a tile, a multiple of LANES
+NUMBERS = 4         # that a subcore is told: see Told
+
+
+class Sizes(NamedTuple):
+    """What the kernel is made for."""
+    columns: int    # of a row, whole LANES
+    words: int      # of a row of the table
+    piece: int      # words of a row that are passed over at a time
+    chip: Chip
+    interpret: Interpret
+
+
+class Told(NamedTuple):
+    """What a subcore is told: its first tile, how many it has, the read with which the rest of a
+    segment ends that it begins with, -1: none; and how many reads there are in all."""
+    first: Any
+    tiles: Any
+    rest_ends: Any
+    reads: Any
+
+
+class Kept(NamedTuple):
+    """What a subcore keeps. Lists of two tiles: of tokens, of slots whose value row is needed, of
+    places that sums leave for, of weights; the tile's products. Rows on their way, and sums; those
+    of the segment at hand and of the rest. Semaphores of lists, rows, sums and results."""
+    told: Any
+    tokens: Any
+    slots: Any
+    to: Any
+    weights: Any
+    products: Any
+    gradients: Any
+    values: Any
+    sums: Any
+    total: Any
+    rest: Any
+    lists_in: Any
+    gradients_in: Any
+    values_in: Any
+    sums_out: Any
+    results_out: Any
+
+
+def unsupported(values: Any, gradient: Any, chip: Chip) -> str | None:
+    """Why the subcores cannot add up gradients of this table; None if they can."""
+    if gradient.dtype != values.dtype:
+        return f'gradients of {gradient.dtype} for rows of {values.dtype}'
+    if _piece(values, chip) is None:
+        return f'rows of {values.shape[1]} columns do not fit a subcore of {chip.memory} bytes'
+    return None
+
+
+def sum_by_slot(
+    reads: Reads, place: Int32[Array, 'n'], ids: Int32[Array, 'rows'],
+    values: Float[Array, 'S V'], gradient: Float[Array, 'T V'], per_token: int, *, chip: Chip,
+    interpret: Interpret,
+) -> tuple[Float[Array, 'rows V'], Float[Array, 'n']]:
+    """The sum of weight · gradient over the reads of each slot, float32, at its place, zeros where
+    `ids` has S; and the gradient of each read's weight. Reads are sorted by slot; S is no read."""
+    piece, (n_slots, width) = _piece(values, chip), values.shape
+    assert piece is not None, 'see unsupported'
+    told, first_of_rest, lists = _told(reads, place, n_slots, len(ids), per_token, chip)
+    empty = jnp.where(ids == n_slots, jnp.arange(len(ids), dtype=jnp.int32), NO_READ)
+    table = as_words(values)
+    arrays = told, *lists, padded_tokens(empty, TILE, NO_READ), as_words(gradient), table
+    sizes = Sizes(-(-width // LANES) * LANES, table.shape[1], piece, chip, interpret)
+    out = [ShapeDtypeStruct((len(ids), sizes.columns), jnp.float32),
+           ShapeDtypeStruct(lists[0].shape, jnp.float32),
+           ShapeDtypeStruct((len(first_of_rest), halves(values), sizes.words), jnp.float32)]
+    rows, products, rest = on_subcores(
+        functools.partial(_add_share, sizes), chip, out, list(_kept(values, table.dtype, sizes)),
+        _cost(len(place), arrays, out), interpret, 'read_backward_on_sparsecores')(*arrays)
+    rest = rest.reshape(len(rest), -1)[:, :sizes.columns]
+    rows = rows.at[first_of_rest].add(rest, mode='drop')
+    by_read = jnp.where(reads.slots < n_slots, products[:len(place)], 0)
+    return rows if sizes.columns == width else rows[:, :width], by_read
+
+
+def _told(reads, place, n_slots, n_rows, per_token, chip):
+    """What each subcore is told, in a line of LANES; the place of the rest of a segment that it
+    begins with, `n_rows`: none; and the lists of Kept, in whole tiles."""
+    number = chip.cores * chip.subcores
+    at, own = jnp.arange(len(place), dtype=jnp.int32), jnp.sum(reads.slots < n_slots,
+                                                               dtype=jnp.int32)
+    # Shares are of whole tiles, and differ by one tile at most.
+    each, more = jnp.divmod((own + TILE - 1) // TILE, number)
+    subcore = jnp.arange(number, dtype=jnp.int32)
+    first, tiles = subcore * each + jnp.minimum(subcore, more), each + (subcore < more)
+    start, last = first * TILE, jnp.minimum((first + tiles) * TILE, own) - 1
+    begins = jnp.concatenate([jnp.ones(1, bool), reads.slots[1:] != reads.slots[:-1]])
+    goes_on = (tiles > 0) & ~begins.at[start].get(mode='fill', fill_value=True)
+    slot = reads.slots.at[start].get(mode='fill', fill_value=n_slots)
+    rest_ends = jnp.where(goes_on, jnp.minimum(
+        jnp.searchsorted(reads.slots, slot, side='right').astype(jnp.int32) - 1, last), -1)
+    ends = jnp.concatenate([begins[1:], jnp.ones(1, bool)]).at[
+        jnp.where(tiles > 0, last, len(at))].set(True, mode='drop')
+    to = jnp.where(ends & (at < own), place, NO_READ).at[
+        jnp.where(goes_on, rest_ends, len(at))].set(NO_READ, mode='drop')
+    told = jnp.stack([first, tiles, rest_ends, jnp.full(number, own)], axis=1)
+    lists = (
+        (jnp.where(at < own, reads.order // per_token, NO_READ), NO_READ),
+        (jnp.where((begins | (at % TILE == 0)) & (at < own), reads.slots, NO_READ), NO_READ),
+        (to, NO_READ), (reads.weights.astype(jnp.float32), 0))
+    return (jnp.pad(told, ((0, 0), (0, LANES - NUMBERS))).reshape(-1),
+            jnp.where(goes_on, place.at[start].get(mode='fill', fill_value=0), n_rows),
+            [padded_tokens(array, TILE, fill) for array, fill in lists])
+
+
+def _kept(values, word, sizes):
+    """The scratch of a subcore."""
+    lanes, both = sizes.chip.lanes, halves(values)
+    listed = [pltpu.VMEM((2 * TILE,), dtype) for dtype in 3 * [jnp.int32] + [jnp.float32]]
+    rows = pltpu.VMEM((AHEAD, lanes, sizes.piece), word)
+    wide = pltpu.VMEM((both, sizes.words), jnp.float32)
+    semaphores = (pltpu.SemaphoreType.DMA((number,)) for number in (
+        len(listed), AHEAD, AHEAD, LEAVING, 1))
+    return Kept(pltpu.VMEM((LANES,), jnp.int32), *listed, pltpu.VMEM((TILE,), jnp.float32), rows,
+                rows, pltpu.VMEM((LEAVING, both, lanes, sizes.piece), jnp.float32), wide, wide,
+                *semaphores)
+
+
+def _piece(values, chip):
+    """The most words of a row, a multiple of LANES, that fit with all that is kept, and of which
+    both halves of a row have a whole number, or one has it all; None: none."""
+    lines, both = words_of(values) // LANES, -(-values.shape[1] // LANES)
+    scalars = LANES + 9 * TILE + 2 * halves(values) * lines * LANES
+    places = (2 * AHEAD + LEAVING * halves(values)) * chip.lanes
+    return next((LANES * lines // pieces for pieces in range(1, lines + 1) if lines % pieces == 0
+                 and (pieces == 1 or both % (lines // pieces) == 0)
+                 and 4 * (scalars + places * LANES * lines // pieces) <= SHARE * chip.memory), None)
+
+
+def _cost(reads, arrays, out):
+    """Of a table whose rows are all read that can be."""
+    *scalars, by_token, table = arrays
+    words, rows = reads * table.shape[1], min(out[0].shape[0], reads)
+    return pl.CostEstimate(
+        flops=4 * reads * out[0].shape[1], transcendentals=0,
+        bytes_accessed=4 * (words + rows * table.shape[1] + sum(array.size for array in (
+            *scalars, *out))))
+
+
+def _add_share(sizes, number, _, told, *refs):
+    """The reads of one subcore, and the rows without one that are its own: see the module."""
+    *lists, empty, gradient, table, rows, products, rest = refs[:10]
+    kept = Kept(*refs[10:])
+    _copied(told.at[pl.ds(number * LANES, LANES)], kept.told, kept.results_out.at[0])
+    line = kept.told[pl.ds(0, sizes.chip.lanes)]
+    told = Told(*(line[at] for at in range(NUMBERS)))
+    _clear_sums(kept, sizes)
+    _clear_rows(sizes, kept, number, empty, rows)
+
+    def lists_in(n):
+        """Copies of what belongs to its tile n, to where that of tile n - 2 was."""
+        own = kept.tokens, kept.slots, kept.to, kept.weights
+        return [pltpu.make_async_copy(
+            one.at[pl.ds((told.first + n) * TILE, TILE)], mine.at[pl.ds((n & 1) * TILE, TILE)],
+            kept.lists_in.at[at]) for at, (one, mine) in enumerate(zip(lists, own))]
+
+    def on_tile(n, ended):
+        for copy in lists_in(n):
+            copy.wait()
+
+        @pl.when(n + 1 < told.tiles)
+        def _():
+            for copy in lists_in(n + 1):
+                copy.start()
+
+        for at in range(0, TILE, sizes.chip.lanes):
+            kept.products[pl.ds(at, sizes.chip.lanes)] = jnp.zeros(sizes.chip.lanes, jnp.float32)
+        tile = Tile(sizes, kept, told, n, gradient, table, rows)
+        next_ended = jax.lax.fori_loop(
+            0, sizes.words // sizes.piece, lambda piece, _: tile.add(piece, ended), ended)
+        _copied(kept.products, products.at[pl.ds((told.first + n) * TILE, TILE)],
+                kept.results_out.at[0])
+        return next_ended
+
+    @pl.when(told.tiles > 0)
+    def _():
+        for copy in lists_in(0):
+            copy.start()
+        jax.lax.fori_loop(0, told.tiles, on_tile, jnp.int32(1))
+
+    _copied(kept.rest, rest.at[number], kept.results_out.at[0])
+
+
+def _copied(source, target, semaphore):
+    copy = pltpu.make_async_copy(source, target, semaphore)
+    copy.start()
+    copy.wait()
+
+
+def _clear_sums(kept, sizes):
+    """Zeros to leave for the rows without a read."""
+    @over_vectors(sizes.piece, sizes.chip, sizes.interpret)
+    def _(column):
+        for half in range(kept.sums.shape[1]):
+            for row in range(sizes.chip.lanes):
+                kept.sums[0, half, row, pl.ds(column, sizes.chip.lanes)] = jnp.zeros(
+                    sizes.chip.lanes, jnp.float32)
+
+
+def _clear_rows(sizes, kept, number, empty, rows):
+    """Zeros for the rows that `empty` names, the tiles of which subcores have in turn."""
+    lanes, subcores = sizes.chip.lanes, sizes.chip.cores * sizes.chip.subcores
+    parts, pieces = TILE // lanes, sizes.words // sizes.piece
+    tiles = empty.shape[0] // TILE
+
+    def on_part(part, act):
+        """Starts or ends the copies of a part, if it has rows to clear."""
+        @pl.when(jnp.max(kept.to[pl.ds(part * lanes, lanes)]) != NO_READ)
+        def _():
+            jax.lax.fori_loop(0, pieces, lambda piece, _: leaving(
+                sizes, kept, rows, part * lanes, 0, piece, act), None)
+
+    def on_tile(n, _):
+        _copied(empty.at[pl.ds((number + n * subcores) * TILE, TILE)], kept.to.at[pl.ds(0, TILE)],
+                kept.results_out.at[0])
+
+        @pl.loop(0, parts + LEAVING)
+        def _(part):
+            pl.when(part >= LEAVING)(lambda: on_part(part - LEAVING, Rows.wait))
+            pl.when(part < parts)(lambda: on_part(part, Rows.begin))
+
+    jax.lax.fori_loop(0, (tiles - number + subcores - 1) // subcores, on_tile, None)
+
+
+def leaving(sizes, kept, rows, start, at, piece, act):
+    """Starts or ends the copies of sums at place `at` to the rows that `kept.to` has from `start`
+    on."""
+    for half in range(kept.sums.shape[1]):
+        first = half * sizes.words
+        width = min(sizes.piece, sizes.columns - first)
+        pl.when(first + piece * sizes.piece < sizes.columns)(lambda: act(Rows(
+            rows, kept.to, start, pl.ds(first + piece * sizes.piece, width),
+            kept.sums.at[at, half, :, pl.ds(0, width)], kept.sums_out.at[at], sizes.chip.lanes,
+            sizes.interpret, leaves=True)))
+
+
+class Tile(NamedTuple):
+    """Tile n of a subcore."""
+    sizes: Sizes
+    kept: Kept
+    told: Told
+    n: Any
+    gradient: Any
+    table: Any
+    rows: Any
+
+    def add(self, piece, ended):
+        """Adds up some columns; whether a segment ended with the read before and with the last."""
+        kept, lanes = self.kept, self.sizes.chip.lanes
+        start = (self.n & 1) * TILE
+        first = (self.told.first + self.n) * TILE
+        parts = (jnp.minimum(self.told.reads - first, TILE) + lanes - 1) // lanes
+
+        def begin(part):
+            @pl.when(part < parts)
+            def _():
+                for copy in self._rows_in(part, piece):
+                    copy.begin()
+
+        def leave(part, act):
+            leaving(self.sizes, kept, self.rows, start + part * lanes, part & LEAVING - 1, piece,
+                    act)
+
+        def on_part(part, ended):
+            for copy in self._rows_in(part, piece):
+                copy.wait()
+            pl.when(part >= LEAVING)(lambda: leave(part - LEAVING, Rows.wait))
+            ends_at = self.told.rest_ends - first - part * lanes
+            ended, value = self._add_part(part, piece, ended, ends_at)
+            leave(part, Rows.begin)
+            pl.when((ends_at >= 0) & (ends_at < lanes))(lambda: self._keep_rest(
+                part, piece, ends_at))
+            pl.when((ended == 0) & (part + 1 < parts))(lambda: self._hand_on(part, value))
+            begin(part + AHEAD)
+            return ended
+
+        jax.lax.fori_loop(0, AHEAD, lambda part, _: begin(part), None)
+        ended = jax.lax.fori_loop(0, parts, on_part, ended)
+        jax.lax.fori_loop(jnp.maximum(parts - LEAVING, 0), parts,
+                          lambda part, _: leave(part, Rows.wait), None)
+        return ended
+
+    def _rows_in(self, part, piece):
+        """The copies of output gradients and of value rows."""
+        kept, lanes, at = self.kept, self.sizes.chip.lanes, part & AHEAD - 1
+        place = (self.n & 1) * TILE + part * lanes
+        columns = pl.ds(piece * self.sizes.piece, self.sizes.piece)
+        return [Rows(one, indices, place, columns, local.at[at], arrived.at[at], lanes,
+                     self.sizes.interpret) for one, indices, local, arrived in (
+            (self.gradient, kept.tokens, kept.gradients, kept.gradients_in),
+            (self.table, kept.slots, kept.values, kept.values_in))]
+
+    def _add_part(self, part, piece, ended, ends_at):
+        """Sums after each read of a part, and the products; whether a segment ends with the last
+        read, and the place of its value row."""
+        sizes, kept, lanes = self.sizes, self.kept, self.sizes.chip.lanes
+        at, out = part & AHEAD - 1, part & LEAVING - 1
+        place = pl.ds((self.n & 1) * TILE + part * lanes, lanes)
+        to, slots, weights = kept.to[place], kept.slots[place], kept.weights[place]
+        reads, value = [], jnp.int32(0)
+        for read in range(lanes):
+            value = jnp.where(slots[read] == NO_READ, value, read)
+            reads.append((weights[read], ended, value))
+            ended = ((to[read] != NO_READ) | (ends_at == read)).astype(jnp.int32)
+
+        def on_vector(column, products):
+            here, whole = pl.ds(column, lanes), pl.ds(piece * sizes.piece + column, lanes)
+            totals, found = [kept.total[half, whole] for half in range(kept.total.shape[0])], []
+            for read, (weight, begins, value) in enumerate(reads):
+                by_token = widened(kept.gradients[at, read, here])
+                numbers = widened(kept.values[at, value, here])
+                product = products[read]
+                for half, (one, other) in enumerate(zip(by_token, numbers)):
+                    product = product + one * other
+                    total = jnp.where(begins != 0, jnp.zeros_like(one), totals[half])
+                    totals[half] = total + weight * one
+                    kept.sums[out, half, read, here] = totals[half]
+                found.append(product)
+            for half, total in enumerate(totals):
+                kept.total[half, whole] = total
+            return tuple(found)
+
+        nothing = jnp.zeros(lanes, jnp.float32)
+        products = fold_vectors(sizes.piece, sizes.chip, sizes.interpret, on_vector,
+                                (nothing,) * lanes)
+        lane, found = jax.lax.iota(jnp.int32, lanes), nothing
+        for read, product in enumerate(products):
+            found = jnp.where(lane == read, jnp.sum(product), found)
+        here = pl.ds(part * lanes, lanes)
+        kept.products[here] = kept.products[here] + found
+        return ended, value
+
+    def _keep_rest(self, part, piece, read):
+        """Keeps the sum after a read of the part as that of the rest."""
+        sizes, kept = self.sizes, self.kept
+
+        @over_vectors(sizes.piece, sizes.chip, sizes.interpret)
+        def _(column):
+            for half in range(kept.rest.shape[0]):
+                kept.rest[half, pl.ds(piece * sizes.piece + column, sizes.chip.lanes)] = kept.sums[
+                    part & LEAVING - 1, half, read, pl.ds(column, sizes.chip.lanes)]
+
+    def _hand_on(self, part, value):
+        """Has the value row where the next part has that of its first read."""
+        sizes, kept = self.sizes, self.kept
+
+        @over_vectors(sizes.piece, sizes.chip, sizes.interpret)
+        def _(column):
+            here = pl.ds(column, sizes.chip.lanes)
+            kept.values[part + 1 & AHEAD - 1, 0, here] = kept.values[part & AHEAD - 1, value, here]
