@@ -87,15 +87,15 @@ def compact_backward(
 ) -> tuple[SparseRows, Float[Array, '{tokens} R']]:
     """The rows of the values' gradient that were read, and the weights' gradient; deterministic."""
     n_slots = len(values)
+    chip = _sparsecores('add up compact gradients', interpret,
+                        lambda chip: sparsecore_backward.unsupported(values, gradient, chip))
     if owners == 1 or slots.size < max(n_slots, own_reads.BLOCK * own_reads.LANES):
-        chip = _sparsecores(
-            'add up compact gradients', interpret,
-            lambda chip: sparsecore_backward.unsupported(values, gradient, chip))
         rows, by_read = compact_gradients(values, slots, weights, gradient, interpret=interpret,
                                           chip=chip)
         return rows, jax.lax.dynamic_slice_in_dim(by_read, first, tokens)
     ids, count = in_place(marked(slots, n_slots, owners=owners))
-    sums = own_row_gradients(slots, weights, gradient, n_slots, owners=owners, interpret=interpret)
+    sums = own_row_gradients(slots, weights, gradient, n_slots, owners=owners, interpret=interpret,
+                             chip=chip)
     slots, weights, gradient = (jax.lax.dynamic_slice_in_dim(array, first, tokens)
                                 for array in (slots, weights, gradient))
     own, _, place, counts = _own_first(slots, weights, n_slots)

@@ -77,7 +77,8 @@ def compact_gradients(
         count = jnp.sum(begins, dtype=jnp.int32)[None]
     if chip is not None:
         rows, by_sorted = sparsecore_backward.sum_by_slot(
-            reads, place, ids, values, gradient, slots.shape[1], chip=chip, interpret=interpret)
+            reads, place, ids < n_slots, n_slots, gradient, slots.shape[1], values, chip=chip,
+            interpret=interpret)
     else:
         rows, by_sorted = _sums(reads, place, as_rows(gradient, interpret), n_slots, capacity,
                                 jnp.float32, slots.shape[1], interpret, as_rows(values, interpret))
@@ -87,16 +88,21 @@ def compact_gradients(
 
 def own_row_gradients(
     slots: Int32[Array, 'T R'], weights: Float[Array, 'T R'], gradient: Float[Array, 'T V'],
-    n_slots: int, *, owners: int, interpret: Interpret,
+    n_slots: int, *, owners: int, interpret: Interpret, chip: sparsecore.Chip | None = None,
 ) -> Float[Array, '{n_slots} V']:
     """The gradient of every row, float32, of reads of which about one in `owners` is made here; the
-    slots of the others are `n_slots`. Each window of blocks is summed by itself."""
+    slots of the others are `n_slots`. Each window of blocks is summed by itself. By the SparseCores
+    of `chip`, if that is given."""
     blocks, size = own_reads.in_blocks(slots, weights, n_slots), own_reads.window_size(owners)
-
-    by_token = as_rows(gradient, interpret)
+    by_token = gradient if chip else as_rows(gradient, interpret)
 
     def rows_of(number):
         reads = own_reads.window(blocks, number, n_slots, size)
+        if chip is not None:
+            used = jnp.zeros(n_slots, bool).at[reads.slots].set(True, mode='drop')
+            return sparsecore_backward.sum_by_slot(
+                reads, reads.slots, used, n_slots, by_token, slots.shape[1], chip=chip,
+                interpret=interpret)[0]
         return _sums(reads, reads.slots, by_token, n_slots, n_slots, jnp.float32, slots.shape[1],
                      interpret, expected=slots.size // owners)[0]
 
@@ -107,7 +113,7 @@ def own_row_gradients(
     windows, start = own_reads.windows(blocks, n_slots, size), (jnp.int32(1), rows_of(0))
     with jax.named_scope(SKEWED_READS):
         rows = jax.lax.while_loop(lambda carry: carry[0] < windows, add_window, start)[1]
-    return as_table(rows, gradient.shape[1], interpret)
+    return rows if chip else as_table(rows, gradient.shape[1], interpret)
 
 
 def _all_by_slot(slots, weights):

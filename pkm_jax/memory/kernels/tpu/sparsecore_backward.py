@@ -29,7 +29,7 @@ import jax.numpy as jnp
 from jax import ShapeDtypeStruct
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
-from jaxtyping import Array, Float, Int32
+from jaxtyping import Array, Bool, Float, Int32
 
 from pkm_jax.memory.kernels.tpu.own_reads import Reads
 from pkm_jax.memory.kernels.tpu.rows import LANES, Interpret, padded_tokens
@@ -55,6 +55,7 @@ NUMBERS = 4         # that a subcore is told: see Told
 
 class Sizes(NamedTuple):
     """What the kernel is made for."""
+    with_values: bool
     columns: int    # of a row, whole LANES
     words: int      # of a row of the table
     piece: int      # words of a row that are passed over at a time
@@ -97,35 +98,39 @@ def unsupported(values: Any, gradient: Any, chip: Chip) -> str | None:
     """Why the subcores cannot add up gradients of this table; None if they can."""
     if gradient.dtype != values.dtype:
         return f'gradients of {gradient.dtype} for rows of {values.dtype}'
-    if _piece(values, chip) is None:
-        return f'rows of {values.shape[1]} columns do not fit a subcore of {chip.memory} bytes'
+    if _piece(gradient, chip) is None:
+        return f'rows of {gradient.shape[1]} columns do not fit a subcore of {chip.memory} bytes'
     return None
 
 
 def sum_by_slot(
-    reads: Reads, place: Int32[Array, 'n'], ids: Int32[Array, 'rows'],
-    values: Float[Array, 'S V'], gradient: Float[Array, 'T V'], per_token: int, *, chip: Chip,
-    interpret: Interpret,
-) -> tuple[Float[Array, 'rows V'], Float[Array, 'n']]:
-    """The sum of weight · gradient over the reads of each slot, float32, at its place, zeros where
-    `ids` has S; and the gradient of each read's weight. Reads are sorted by slot; S is no read."""
-    piece, (n_slots, width) = _piece(values, chip), values.shape
+    reads: Reads, place: Int32[Array, 'n'], used: Bool[Array, 'rows'], n_slots: int,
+    gradient: Float[Array, 'T V'], per_token: int, values: Float[Array, 'S V'] | None = None, *,
+    chip: Chip, interpret: Interpret,
+) -> tuple[Float[Array, 'rows V'], Float[Array, 'n'] | None]:
+    """The sum of weight · gradient over the reads of each slot, float32, at its place, and zeros in
+    the rows that are not `used`; with `values` also the gradient of each read's weight. Reads are
+    sorted by slot; `n_slots` is no read."""
+    width, piece = gradient.shape[1], _piece(gradient, chip)
     assert piece is not None, 'see unsupported'
-    told, first_of_rest, lists = _told(reads, place, n_slots, len(ids), per_token, chip)
-    empty = jnp.where(ids == n_slots, jnp.arange(len(ids), dtype=jnp.int32), NO_READ)
-    table = as_words(values)
-    arrays = told, *lists, padded_tokens(empty, TILE, NO_READ), as_words(gradient), table
-    sizes = Sizes(-(-width // LANES) * LANES, table.shape[1], piece, chip, interpret)
-    out = [ShapeDtypeStruct((len(ids), sizes.columns), jnp.float32),
-           ShapeDtypeStruct(lists[0].shape, jnp.float32),
-           ShapeDtypeStruct((len(first_of_rest), halves(values), sizes.words), jnp.float32)]
-    rows, products, rest = on_subcores(
-        functools.partial(_add_share, sizes), chip, out, list(_kept(values, table.dtype, sizes)),
-        _cost(len(place), arrays, out), interpret, 'read_backward_on_sparsecores')(*arrays)
+    told, first_of_rest, lists = _told(reads, place, n_slots, len(used), per_token, chip)
+    unused = jnp.where(used, NO_READ, jnp.arange(len(used), dtype=jnp.int32))
+    by_token, tables = as_words(gradient), [] if values is None else [as_words(values)]
+    arrays = told, *lists, padded_tokens(unused, TILE, NO_READ), by_token, *tables
+    sizes = Sizes(values is not None, -(-width // LANES) * LANES, by_token.shape[1], piece, chip,
+                  interpret)
+    out = [ShapeDtypeStruct(shape, jnp.float32) for shape in (
+        (len(used), sizes.columns), (len(first_of_rest), halves(gradient), sizes.words),
+        *(lists[0].shape for _ in tables))]
+    rows, rest, *products = on_subcores(
+        functools.partial(_add_share, sizes), chip, out,
+        list(_kept(halves(gradient), by_token.dtype, sizes)),
+        _cost(len(place), by_token, arrays[:-1 - len(tables)], out), interpret,
+        'read_backward_on_sparsecores')(*arrays)
     rest = rest.reshape(len(rest), -1)[:, :sizes.columns]
     rows = rows.at[first_of_rest].add(rest, mode='drop')
-    by_read = jnp.where(reads.slots < n_slots, products[:len(place)], 0)
-    return rows if sizes.columns == width else rows[:, :width], by_read
+    by_read = (jnp.where(reads.slots < n_slots, one[:len(place)], 0) for one in products)
+    return rows if sizes.columns == width else rows[:, :width], next(by_read, None)
 
 
 def _told(reads, place, n_slots, n_rows, per_token, chip):
@@ -158,9 +163,9 @@ def _told(reads, place, n_slots, n_rows, per_token, chip):
             [padded_tokens(array, TILE, fill) for array, fill in lists])
 
 
-def _kept(values, word, sizes):
+def _kept(both, word, sizes):
     """The scratch of a subcore."""
-    lanes, both = sizes.chip.lanes, halves(values)
+    lanes = sizes.chip.lanes
     listed = [pltpu.VMEM((2 * TILE,), dtype) for dtype in 3 * [jnp.int32] + [jnp.float32]]
     rows = pltpu.VMEM((AHEAD, lanes, sizes.piece), word)
     wide = pltpu.VMEM((both, sizes.words), jnp.float32)
@@ -171,36 +176,36 @@ def _kept(values, word, sizes):
                 *semaphores)
 
 
-def _piece(values, chip):
+def _piece(gradient, chip):
     """The most words of a row, a multiple of LANES, that fit with all that is kept, and of which
     both halves of a row have a whole number, or one has it all; None: none."""
-    lines, both = words_of(values) // LANES, -(-values.shape[1] // LANES)
-    scalars = LANES + 9 * TILE + 2 * halves(values) * lines * LANES
-    places = (2 * AHEAD + LEAVING * halves(values)) * chip.lanes
+    lines, both = words_of(gradient) // LANES, -(-gradient.shape[1] // LANES)
+    scalars = LANES + 9 * TILE + 2 * halves(gradient) * lines * LANES
+    places = (2 * AHEAD + LEAVING * halves(gradient)) * chip.lanes
     return next((LANES * lines // pieces for pieces in range(1, lines + 1) if lines % pieces == 0
                  and (pieces == 1 or both % (lines // pieces) == 0)
                  and 4 * (scalars + places * LANES * lines // pieces) <= SHARE * chip.memory), None)
 
 
-def _cost(reads, arrays, out):
+def _cost(reads, by_token, scalars, out):
     """Of a table whose rows are all read that can be."""
-    *scalars, by_token, table = arrays
-    words, rows = reads * table.shape[1], min(out[0].shape[0], reads)
+    rows, both = min(out[0].shape[0], reads), len(out) - 1
     return pl.CostEstimate(
-        flops=4 * reads * out[0].shape[1], transcendentals=0,
-        bytes_accessed=4 * (words + rows * table.shape[1] + sum(array.size for array in (
-            *scalars, *out))))
+        flops=2 * both * reads * out[0].shape[1], transcendentals=0,
+        bytes_accessed=4 * ((reads + (both - 1) * rows) * by_token.shape[1]
+                            + sum(array.size for array in (*scalars, *out))))
 
 
 def _add_share(sizes, number, _, told, *refs):
     """The reads of one subcore, and the rows without one that are its own: see the module."""
-    *lists, empty, gradient, table, rows, products, rest = refs[:10]
-    kept = Kept(*refs[10:])
+    *lists, unused, gradient = refs[:6]
+    table, rows, rest, products = refs[6:10] if sizes.with_values else (None, *refs[6:8], None)
+    kept = Kept(*refs[-len(Kept._fields):])
     _copied(told.at[pl.ds(number * LANES, LANES)], kept.told, kept.results_out.at[0])
     line = kept.told[pl.ds(0, sizes.chip.lanes)]
     told = Told(*(line[at] for at in range(NUMBERS)))
     _clear_sums(kept, sizes)
-    _clear_rows(sizes, kept, number, empty, rows)
+    _clear_rows(sizes, kept, number, unused, rows)
 
     def lists_in(n):
         """Copies of what belongs to its tile n, to where that of tile n - 2 was."""
@@ -223,8 +228,9 @@ def _add_share(sizes, number, _, told, *refs):
         tile = Tile(sizes, kept, told, n, gradient, table, rows)
         next_ended = jax.lax.fori_loop(
             0, sizes.words // sizes.piece, lambda piece, _: tile.add(piece, ended), ended)
-        _copied(kept.products, products.at[pl.ds((told.first + n) * TILE, TILE)],
-                kept.results_out.at[0])
+        if sizes.with_values:
+            _copied(kept.products, products.at[pl.ds((told.first + n) * TILE, TILE)],
+                    kept.results_out.at[0])
         return next_ended
 
     @pl.when(told.tiles > 0)
@@ -252,11 +258,11 @@ def _clear_sums(kept, sizes):
                     sizes.chip.lanes, jnp.float32)
 
 
-def _clear_rows(sizes, kept, number, empty, rows):
-    """Zeros for the rows that `empty` names, the tiles of which subcores have in turn."""
+def _clear_rows(sizes, kept, number, unused, rows):
+    """Zeros for the rows that `unused` names, the tiles of which subcores have in turn."""
     lanes, subcores = sizes.chip.lanes, sizes.chip.cores * sizes.chip.subcores
     parts, pieces = TILE // lanes, sizes.words // sizes.piece
-    tiles = empty.shape[0] // TILE
+    tiles = unused.shape[0] // TILE
 
     def on_part(part, act):
         """Starts or ends the copies of a part, if it has rows to clear."""
@@ -266,7 +272,7 @@ def _clear_rows(sizes, kept, number, empty, rows):
                 sizes, kept, rows, part * lanes, 0, piece, act), None)
 
     def on_tile(n, _):
-        _copied(empty.at[pl.ds((number + n * subcores) * TILE, TILE)], kept.to.at[pl.ds(0, TILE)],
+        _copied(unused.at[pl.ds((number + n * subcores) * TILE, TILE)], kept.to.at[pl.ds(0, TILE)],
                 kept.results_out.at[0])
 
         @pl.loop(0, parts + LEAVING)
@@ -325,7 +331,8 @@ class Tile(NamedTuple):
             leave(part, Rows.begin)
             pl.when((ends_at >= 0) & (ends_at < lanes))(lambda: self._keep_rest(
                 part, piece, ends_at))
-            pl.when((ended == 0) & (part + 1 < parts))(lambda: self._hand_on(part, value))
+            if self.sizes.with_values:
+                pl.when((ended == 0) & (part + 1 < parts))(lambda: self._hand_on(part, value))
             begin(part + AHEAD)
             return ended
 
@@ -340,10 +347,11 @@ class Tile(NamedTuple):
         kept, lanes, at = self.kept, self.sizes.chip.lanes, part & AHEAD - 1
         place = (self.n & 1) * TILE + part * lanes
         columns = pl.ds(piece * self.sizes.piece, self.sizes.piece)
+        every = [(self.gradient, kept.tokens, kept.gradients, kept.gradients_in),
+                 (self.table, kept.slots, kept.values, kept.values_in)]
         return [Rows(one, indices, place, columns, local.at[at], arrived.at[at], lanes,
-                     self.sizes.interpret) for one, indices, local, arrived in (
-            (self.gradient, kept.tokens, kept.gradients, kept.gradients_in),
-            (self.table, kept.slots, kept.values, kept.values_in))]
+                     self.sizes.interpret)
+                for one, indices, local, arrived in every[:1 + self.sizes.with_values]]
 
     def _add_part(self, part, piece, ended, ends_at):
         """Sums after each read of a part, and the products; whether a segment ends with the last
@@ -360,24 +368,23 @@ class Tile(NamedTuple):
 
         def on_vector(column, products):
             here, whole = pl.ds(column, lanes), pl.ds(piece * sizes.piece + column, lanes)
-            totals, found = [kept.total[half, whole] for half in range(kept.total.shape[0])], []
+            totals, products = [kept.total[half, whole] for half in range(kept.total.shape[0])], list(products)
             for read, (weight, begins, value) in enumerate(reads):
                 by_token = widened(kept.gradients[at, read, here])
-                numbers = widened(kept.values[at, value, here])
-                product = products[read]
-                for half, (one, other) in enumerate(zip(by_token, numbers)):
-                    product = product + one * other
+                for half, one in enumerate(by_token):
                     total = jnp.where(begins != 0, jnp.zeros_like(one), totals[half])
                     totals[half] = total + weight * one
                     kept.sums[out, half, read, here] = totals[half]
-                found.append(product)
+                if sizes.with_values:
+                    for one, other in zip(by_token, widened(kept.values[at, value, here])):
+                        products[read] += one * other
             for half, total in enumerate(totals):
                 kept.total[half, whole] = total
-            return tuple(found)
+            return tuple(products)
 
         nothing = jnp.zeros(lanes, jnp.float32)
         products = fold_vectors(sizes.piece, sizes.chip, sizes.interpret, on_vector,
-                                (nothing,) * lanes)
+                                (nothing,) * (lanes if sizes.with_values else 0))
         lane, found = jax.lax.iota(jnp.int32, lanes), nothing
         for read, product in enumerate(products):
             found = jnp.where(lane == read, jnp.sum(product), found)
