@@ -1,7 +1,7 @@
 """Gradients of the weighted sum of value rows on the SparseCores of a TPU (Pallas, Mosaic).
 
 The reads come sorted by slot, those of a slot together, as a *segment*. Every vector subcore has as
-many of them in one piece, in tiles of TILE, one after the other. A *part* is as many reads as a
+many of them in one piece, in tiles, one after the other. A *part* is as many reads as a
 vector of the subcore has lanes. Two indirect copies bring the output gradients of its tokens and
 the value rows of the slots that begin in it; AHEAD parts are on their way while parts before them
 are added up, in the order of the reads. A value row is copied once for each segment and tile: a
@@ -31,6 +31,7 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 from jaxtyping import Array, Bool, Float, Int32
 
+from pkm_jax.memory.kernels.tpu import sparsecore_shares as shares
 from pkm_jax.memory.kernels.tpu.own_reads import Reads
 from pkm_jax.memory.kernels.tpu.rows import LANES, Interpret, padded_tokens
 from pkm_jax.memory.kernels.tpu.sparsecore import (
@@ -49,8 +50,6 @@ from pkm_jax.memory.kernels.tpu.sparsecore import (
 
 AHEAD = 4           # parts on their way to a subcore, a power of two
 LEAVING = 2         # parts whose sums are on their way to their rows, a power of two
-TILE = 512          # sorted reads of a tile, a multiple of LANES
-NUMBERS = 4         # that a subcore is told: see Told
 
 
 class Sizes(NamedTuple):
@@ -61,15 +60,6 @@ class Sizes(NamedTuple):
     piece: int      # words of a row that are passed over at a time
     chip: Chip
     interpret: Interpret
-
-
-class Told(NamedTuple):
-    """What a subcore is told: its first tile, how many it has, the read with which the rest of a
-    segment ends that it begins with, -1: none; and how many reads there are in all."""
-    first: Any
-    tiles: Any
-    rest_ends: Any
-    reads: Any
 
 
 class Kept(NamedTuple):
@@ -113,74 +103,45 @@ def sum_by_slot(
     sorted by slot; `n_slots` is no read."""
     width, piece = gradient.shape[1], _piece(gradient, chip)
     assert piece is not None, 'see unsupported'
-    told, first_of_rest, lists = _told(reads, place, n_slots, len(used), per_token, chip)
+    told, place_of_rest, lists = shares.told(reads, place, n_slots, len(used), per_token, chip)
     unused = jnp.where(used, NO_READ, jnp.arange(len(used), dtype=jnp.int32))
     by_token, tables = as_words(gradient), [] if values is None else [as_words(values)]
-    arrays = told, *lists, padded_tokens(unused, TILE, NO_READ), by_token, *tables
+    arrays = told, *lists, padded_tokens(unused, shares.TILE, NO_READ), by_token, *tables
     sizes = Sizes(values is not None, -(-width // LANES) * LANES, by_token.shape[1], piece, chip,
                   interpret)
     out = [ShapeDtypeStruct(shape, jnp.float32) for shape in (
-        (len(used), sizes.columns), (len(first_of_rest), halves(gradient), sizes.words),
+        (len(used), sizes.columns), (len(place_of_rest), halves(gradient), sizes.words),
         *(lists[0].shape for _ in tables))]
     rows, rest, *products = on_subcores(
         functools.partial(_add_share, sizes), chip, out,
         list(_kept(halves(gradient), by_token.dtype, sizes)),
         _cost(len(place), by_token, arrays[:-1 - len(tables)], out), interpret,
         'read_backward_on_sparsecores')(*arrays)
-    rest = rest.reshape(len(rest), -1)[:, :sizes.columns]
-    rows = rows.at[first_of_rest].add(rest, mode='drop')
+    rows = shares.add_rests(rows, rest.reshape(len(rest), -1)[:, :sizes.columns], place_of_rest)
     by_read = (jnp.where(reads.slots < n_slots, one[:len(place)], 0) for one in products)
     return rows if sizes.columns == width else rows[:, :width], next(by_read, None)
 
 
-def _told(reads, place, n_slots, n_rows, per_token, chip):
-    """What each subcore is told, in a line of LANES; the place of the rest of a segment that it
-    begins with, `n_rows`: none; and the lists of Kept, in whole tiles."""
-    number = chip.cores * chip.subcores
-    at, own = jnp.arange(len(place), dtype=jnp.int32), jnp.sum(reads.slots < n_slots,
-                                                               dtype=jnp.int32)
-    # Shares are of whole tiles, and differ by one tile at most.
-    each, more = jnp.divmod((own + TILE - 1) // TILE, number)
-    subcore = jnp.arange(number, dtype=jnp.int32)
-    first, tiles = subcore * each + jnp.minimum(subcore, more), each + (subcore < more)
-    start, last = first * TILE, jnp.minimum((first + tiles) * TILE, own) - 1
-    begins = jnp.concatenate([jnp.ones(1, bool), reads.slots[1:] != reads.slots[:-1]])
-    goes_on = (tiles > 0) & ~begins.at[start].get(mode='fill', fill_value=True)
-    slot = reads.slots.at[start].get(mode='fill', fill_value=n_slots)
-    rest_ends = jnp.where(goes_on, jnp.minimum(
-        jnp.searchsorted(reads.slots, slot, side='right').astype(jnp.int32) - 1, last), -1)
-    ends = jnp.concatenate([begins[1:], jnp.ones(1, bool)]).at[
-        jnp.where(tiles > 0, last, len(at))].set(True, mode='drop')
-    to = jnp.where(ends & (at < own), place, NO_READ).at[
-        jnp.where(goes_on, rest_ends, len(at))].set(NO_READ, mode='drop')
-    told = jnp.stack([first, tiles, rest_ends, jnp.full(number, own)], axis=1)
-    lists = (
-        (jnp.where(at < own, reads.order // per_token, NO_READ), NO_READ),
-        (jnp.where((begins | (at % TILE == 0)) & (at < own), reads.slots, NO_READ), NO_READ),
-        (to, NO_READ), (reads.weights.astype(jnp.float32), 0))
-    return (jnp.pad(told, ((0, 0), (0, LANES - NUMBERS))).reshape(-1),
-            jnp.where(goes_on, place.at[start].get(mode='fill', fill_value=0), n_rows),
-            [padded_tokens(array, TILE, fill) for array, fill in lists])
-
-
 def _kept(both, word, sizes):
     """The scratch of a subcore."""
-    lanes = sizes.chip.lanes
-    listed = [pltpu.VMEM((2 * TILE,), dtype) for dtype in 3 * [jnp.int32] + [jnp.float32]]
+    lanes, semaphore = sizes.chip.lanes, pltpu.SemaphoreType.DMA
+    indices, numbers = (pltpu.VMEM((2 * shares.TILE,), one) for one in (jnp.int32, jnp.float32))
     rows = pltpu.VMEM((AHEAD, lanes, sizes.piece), word)
     wide = pltpu.VMEM((both, sizes.words), jnp.float32)
-    semaphores = (pltpu.SemaphoreType.DMA((number,)) for number in (
-        len(listed), AHEAD, AHEAD, LEAVING, 1))
-    return Kept(pltpu.VMEM((LANES,), jnp.int32), *listed, pltpu.VMEM((TILE,), jnp.float32), rows,
-                rows, pltpu.VMEM((LEAVING, both, lanes, sizes.piece), jnp.float32), wide, wide,
-                *semaphores)
+    return Kept(
+        told=pltpu.VMEM((LANES,), jnp.int32), tokens=indices, slots=indices, to=indices,
+        weights=numbers, products=pltpu.VMEM((shares.TILE,), jnp.float32), gradients=rows,
+        values=rows, sums=pltpu.VMEM((LEAVING, both, lanes, sizes.piece), jnp.float32), total=wide,
+        rest=wide, lists_in=semaphore((4,)), gradients_in=semaphore((AHEAD,)),
+        values_in=semaphore((AHEAD,)), sums_out=semaphore((LEAVING,)),
+        results_out=semaphore((1,)))
 
 
 def _piece(gradient, chip):
     """The most words of a row, a multiple of LANES, that fit with all that is kept, and of which
     both halves of a row have a whole number, or one has it all; None: none."""
     lines, both = words_of(gradient) // LANES, -(-gradient.shape[1] // LANES)
-    scalars = LANES + 9 * TILE + 2 * halves(gradient) * lines * LANES
+    scalars = LANES + 9 * shares.TILE + 2 * halves(gradient) * lines * LANES
     places = (2 * AHEAD + LEAVING * halves(gradient)) * chip.lanes
     return next((LANES * lines // pieces for pieces in range(1, lines + 1) if lines % pieces == 0
                  and (pieces == 1 or both % (lines // pieces) == 0)
@@ -196,47 +157,47 @@ def _cost(reads, by_token, scalars, out):
                             + sum(array.size for array in (*scalars, *out))))
 
 
-def _add_share(sizes, number, _, told, *refs):
+def _add_share(sizes, number, subcores, told, *refs):
     """The reads of one subcore, and the rows without one that are its own: see the module."""
     *lists, unused, gradient = refs[:6]
     table, rows, rest, products = refs[6:10] if sizes.with_values else (None, *refs[6:8], None)
     kept = Kept(*refs[-len(Kept._fields):])
     _copied(told.at[pl.ds(number * LANES, LANES)], kept.told, kept.results_out.at[0])
     line = kept.told[pl.ds(0, sizes.chip.lanes)]
-    told = Told(*(line[at] for at in range(NUMBERS)))
+    told = shares.Told(*(line[at] for at in range(len(shares.Told._fields))))
     _clear_sums(kept, sizes)
-    _clear_rows(sizes, kept, number, unused, rows)
+    _clear_rows(sizes, kept, number, subcores, unused, rows)
 
     def lists_in(n):
         """Copies of what belongs to its tile n, to where that of tile n - 2 was."""
         own = kept.tokens, kept.slots, kept.to, kept.weights
         return [pltpu.make_async_copy(
-            one.at[pl.ds((told.first + n) * TILE, TILE)], mine.at[pl.ds((n & 1) * TILE, TILE)],
+            one.at[shares.tile(told.first + n)], mine.at[shares.tile(n & 1)],
             kept.lists_in.at[at]) for at, (one, mine) in enumerate(zip(lists, own))]
+
+    def start_lists(n):
+        for copy in lists_in(n):
+            copy.start()
 
     def on_tile(n, ended):
         for copy in lists_in(n):
             copy.wait()
 
-        @pl.when(n + 1 < told.tiles)
-        def _():
-            for copy in lists_in(n + 1):
-                copy.start()
+        pl.when(n + 1 < told.tiles)(lambda: start_lists(n + 1))
 
-        for at in range(0, TILE, sizes.chip.lanes):
+        for at in range(0, shares.TILE, sizes.chip.lanes):
             kept.products[pl.ds(at, sizes.chip.lanes)] = jnp.zeros(sizes.chip.lanes, jnp.float32)
-        tile = Tile(sizes, kept, told, n, gradient, table, rows)
+        tile = _Tile(sizes, kept, told, n, gradient, table, rows)
         next_ended = jax.lax.fori_loop(
             0, sizes.words // sizes.piece, lambda piece, _: tile.add(piece, ended), ended)
         if sizes.with_values:
-            _copied(kept.products, products.at[pl.ds((told.first + n) * TILE, TILE)],
+            _copied(kept.products, products.at[shares.tile(told.first + n)],
                     kept.results_out.at[0])
         return next_ended
 
     @pl.when(told.tiles > 0)
     def _():
-        for copy in lists_in(0):
-            copy.start()
+        start_lists(0)
         jax.lax.fori_loop(0, told.tiles, on_tile, jnp.int32(1))
 
     _copied(kept.rest, rest.at[number], kept.results_out.at[0])
@@ -258,21 +219,20 @@ def _clear_sums(kept, sizes):
                     sizes.chip.lanes, jnp.float32)
 
 
-def _clear_rows(sizes, kept, number, unused, rows):
+def _clear_rows(sizes, kept, number, subcores, unused, rows):
     """Zeros for the rows that `unused` names, the tiles of which subcores have in turn."""
-    lanes, subcores = sizes.chip.lanes, sizes.chip.cores * sizes.chip.subcores
-    parts, pieces = TILE // lanes, sizes.words // sizes.piece
-    tiles = unused.shape[0] // TILE
+    lanes, pieces = sizes.chip.lanes, sizes.words // sizes.piece
+    parts, tiles = shares.TILE // lanes, unused.shape[0] // shares.TILE
 
     def on_part(part, act):
         """Starts or ends the copies of a part, if it has rows to clear."""
         @pl.when(jnp.max(kept.to[pl.ds(part * lanes, lanes)]) != NO_READ)
         def _():
-            jax.lax.fori_loop(0, pieces, lambda piece, _: leaving(
+            jax.lax.fori_loop(0, pieces, lambda piece, _: _leave(
                 sizes, kept, rows, part * lanes, 0, piece, act), None)
 
-    def on_tile(n, _):
-        _copied(unused.at[pl.ds((number + n * subcores) * TILE, TILE)], kept.to.at[pl.ds(0, TILE)],
+    def on_tile(n, __):
+        _copied(unused.at[shares.tile(number + n * subcores)], kept.to.at[shares.tile(0)],
                 kept.results_out.at[0])
 
         @pl.loop(0, parts + LEAVING)
@@ -283,23 +243,24 @@ def _clear_rows(sizes, kept, number, unused, rows):
     jax.lax.fori_loop(0, (tiles - number + subcores - 1) // subcores, on_tile, None)
 
 
-def leaving(sizes, kept, rows, start, at, piece, act):
+def _leave(sizes, kept, rows, start, at, piece, act):
     """Starts or ends the copies of sums at place `at` to the rows that `kept.to` has from `start`
     on."""
     for half in range(kept.sums.shape[1]):
         first = half * sizes.words
         width = min(sizes.piece, sizes.columns - first)
-        pl.when(first + piece * sizes.piece < sizes.columns)(lambda: act(Rows(
-            rows, kept.to, start, pl.ds(first + piece * sizes.piece, width),
-            kept.sums.at[at, half, :, pl.ds(0, width)], kept.sums_out.at[at], sizes.chip.lanes,
-            sizes.interpret, leaves=True)))
+        first += piece * sizes.piece
+        copy = Rows(rows, kept.to, start, pl.ds(first, width),
+                    kept.sums.at[at, half, :, pl.ds(0, width)], kept.sums_out.at[at],
+                    sizes.chip.lanes, sizes.interpret, leaves=True)
+        pl.when(first < sizes.columns)(functools.partial(act, copy))
 
 
-class Tile(NamedTuple):
-    """Tile n of a subcore."""
+class _Tile(NamedTuple):
+    """Tile n of a subcore, at work."""
     sizes: Sizes
     kept: Kept
-    told: Told
+    told: shares.Told
     n: Any
     gradient: Any
     table: Any
@@ -308,9 +269,9 @@ class Tile(NamedTuple):
     def add(self, piece, ended):
         """Adds up some columns; whether a segment ended with the read before and with the last."""
         kept, lanes = self.kept, self.sizes.chip.lanes
-        start = (self.n & 1) * TILE
-        first = (self.told.first + self.n) * TILE
-        parts = (jnp.minimum(self.told.reads - first, TILE) + lanes - 1) // lanes
+        start = (self.n & 1) * shares.TILE
+        first = (self.told.first + self.n) * shares.TILE
+        parts = (jnp.minimum(self.told.reads - first, shares.TILE) + lanes - 1) // lanes
 
         def begin(part):
             @pl.when(part < parts)
@@ -319,7 +280,7 @@ class Tile(NamedTuple):
                     copy.begin()
 
         def leave(part, act):
-            leaving(self.sizes, kept, self.rows, start + part * lanes, part & LEAVING - 1, piece,
+            _leave(self.sizes, kept, self.rows, start + part * lanes, part & LEAVING - 1, piece,
                     act)
 
         def on_part(part, ended):
@@ -345,7 +306,7 @@ class Tile(NamedTuple):
     def _rows_in(self, part, piece):
         """The copies of output gradients and of value rows."""
         kept, lanes, at = self.kept, self.sizes.chip.lanes, part & AHEAD - 1
-        place = (self.n & 1) * TILE + part * lanes
+        place = (self.n & 1) * shares.TILE + part * lanes
         columns = pl.ds(piece * self.sizes.piece, self.sizes.piece)
         every = [(self.gradient, kept.tokens, kept.gradients, kept.gradients_in),
                  (self.table, kept.slots, kept.values, kept.values_in)]
@@ -358,7 +319,7 @@ class Tile(NamedTuple):
         read, and the place of its value row."""
         sizes, kept, lanes = self.sizes, self.kept, self.sizes.chip.lanes
         at, out = part & AHEAD - 1, part & LEAVING - 1
-        place = pl.ds((self.n & 1) * TILE + part * lanes, lanes)
+        place = pl.ds((self.n & 1) * shares.TILE + part * lanes, lanes)
         to, slots, weights = kept.to[place], kept.slots[place], kept.weights[place]
         reads, value = [], jnp.int32(0)
         for read in range(lanes):
@@ -368,7 +329,8 @@ class Tile(NamedTuple):
 
         def on_vector(column, products):
             here, whole = pl.ds(column, lanes), pl.ds(piece * sizes.piece + column, lanes)
-            totals, products = [kept.total[half, whole] for half in range(kept.total.shape[0])], list(products)
+            totals = [kept.total[half, whole] for half in range(kept.total.shape[0])]
+            products = list(products)
             for read, (weight, begins, value) in enumerate(reads):
                 by_token = widened(kept.gradients[at, read, here])
                 for half, one in enumerate(by_token):
@@ -389,7 +351,7 @@ class Tile(NamedTuple):
         for read, product in enumerate(products):
             found = jnp.where(lane == read, jnp.sum(product), found)
         here = pl.ds(part * lanes, lanes)
-        kept.products[here] = kept.products[here] + found
+        kept.products[here] += found
         return ended, value
 
     def _keep_rest(self, part, piece, read):
