@@ -177,15 +177,15 @@ def test_the_compiler_takes_the_gradient(chip, monkeypatch):
 
 @needs_tpu_compiler
 @pytest.mark.slow
-@pytest.mark.parametrize('owners', [1, 4])
-def test_the_compiler_takes_all_of_it(owners, monkeypatch):
+@pytest.mark.parametrize('owners, width', [(1, 384), (1, 128), (4, 192)])
+def test_the_compiler_takes_all_of_it(owners, width, monkeypatch):
     """With sorts, and with the kernels of the TensorCore for weights of own reads."""
     monkeypatch.undo()
     monkeypatch.setenv(sparsecore.SETTING, '1')
     slots = tpu_sparsecore.SLOTS if owners == 1 else 4_096
     arguments = [jax.ShapeDtypeStruct(*one) for one in (
-        ((slots, 384), jnp.bfloat16), ((128, 32), jnp.int32), ((128, 32), jnp.float32),
-        ((128, 384), jnp.bfloat16), ((), jnp.int32))]
+        ((slots, width), jnp.bfloat16), ((128, 32), jnp.int32), ((128, 32), jnp.float32),
+        ((128, width), jnp.bfloat16), ((), jnp.int32))]
     with jax.set_mesh(Mesh(np.array([tpu_sparsecore.device('v6e')]), ('chip',))):
         program = jax.jit(lambda *arrays: embedding_bag.compact_backward(
             *arrays, owners=owners, tokens=128, interpret=False)).lower(*arguments).compile()

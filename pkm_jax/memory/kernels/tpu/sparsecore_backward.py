@@ -246,7 +246,7 @@ def _clear_rows(sizes, kept, number, subcores, unused, rows):
 def _leave(sizes, kept, rows, start, at, piece, act):
     """Starts or ends the copies of sums at place `at` to the rows that `kept.to` has from `start`
     on."""
-    for half in range(kept.sums.shape[1]):
+    for half in range(-(-sizes.columns // sizes.words)):    # LANES columns are one half alone
         first = half * sizes.words
         width = min(sizes.piece, sizes.columns - first)
         first += piece * sizes.piece
