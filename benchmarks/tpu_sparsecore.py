@@ -5,13 +5,13 @@ floors; not run.
 between HBM and the chip, without and with those of tables in bfloat16 that are copied as words.
 Then by chip the kernel's bytes at the peak rate, in milliseconds, and how many vector
 instructions a subcore would have to issue in a nanosecond to take no longer: their rate is not
-published. Counted from the kernel as it is traced; loads and stores are not in it. The TensorCore's
-bytes are in the table before it, and its sorts, which both need, in neither.
+published. Counted from the kernel as it is traced; loads and stores are not in it, nor are the
+sorts by slot that a gradient needs here and on the TensorCore.
 """
 
 import functools
 import itertools
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
 import jax
@@ -133,15 +133,18 @@ def _arithmetic(loop):
         'add', 'mul', 'and', 'shift_left', 'select_n')))
 
 
-def table(names: list[str], dtypes: list[str]) -> int:
-    """Prints it; how many kernels the compiler refused."""
+def table(
+    names: list[str], dtypes: list[str], tensorcore: Mapping[tuple[str, str, str], float],
+) -> int:
+    """Prints it, with the bytes of the TensorCore's kernels by name, sizes and dtype; how many
+    kernels the compiler refused."""
     refused = 0
-    print(f'| kernel | sizes | dtype | MB | MB of copies | {" | ".join(names)} |\n'
-          f'{"| --- " * (5 + len(names))}|')
+    print(f'| kernel | sizes | dtype | MB | MB, TensorCore | MB of copies | {" | ".join(names)} |\n'
+          f'{"| --- " * (6 + len(names))}|')
     for make, dtype, width, k in itertools.product((read, gradient), dtypes, WIDTHS, TOP_K):
         case = make(width, k, jnp.dtype(dtype))
-        cells = [case.name, case.sizes, dtype, f'{case.bytes / 1e6:,.0f}',
-                 f'{case.copied / 1e6:,.0f}']
+        cells = [case.name, case.sizes, dtype, *(f'{number / 1e6:,.0f}' for number in (
+            case.bytes, tensorcore[case.name, case.sizes, dtype], case.copied))]
         for name in names:
             try:
                 cells.append(floor(case, name, compiled(case, name)))
