@@ -18,6 +18,7 @@ from pkm_jax.memory.kernels.tpu import (
     own_reads,
     sparsecore,
     sparsecore_backward,
+    sparsecore_forward,
     sparsecore_shares,
 )
 from tests.memory.kernels.test_tpu_embedding_bag import LIMIT, error, make, random_slots
@@ -151,7 +152,7 @@ def test_pieces_fit_a_subcore(width, dtype, piece, monkeypatch):
     values = jax.ShapeDtypeStruct((9, width), jnp.dtype(dtype))
     v6e = sparsecore.Chip(2, 16, 8, 2 ** 18)
     assert sparsecore_backward._piece(values, v6e) == piece
-    reason = sparsecore_backward.unsupported(values, values, v6e)
+    reason = sparsecore_backward.unsupported(values, values, 9, v6e)
     assert (reason is None) if piece else f'{width} columns' in reason
 
 
@@ -159,9 +160,22 @@ def test_what_does_not_fit_the_tensorcore_does(monkeypatch, said):
     monkeypatch.setattr(sparsecore, 'INTERPRETED', CHIP._replace(memory=2 ** 12))
     arrays = [jax.ShapeDtypeStruct((9, 128), jnp.float32) for _ in range(2)]
     assert embedding_bag._sparsecores('add', True, lambda chip: sparsecore_backward.unsupported(
-        *arrays, chip)) is None
+        *arrays, 9, chip)) is None
     assert ('rows of 128 columns do not fit a subcore of 4096 bytes; the TensorCore does'
             in said.text)
+
+
+@pytest.mark.parametrize('slots, n_rows, dtype, rows', [
+    (2 ** 22, 2 ** 22, 'bfloat16', None), (2 ** 22 + 1, 9, 'float32', 2 ** 22 + 1),
+    (2 ** 23, 2 ** 22 + 3, 'bfloat16', 2 ** 22 + 3)])
+def test_no_array_is_larger_than_sparsecores_reach(slots, n_rows, dtype, rows):
+    """Neither the table nor the rows of its gradient, in float32; the read needs the table alone."""
+    values, gradient = (jax.ShapeDtypeStruct((n, 1024), jnp.dtype(dtype)) for n in (slots, 9))
+    v6e = sparsecore.Chip(2, 16, 8, 2 ** 18)
+    reason = sparsecore_backward.unsupported(values, gradient, n_rows, v6e)
+    assert (reason is None) if rows is None else f'{rows} rows of 4096 bytes' in reason
+    reads = sparsecore_forward.unsupported(values, 8, v6e)
+    assert (reads is None) == (rows != slots)
 
 
 @needs_tpu_compiler

@@ -87,9 +87,11 @@ def compact_backward(
 ) -> tuple[SparseRows, Float[Array, '{tokens} R']]:
     """The rows of the values' gradient that were read, and the weights' gradient; deterministic."""
     n_slots = len(values)
-    chip = _sparsecores('add up compact gradients', interpret,
-                        lambda chip: sparsecore_backward.unsupported(values, gradient, chip))
-    if owners == 1 or slots.size < max(n_slots, own_reads.BLOCK * own_reads.LANES):
+    at_once = owners == 1 or slots.size < max(n_slots, own_reads.BLOCK * own_reads.LANES)
+    n_rows = min(n_slots, slots.size) if at_once else n_slots
+    chip = _sparsecores('add up compact gradients', interpret, lambda chip:
+                        sparsecore_backward.unsupported(values, gradient, n_rows, chip))
+    if at_once:
         rows, by_read = compact_gradients(values, slots, weights, gradient, interpret=interpret,
                                           chip=chip)
         return rows, jax.lax.dynamic_slice_in_dim(by_read, first, tokens)

@@ -21,6 +21,7 @@ from pkm_jax.memory.kernels.tpu.rows import LANES, Interpret
 from pkm_jax.refusal import Refusal
 
 SETTING = 'PKM_JAX_SPARSECORE'      # of the environment; '1': SparseCores read, where there are any
+MOST_BYTES = 2 ** 34    # of one array, says the compiler
 NO_READ = -1        # an index that is not read
 SHARE = 7 / 8       # of a subcore's memory that a kernel uses
 
@@ -168,6 +169,13 @@ def halves(values: Shaped[Array, 'S V'] | ShapeDtypeStruct) -> int:
 def words_of(values: Shaped[Array, 'S V'] | ShapeDtypeStruct) -> int:
     """Words of a row, a multiple of LANES."""
     return -(-values.shape[1] // (halves(values) * LANES)) * LANES
+
+
+def too_large(rows: int, words: int) -> str | None:
+    """Why an array of so many words is none for the SparseCores; None if it is."""
+    if 4 * rows * words > MOST_BYTES:
+        return f'{rows} rows of {4 * words} bytes (SparseCores reach {MOST_BYTES} of an array)'
+    return None
 
 
 def as_words(values: Float[Array, 'S V']) -> Shaped[Array, 'S words']:

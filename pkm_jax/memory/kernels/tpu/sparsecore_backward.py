@@ -44,6 +44,7 @@ from pkm_jax.memory.kernels.tpu.sparsecore import (
     halves,
     on_subcores,
     over_vectors,
+    too_large,
     widened,
     words_of,
 )
@@ -84,13 +85,14 @@ class Kept(NamedTuple):
     results_out: Any
 
 
-def unsupported(values: Any, gradient: Any, chip: Chip) -> str | None:
-    """Why the subcores cannot add up gradients of this table; None if they can."""
+def unsupported(values: Any, gradient: Any, n_rows: int, chip: Chip) -> str | None:
+    """Why the subcores cannot add up so many rows of the gradient of this table; None if they
+    can."""
     if gradient.dtype != values.dtype:
         return f'gradients of {gradient.dtype} for rows of {values.dtype}'
     if _piece(gradient, chip) is None:
         return f'rows of {gradient.shape[1]} columns do not fit a subcore of {chip.memory} bytes'
-    return None
+    return too_large(len(values), words_of(values)) or too_large(n_rows, gradient.shape[1])
 
 
 def sum_by_slot(
