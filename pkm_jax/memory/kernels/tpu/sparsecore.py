@@ -171,11 +171,11 @@ def words_of(values: Shaped[Array, 'S V'] | ShapeDtypeStruct) -> int:
     return -(-values.shape[1] // (halves(values) * LANES)) * LANES
 
 
-def too_large(rows: int, words: int) -> str | None:
-    """Why an array of so many words is none for the SparseCores; None if it is."""
-    if 4 * rows * words > MOST_BYTES:
-        return f'{rows} rows of {4 * words} bytes (SparseCores reach {MOST_BYTES} of an array)'
-    return None
+def too_large(*arrays: tuple[int, int]) -> str | None:
+    """Why arrays of so many rows of so many words are none for the SparseCores; None if they
+    are."""
+    return next((f'{rows} rows of {4 * words} bytes (SparseCores reach {MOST_BYTES} of an array)'
+                 for rows, words in arrays if 4 * rows * words > MOST_BYTES), None)
 
 
 def as_words(values: Float[Array, 'S V']) -> Shaped[Array, 'S words']:

@@ -1,13 +1,13 @@
 """Gradients of the weighted sum of value rows on the SparseCores of a TPU (Pallas, Mosaic).
 
-The reads come sorted by slot, those of a slot together, as a *segment*. Every vector subcore has as
-many of them in one piece, in tiles, one after the other. A *part* is as many reads as a
-vector of the subcore has lanes. Two indirect copies bring the output gradients of its tokens and
-the value rows of the slots that begin in it; AHEAD parts are on their way while parts before them
-are added up, in the order of the reads. A value row is copied once for each segment and tile: a
-segment that goes on in the next part hands it on. weight · gradient is added to a float32 sum, kept
-after each read, and a third indirect copy takes those sums of a part to their rows with which a
-segment ends. The product of value row and gradient is the gradient of the read's weight.
+The reads come sorted by slot, those of a slot together, as a *segment*. Every vector subcore has an
+equal share of them in one piece, and takes it tile by tile. A *part* is as many reads as a vector
+of the subcore has lanes. Two indirect copies bring the output gradients of its tokens and the value
+rows of the slots that begin in it; AHEAD parts are on their way while parts before them are added
+up, in the order of the reads. A value row is copied once for each segment and tile: a segment that
+goes on in the next part hands it on. weight · gradient is added to a float32 sum, which is kept
+after each read, and a third indirect copy takes the sums with which segments end to their rows. The
+product of value row and gradient is the gradient of the read's weight.
 
 A segment can begin in the share of one subcore and go on in others'. The one that it begins in
 writes the row, of its own reads; the others leave what they begin with, the *rest* of a segment,
@@ -92,7 +92,8 @@ def unsupported(values: Any, gradient: Any, n_rows: int, chip: Chip) -> str | No
         return f'gradients of {gradient.dtype} for rows of {values.dtype}'
     if _piece(gradient, chip) is None:
         return f'rows of {gradient.shape[1]} columns do not fit a subcore of {chip.memory} bytes'
-    return too_large(len(values), words_of(values)) or too_large(n_rows, gradient.shape[1])
+    return too_large((len(values), words_of(values)), (n_rows, gradient.shape[1]),
+                     (len(gradient), words_of(gradient)))
 
 
 def sum_by_slot(

@@ -67,7 +67,7 @@ def unsupported(values: Any, reads: int, chip: Chip) -> str | None:
     """Why a subcore cannot read so many rows of this table for a token; None if it can."""
     if _piece(values, reads, chip) is None:
         return f'{reads} reads a token do not fit a subcore of {chip.memory} bytes'
-    return too_large(len(values), words_of(values))
+    return too_large((len(values), words_of(values)))
 
 
 def sum_rows(
