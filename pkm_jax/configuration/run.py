@@ -89,6 +89,9 @@ class Distributed:
     process: int = setting(-1, 'which one this is; -1: found', least=-1)
     initialization_timeout: int = setting(
         300, 'seconds in which all processes must have begun; else those that did end', least=1)
+    heartbeat_timeout: int = setting(
+        30, 'seconds without a sign of life after which a process is taken for dead: the others '
+        'end', least=2)
 
     def __post_init__(self) -> None:
         check_settings(self, 'distributed')

@@ -17,6 +17,7 @@ from optax.contrib import MuonDimensionNumbers, muon
 from pkm_jax.fields import check_settings, setting
 from pkm_jax.memory.sparse_rows import is_rows
 from pkm_jax.models.interface import path_of
+from pkm_jax.optimizers.adam_bf16 import adam_bf16
 from pkm_jax.optimizers.groups import groups_of, schedule
 from pkm_jax.optimizers.skips import limit_loss
 from pkm_jax.optimizers.sparse import (
@@ -69,6 +70,7 @@ BACKBONE = {
 # By name what updates value tables: from dense gradients, and from SparseRows.
 DENSE_VALUES = {
     'adam': lambda config, rate: optax.adam(rate, config.beta1, config.beta2, config.epsilon),
+    'adam_bf16': lambda config, rate: adam_bf16(rate, config.beta1, config.beta2, config.epsilon),
     'sgd': lambda config, rate: optax.sgd(rate),
 }
 SPARSE_VALUES = {
@@ -94,8 +96,9 @@ class OptimizerConfig:
     learning_rate: float = setting(1e-4, 'of the backbone, after warmup', least=0.)
     values_learning_rate: float = setting(1e-3, 'of value tables, after warmup', least=0.)
     values_optimizer: str = setting(
-        'adam', "of value tables: 'adam' or 'sgd'; with sparse updates 'rowwise_adam' or "
-        "'rowwise_adagrad' too", choices=tuple(SPARSE_VALUES))
+        'adam', "of value tables: 'adam' or 'sgd'; with dense updates 'adam_bf16' too (moments in "
+        "bfloat16, rounded stochastically), with sparse ones 'rowwise_adam' or 'rowwise_adagrad'",
+        choices=tuple(dict.fromkeys((*DENSE_VALUES, *SPARSE_VALUES))))
     warmup: int = setting(10_000, 'steps of linear warmup; then linear decay to 0', least=0.)
     weight_decay: float = setting(0.01, 'times the learning rate; not of values, biases and norms',
                                   least=0.)
@@ -196,7 +199,8 @@ def values_state_bytes(config: OptimizerConfig, sparse: bool, width: int) -> flo
 def _values_optimizer(config, rate, sparse):
     names = values_optimizers(sparse)
     if config.values_optimizer not in names:
+        kinds = ('sparse', 'dense') if sparse else ('dense', 'sparse')
         raise Refusal(f'train.values_optimizer = {config.values_optimizer!r} is none of {names}, '
-                      f'which dense updates of value tables have: choose one of these, or set '
-                      f"memory.updates = 'sparse'.")
+                      f'which {kinds[0]} updates of value tables have: choose one of these, or set '
+                      f'memory.updates = {kinds[1]!r}.')
     return (SPARSE_VALUES if sparse else DENSE_VALUES)[config.values_optimizer](config, rate)

@@ -27,8 +27,15 @@ def noise(
     seed: Any, rows: Int32[Array, '...'], columns: Int32[Array, '...'],
 ) -> UInt32[Array, '...']:
     """16 random bits for each number, by two words of seed, its row and its column alone."""
+    return hashed(seed, rows, columns) >> 16
+
+
+def hashed(
+    seed: Any, rows: Int32[Array, '...'], columns: Int32[Array, '...'],
+) -> UInt32[Array, '...']:
+    """`noise` of 32 bits."""
     rows, columns = rows.astype(jnp.uint32), columns.astype(jnp.uint32)
-    return _mix(_mix(rows ^ seed[0]) ^ _mix(columns ^ seed[1])) >> 16
+    return _mix(_mix(rows ^ seed[0]) ^ _mix(columns ^ seed[1]))
 
 
 def rounded(numbers: Float[Array, '...'], bits: UInt32[Array, '...']) -> Float[Array, '...']:

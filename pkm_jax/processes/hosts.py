@@ -14,14 +14,15 @@ from jax.experimental import multihost_utils
 
 from pkm_jax.configuration.run import Distributed
 
-SILENT = 30     # seconds without a sign of life after which a process is taken for dead
+LINGER = 30     # seconds that a failed process may take to end
 
 
 def join(distributed: Distributed) -> None:
     """Connects this process with the others, if configured; before anything else asks for devices.
 
     On TPU pods, Slurm and the like the addresses are found; elsewhere the configuration gives them.
-    One that is silent for SILENT seconds is taken for dead: JAX ends the others, saying its number.
+    One that is silent for `distributed.heartbeat_timeout` seconds is taken for dead: JAX ends the
+    others, saying its number.
     Where not all have begun within `distributed.initialization_timeout` seconds it ends those that
     have.
 
@@ -35,21 +36,21 @@ def join(distributed: Distributed) -> None:
             distributed.processes or None,
             distributed.process if distributed.process >= 0 else None,
             initialization_timeout=distributed.initialization_timeout,
-            heartbeat_timeout_seconds=SILENT)
+            heartbeat_timeout_seconds=distributed.heartbeat_timeout)
         # JAX calls one that dies by its number.
         print(f'process {jax.process_index()} of {jax.process_count()}: {socket.gethostname()}, '
               f'pid {os.getpid()}', flush=True)
 
 
 def end_soon(status: int) -> None:
-    """Ends this process after SILENT seconds, should it not have ended before; for one that fails
+    """Ends this process after LINGER seconds, should it not have ended before; for one that fails
     beside others.
 
     On its way out JAX waits for the others, minutes long, and they may be waiting for it. Once it
     has ended they miss its signs of life.
     """
     if jax.distributed.is_initialized():
-        ending = threading.Timer(SILENT, os._exit, (status,))
+        ending = threading.Timer(LINGER, os._exit, (status,))
         ending.daemon = True
         ending.start()
 

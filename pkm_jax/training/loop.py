@@ -7,16 +7,13 @@ import math
 import shutil
 import tempfile
 from collections.abc import Callable
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import jax
 import numpy as np
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
-from jax.stages import Lowered
 
-from pkm_jax import dispatch
 from pkm_jax.checkpoints import pretrained
 from pkm_jax.checkpoints.store import Checkpoints
 from pkm_jax.configuration import folder as run_folder
@@ -32,15 +29,15 @@ from pkm_jax.processes.watch import Watch
 from pkm_jax.refusal import Refusal
 from pkm_jax.tasks.interface import Batch, Data
 from pkm_jax.training import divergence, start
+from pkm_jax.training.compiling import Programs, shapes_of, takes_norms
 from pkm_jax.training.drift import DriftLog
 from pkm_jax.training.evaluation import evaluate, save_counts
 from pkm_jax.training.layout import Layout
-from pkm_jax.training.program import Program, abstract_batch, make_program
+from pkm_jax.training.program import Program, make_program
 from pkm_jax.training.progress import Progress
 from pkm_jax.training.run_log import RunLog, utilisation
 from pkm_jax.training.state import TrainState, batch_sharding
 
-Shapes = frozenset[tuple[str, tuple[int, ...]]]     # of a batch, by the names of its arrays
 EVALUATION_SEED = 0     # of the examples evaluated over: the same for runs of any seed
 
 
@@ -83,6 +80,9 @@ def _train(run: Run, layout: Layout, changed: str, data: Data | None,
             found = checkpoints.newest()
         room = checkpoints.room(program.abstract)
         saved: dict[str, Any] = {}
+        source = None if found or not run.init_from else _source(run, program, data)
+        programs = Programs(run, program, mesh, found[0] if found else 0, fresh=not found)
+        closing.callback(programs.close)
         if found:
             step, saved = found
             stream.set_state(saved['data'])
@@ -94,7 +94,8 @@ def _train(run: Run, layout: Layout, changed: str, data: Data | None,
             progress = Progress(**saved.get('progress', {'tokens': tokens}))
         else:
             progress = Progress()
-            state = _first_state(run, program, data, lambda: run_folder.describe(configured))
+            state = _first_state(run, programs, source, data,
+                                 lambda: run_folder.describe(configured))
         if changed and jax.process_index() == 0:
             run_folder.describe(configured)
 
@@ -112,13 +113,14 @@ def _train(run: Run, layout: Layout, changed: str, data: Data | None,
                   lower_is_better=run.task.lower_is_better,
                   memories={name: site.title for name, site in run.model.memories.items()})
         requests = closing.enter_context(StopRequests(mesh))
-        with start.phase('compiling the step'), log.pause():
-            steps = _compiled_steps(run, program, state, mesh, log)
+        with start.phase('compiling the programs'), log.pause():
+            programs.wait()
+        log.say('\n'.join(f'{name}: {how}' for name, how in programs.operations.items()))
         best = closing.enter_context(contextlib.closing(
             Checkpoints(run.folder / 'best', 1, still_ours))) if run.train.best else None
         watch = closing.enter_context(Watch(run.folder, jax.process_index(), run.log.hang_exit))
-        _loop(run, state, progress, steps, _evaluation(run, program, mesh, data, log), stream, mesh,
-              checkpoints, best, log, requests, watch)
+        _loop(run, state, progress, programs, _evaluation(run, program, mesh, data, log), stream,
+              mesh, checkpoints, best, log, requests, watch)
     return run.folder
 
 
@@ -141,59 +143,29 @@ def prepared(run: Run) -> Data:
                                 functools.partial(print, flush=True))
 
 
-def _first_state(
-    run: Run, program: Program, data: Data, make_folder: Callable[[], None],
-) -> TrainState:
-    """Fresh weights, or those that the run starts from; the folder is made once they fit."""
-    source = pretrained.open_pretrained(run.init_from) if run.init_from else None
-    if source:
-        pretrained.check_fits(source, program.abstract, run.model, data.vocab_path)
+def _source(run: Run, program: Program, data: Data) -> pretrained.Pretrained:
+    """The weights that a run starts from, which fit."""
+    source = pretrained.open_pretrained(run.init_from)
+    pretrained.check_fits(source, program.abstract, run.model, data.vocab_path)
+    return source
+
+
+def _first_state(run: Run, programs: Programs, source: pretrained.Pretrained | None, data: Data,
+                 make_folder: Callable[[], None]) -> TrainState:
+    """Fresh weights, or those that the run starts from; first the folder is made."""
     if jax.process_index() == 0:
         make_folder()
         if data.vocab_path:
             tokenizer.load(data.vocab_path).save(run.folder)
     with start.phase('making the first state'):
-        state = jax.block_until_ready(program.initialise(np.uint32(run.seed)))
+        state = jax.block_until_ready(programs.first_state())
     if source:
         with start.phase('loading pretrained weights'):
             state = pretrained.load_pretrained(source, state)
     return state
 
 
-class Steps(NamedTuple):
-    """The compiled steps of a run, and what batches they take."""
-    compiled: dict[tuple[bool, Shapes], Callable]   # by whether it takes all norms, and shapes
-    lengths: dict[Shapes, int]                      # tokens of a row
-
-
-def _compiled_steps(run: Run, program: Program, state: TrainState, mesh: Mesh,
-                    log: RunLog) -> Steps:
-    """The step with all norms and the one without, those that the run will take, by bucket."""
-    first, last = int(state.step) + 1, run.train.steps
-    norms = {_takes_norms(run, step)       # as in all periods, so in the next one
-             for step in range(first, min(last, first + run.log.norms_every) + 1)}
-    batches = {length: abstract_batch(run, mesh, length) for length in run.task.buckets}
-    needed = [(all_norms, batch) for all_norms in norms for batch in batches.values()]
-    with dispatch.recorded() as chosen:
-        lowered = [program.take_step.lower(state, batch, np.uint32(run.seed), all_norms=all_norms)
-                   for all_norms, batch in needed]
-    log.say('\n'.join(f'{operation}: {how}' for operation, how in chosen.items()))
-    with ThreadPoolExecutor() as pool:
-        compiled = pool.map(Lowered.compile, lowered)
-        return Steps({(all_norms, _shapes(batch)): step
-                      for (all_norms, batch), step in zip(needed, compiled)},
-                     {_shapes(batch): length for length, batch in batches.items()})
-
-
-def _shapes(batch: dict[str, Any]) -> Shapes:
-    return frozenset((name, array.shape) for name, array in batch.items())
-
-
-def _takes_norms(run: Run, step: int) -> bool:
-    return bool(run.log.norms_every) and step % run.log.norms_every == 0
-
-
-def _loop(run: Run, state: TrainState, progress: Progress, take_step: Steps,
+def _loop(run: Run, state: TrainState, progress: Progress, programs: Programs,
           evaluate_now: Callable, stream: loader.BatchStream, mesh: Mesh, checkpoints: Checkpoints,
           best: Checkpoints | None, log: RunLog, requests: StopRequests, watch: Watch) -> None:
     """Steps from state.step to the last, never waiting for a step before the next is under way."""
@@ -211,13 +183,12 @@ def _loop(run: Run, state: TrainState, progress: Progress, take_step: Steps,
         with watch.waiting_for('the loader, which makes batches'):
             rows = next(stream)
         batch = to_devices(rows, mesh)
-        shapes = _shapes(batch)
+        take_step = programs.step(takes_norms(run, step + 1), shapes_of(batch))
         if step + 1 == every.profile[0]:
             jax.profiler.start_trace(str(run.folder / 'profile'))
             profiling = True
         with jax.transfer_guard('disallow'):
-            state, metrics = take_step.compiled[_takes_norms(run, step + 1), shapes](
-                state, batch, seed)
+            state, metrics = take_step(state, batch, seed)
         step += 1
         if (step - 1) % every.every == 0 and window:
             report(step - 1, window, lengths)
@@ -227,7 +198,7 @@ def _loop(run: Run, state: TrainState, progress: Progress, take_step: Steps,
             with watch.apart('a save'):
                 divergence.stop_after_too_many(run, skips, state, stream)
         window.append(metrics)
-        lengths.append(take_step.lengths[shapes])
+        lengths.append(programs.lengths[shapes_of(batch)])
         if profiling and step == every.profile[1]:
             jax.block_until_ready(metrics)
             jax.profiler.stop_trace()

@@ -35,7 +35,8 @@ def tiny(folder: Path, updates: str, steps: int) -> ml_collections.ConfigDict:
                        vocab_size=120, length=16, max_predictions=3, validation_fraction=.1,
                        workers=0)
     config.train.update(steps=steps, batch=16, warmup=2, gradient_accumulation_steps=2)
-    config.distributed.initialization_timeout = 40      # one that is killed early never comes
+    # One that is killed early never comes; one that is killed later is missed.
+    config.distributed.update(initialization_timeout=25, heartbeat_timeout=10)
     config.log.update(every=1, eval_every=50, eval_batches=2, checkpoint_every=20)
     return config
 
@@ -53,7 +54,7 @@ def undisturbed(config: ml_collections.ConfigDict, processes: int) -> float:
     while not _step(config) and all(one.poll() is None for one in started):
         time.sleep(.02)
     first = time.monotonic() - began
-    _stopped(started, 600, {0})
+    _stopped(started, 1_800, {0})
     return first
 
 
@@ -86,7 +87,7 @@ def killed(config: ml_collections.ConfigDict, processes: int, kills: int, second
         when = 'before a first step' if _step(config) == reached else 'after some steps'
         name = f'{signal.Signals(what).name} {when}'
         counts[name] = counts.get(name, 0) + 1
-    _stopped(start(config, processes), 600, {0})
+    _stopped(start(config, processes), 1_800, {0})
     return counts
 
 
@@ -156,6 +157,7 @@ def check(
         steps = (60 if processes == 1 else 30) * kills      # more than a start takes until a kill
         straight = tiny(Path(folder) / 'straight', updates, steps)
         broken = tiny(Path(folder) / 'broken', updates, steps)
+        straight.log.checkpoint_every = steps
         first_step = undisturbed(straight, processes)
         counts = killed(broken, processes, kills, seconds, first_step,
                         np.random.default_rng(seed))

