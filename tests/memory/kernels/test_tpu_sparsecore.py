@@ -151,7 +151,7 @@ def test_without_the_setting_or_sparsecores_the_tensorcore_reads(monkeypatch, ca
 def test_the_compiler_takes_the_read(chip, monkeypatch):
     """With the sizes that it is for; six instructions for each read and vector of words."""
     monkeypatch.undo()
-    read = tpu_sparsecore.Read(768, 8, jnp.dtype('bfloat16'))
+    read = tpu_sparsecore.read(768, 8, jnp.dtype('bfloat16'))
     found = tpu_sparsecore.compiled(read, chip)
     assert found.instructions == 6 * tpu_sparsecore.TOKENS * 32 * 384 // found.chip.lanes
     assert 'read_rows_on_sparsecores' in found.program.as_text()

@@ -6,7 +6,12 @@ from jax import ShapeDtypeStruct
 from jaxtyping import Array, Float, Int32
 
 from pkm_jax.memory.embedding_bag import marked, reference_backward
-from pkm_jax.memory.kernels.tpu import own_reads, sparsecore, sparsecore_forward
+from pkm_jax.memory.kernels.tpu import (
+    own_reads,
+    sparsecore,
+    sparsecore_backward,
+    sparsecore_forward,
+)
 from pkm_jax.memory.kernels.tpu.embedding_bag_backward import (
     compact_gradients,
     dense_gradients,
@@ -47,20 +52,21 @@ def forward(
         slots, weights, _, counts = _own_first(slots, weights, len(values))
     else:
         counts = jnp.full(len(slots), slots.shape[1], jnp.int32)
-    chip = _sparsecores(values, slots, interpret)
+    chip = _sparsecores('read', interpret, lambda chip: sparsecore_forward.unsupported(
+        values, slots.shape[1], chip))
     if chip is not None:
         return sparsecore_forward.sum_rows(values, slots, weights, counts, chip=chip, owners=owners,
                                            interpret=interpret)
     return sum_rows(values, slots, weights, counts, owners=owners, interpret=interpret)
 
 
-def _sparsecores(values, slots, interpret):
-    """Those that are to read, if any; see `sparsecore.SETTING`."""
+def _sparsecores(act, interpret, unsupported):
+    """Those that are to do it, if any; see `sparsecore.SETTING`."""
     chip = sparsecore.chosen(interpret)
     if chip is None:
         return None
-    reason = sparsecore_forward.unsupported(values, slots.shape[1], chip)
-    sparsecore.say_once(f'{reason}; the TensorCore reads' if reason else 'the SparseCores read')
+    reason = unsupported(chip)
+    sparsecore.say_once(f'{reason}; the TensorCore does' if reason else f'the SparseCores {act}')
     return None if reason else chip
 
 
@@ -81,11 +87,17 @@ def compact_backward(
 ) -> tuple[SparseRows, Float[Array, '{tokens} R']]:
     """The rows of the values' gradient that were read, and the weights' gradient; deterministic."""
     n_slots = len(values)
-    if owners == 1 or slots.size < max(n_slots, own_reads.BLOCK * own_reads.LANES):
-        rows, by_read = compact_gradients(values, slots, weights, gradient, interpret=interpret)
+    at_once = owners == 1 or slots.size < max(n_slots, own_reads.BLOCK * own_reads.LANES)
+    n_rows = min(n_slots, slots.size) if at_once else n_slots
+    chip = _sparsecores('add up compact gradients', interpret, lambda chip:
+                        sparsecore_backward.unsupported(values, gradient, n_rows, chip))
+    if at_once:
+        rows, by_read = compact_gradients(values, slots, weights, gradient, interpret=interpret,
+                                          chip=chip)
         return rows, jax.lax.dynamic_slice_in_dim(by_read, first, tokens)
     ids, count = in_place(marked(slots, n_slots, owners=owners))
-    sums = own_row_gradients(slots, weights, gradient, n_slots, owners=owners, interpret=interpret)
+    sums = own_row_gradients(slots, weights, gradient, n_slots, owners=owners, interpret=interpret,
+                             chip=chip)
     slots, weights, gradient = (jax.lax.dynamic_slice_in_dim(array, first, tokens)
                                 for array in (slots, weights, gradient))
     own, _, place, counts = _own_first(slots, weights, n_slots)

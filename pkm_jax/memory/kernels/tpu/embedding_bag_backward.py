@@ -26,7 +26,7 @@ from jax.experimental.pallas import tpu as pltpu
 from jaxtyping import Array, Float, Int32
 
 from pkm_jax.memory.embedding_bag import SKEWED_READS
-from pkm_jax.memory.kernels.tpu import own_reads
+from pkm_jax.memory.kernels.tpu import own_reads, sparsecore, sparsecore_backward
 from pkm_jax.memory.kernels.tpu.rows import (
     LANES,
     Interpret,
@@ -59,9 +59,10 @@ def dense_gradients(
 
 def compact_gradients(
     values: Float[Array, 'S V'], slots: Int32[Array, 'T R'], weights: Float[Array, 'T R'],
-    gradient: Float[Array, 'T V'], *, interpret: Interpret,
+    gradient: Float[Array, 'T V'], *, interpret: Interpret, chip: sparsecore.Chip | None = None,
 ) -> tuple[SparseRows, Float[Array, 'T R']]:
-    """The rows of the gradient of `values`, and that of `weights`; slots of S are no reads."""
+    """The rows of the gradient of `values`, and that of `weights`; slots of S are no reads. By the
+    SparseCores of `chip`, if that is given."""
     n_slots = len(values)
     capacity = min(n_slots, slots.size)
     reads = _all_by_slot(slots, weights)
@@ -74,24 +75,34 @@ def compact_gradients(
         ids = jnp.full(capacity, n_slots, jnp.int32).at[
             jnp.where(begins, place, capacity)].set(reads.slots, mode='drop')
         count = jnp.sum(begins, dtype=jnp.int32)[None]
-    rows, by_sorted = _sums(reads, place, as_rows(gradient, interpret), n_slots, capacity,
-                            jnp.float32, slots.shape[1], interpret, as_rows(values, interpret))
-    return (SparseRows(ids, as_table(rows, values.shape[1], interpret), count),
-            _in_order(reads, by_sorted, weights))
+    if chip is not None:
+        rows, by_sorted = sparsecore_backward.sum_by_slot(
+            reads, place, ids < n_slots, n_slots, gradient, slots.shape[1], values, chip=chip,
+            interpret=interpret)
+    else:
+        rows, by_sorted = _sums(reads, place, as_rows(gradient, interpret), n_slots, capacity,
+                                jnp.float32, slots.shape[1], interpret, as_rows(values, interpret))
+        rows = as_table(rows, values.shape[1], interpret)
+    return SparseRows(ids, rows, count), _in_order(reads, by_sorted, weights)
 
 
 def own_row_gradients(
     slots: Int32[Array, 'T R'], weights: Float[Array, 'T R'], gradient: Float[Array, 'T V'],
-    n_slots: int, *, owners: int, interpret: Interpret,
+    n_slots: int, *, owners: int, interpret: Interpret, chip: sparsecore.Chip | None = None,
 ) -> Float[Array, '{n_slots} V']:
     """The gradient of every row, float32, of reads of which about one in `owners` is made here; the
-    slots of the others are `n_slots`. Each window of blocks is summed by itself."""
+    slots of the others are `n_slots`. Each window of blocks is summed by itself. By the SparseCores
+    of `chip`, if that is given."""
     blocks, size = own_reads.in_blocks(slots, weights, n_slots), own_reads.window_size(owners)
-
-    by_token = as_rows(gradient, interpret)
+    by_token = gradient if chip else as_rows(gradient, interpret)
 
     def rows_of(number):
         reads = own_reads.window(blocks, number, n_slots, size)
+        if chip is not None:
+            used = jnp.zeros(n_slots, bool).at[reads.slots].set(True, mode='drop')
+            return sparsecore_backward.sum_by_slot(
+                reads, reads.slots, used, n_slots, by_token, slots.shape[1], chip=chip,
+                interpret=interpret)[0]
         return _sums(reads, reads.slots, by_token, n_slots, n_slots, jnp.float32, slots.shape[1],
                      interpret, expected=slots.size // owners)[0]
 
@@ -102,7 +113,7 @@ def own_row_gradients(
     windows, start = own_reads.windows(blocks, n_slots, size), (jnp.int32(1), rows_of(0))
     with jax.named_scope(SKEWED_READS):
         rows = jax.lax.while_loop(lambda carry: carry[0] < windows, add_window, start)[1]
-    return as_table(rows, gradient.shape[1], interpret)
+    return rows if chip else as_table(rows, gradient.shape[1], interpret)
 
 
 def _all_by_slot(slots, weights):

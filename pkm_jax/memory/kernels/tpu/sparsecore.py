@@ -21,7 +21,9 @@ from pkm_jax.memory.kernels.tpu.rows import LANES, Interpret
 from pkm_jax.refusal import Refusal
 
 SETTING = 'PKM_JAX_SPARSECORE'      # of the environment; '1': SparseCores read, where there are any
+MOST_BYTES = 2 ** 34    # of one array, says the compiler
 NO_READ = -1        # an index that is not read
+SHARE = 7 / 8       # of a subcore's memory that a kernel uses
 
 
 class Chip(NamedTuple):
@@ -71,16 +73,17 @@ def say_once(what: str) -> None:
 
 
 def on_subcores(
-    body: Callable[..., None], chip: Chip, out: ShapeDtypeStruct, scratch: list,
-    cost: pl.CostEstimate, interpret: Interpret, name: str,
-) -> Callable[..., Array]:
+    body: Callable[..., None], chip: Chip, out: ShapeDtypeStruct | list[ShapeDtypeStruct],
+    scratch: list, cost: pl.CostEstimate, interpret: Interpret, name: str,
+) -> Callable[..., Any]:
     """The kernel in which every vector subcore calls `body(number, subcores, *refs)`."""
     number = chip.cores * chip.subcores
     if interpret:
         whole = pl.BlockSpec(memory_space=pl.ANY)
         return lambda *arrays: pl.pallas_call(
             lambda *refs: body(pl.program_id(0), number, *refs), grid=(number,), out_shape=out,
-            in_specs=[whole] * len(arrays), out_specs=whole, scratch_shapes=scratch,
+            in_specs=[whole] * len(arrays), out_specs=jax.tree.map(lambda _: whole, out),
+            scratch_shapes=scratch,
             interpret=interpret, name=name)(*arrays)
     from jax.experimental.pallas import tpu_sc
 
@@ -96,16 +99,18 @@ def on_subcores(
 
 
 class Rows(NamedTuple):
-    """An indirect copy to `into` of the rows of `table` [S, words] that `number` indices name, from
-    `start` on; of each the same columns, and of NO_READ none."""
+    """An indirect copy between `local` and the rows of `table` [S, words] that `number` indices
+    name, from `start` on; of each the same columns, and of NO_READ none, whose place in `local`
+    stays as it is. It comes from the table, or it leaves for it."""
     table: Any
     indices: Any
     start: Any
     columns: Any
-    into: Any
+    local: Any
     arrived: Any
     number: int
     interpret: Interpret
+    leaves: bool = False
 
     def begin(self) -> None:
         """Starts it."""
@@ -120,18 +125,20 @@ class Rows(NamedTuple):
             from jax.experimental.pallas import tpu_sc
             which = tpu_sc.Indices(self.indices.at[pl.ds(self.start, self.number)],
                                    ignored_value=NO_READ)
-            return act(pltpu.make_async_copy(self.table.at[which, self.columns], self.into,
-                                             self.arrived))
+            return act(self._copy(self.table.at[which, self.columns], self.local))
 
         def on_row(row, __):
             index = self.indices[self.start + row]
 
             @pl.when(index != NO_READ)
             def _():
-                act(pltpu.make_async_copy(self.table.at[index, self.columns], self.into.at[row],
-                                          self.arrived))
+                act(self._copy(self.table.at[index, self.columns], self.local.at[row]))
 
         return jax.lax.fori_loop(0, self.number, on_row, None)
+
+    def _copy(self, rows, local):
+        source, target = (local, rows) if self.leaves else (rows, local)
+        return pltpu.make_async_copy(source, target, self.arrived)
 
 
 def over_vectors(width: int, chip: Chip, interpret: Interpret) -> Callable:
@@ -143,6 +150,17 @@ def over_vectors(width: int, chip: Chip, interpret: Interpret) -> Callable:
     return tpu_sc.parallel_loop(0, width, chip.lanes)
 
 
+def fold_vectors(
+    width: int, chip: Chip, interpret: Interpret, step: Callable[[Any, Any], Any], start: Any,
+) -> Any:
+    """`start` after `step(column, carry)` for every vector, as `over_vectors` has them."""
+    if interpret:
+        return jax.lax.fori_loop(
+            0, width // chip.lanes, lambda n, carry: step(n * chip.lanes, carry), start)
+    from jax.experimental.pallas import tpu_sc
+    return tpu_sc.parallel_loop(0, width, chip.lanes, carry=start)(step)
+
+
 def halves(values: Shaped[Array, 'S V'] | ShapeDtypeStruct) -> int:
     """Numbers in a word."""
     return 4 // values.dtype.itemsize
@@ -151,6 +169,13 @@ def halves(values: Shaped[Array, 'S V'] | ShapeDtypeStruct) -> int:
 def words_of(values: Shaped[Array, 'S V'] | ShapeDtypeStruct) -> int:
     """Words of a row, a multiple of LANES."""
     return -(-values.shape[1] // (halves(values) * LANES)) * LANES
+
+
+def too_large(*arrays: tuple[int, int]) -> str | None:
+    """Why arrays of so many rows of so many words are none for the SparseCores; None if they
+    are."""
+    return next((f'{rows} rows of {4 * words} bytes (SparseCores reach {MOST_BYTES} of an array)'
+                 for rows, words in arrays if 4 * rows * words > MOST_BYTES), None)
 
 
 def as_words(values: Float[Array, 'S V']) -> Shaped[Array, 'S words']:

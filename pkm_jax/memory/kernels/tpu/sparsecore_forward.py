@@ -24,19 +24,20 @@ from jaxtyping import Array, Float, Int32
 from pkm_jax.memory.kernels.tpu.rows import LANES, Interpret, padded_tokens
 from pkm_jax.memory.kernels.tpu.sparsecore import (
     NO_READ,
+    SHARE,
     Chip,
     Rows,
     as_words,
     halves,
     on_subcores,
     over_vectors,
+    too_large,
     widened,
     words_of,
 )
 
 STREAMS = 8         # parts on their way to a subcore, a power of two
 TILE = 16           # tokens of a tile, a multiple of every chip's lanes
-SHARE = 7 / 8       # of a subcore's memory that is used
 
 
 class Sizes(NamedTuple):
@@ -66,7 +67,7 @@ def unsupported(values: Any, reads: int, chip: Chip) -> str | None:
     """Why a subcore cannot read so many rows of this table for a token; None if it can."""
     if _piece(values, reads, chip) is None:
         return f'{reads} reads a token do not fit a subcore of {chip.memory} bytes'
-    return None
+    return too_large((len(values), words_of(values)))
 
 
 def sum_rows(
