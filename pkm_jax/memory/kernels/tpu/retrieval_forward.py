@@ -20,9 +20,14 @@ from jax.experimental.pallas import tpu as pltpu
 from jaxtyping import Array, Float, Int32
 
 from pkm_jax.memory.kernels import networks
-from pkm_jax.memory.kernels.tpu.rows import LANES, Interpret, padded_tokens, whole_pieces
+from pkm_jax.memory.kernels.tpu.rows import (
+    LANES,
+    SUBLANES,
+    Interpret,
+    padded_tokens,
+    whole_pieces,
+)
 
-SUBLANES = 8
 TILE = SUBLANES * LANES     # tokens of a program
 NOTHING = jnp.iinfo(jnp.int32).min      # below every score's integer
 
