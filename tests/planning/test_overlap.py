@@ -52,7 +52,7 @@ def test_the_exchange_of_slots_goes_on_beside_the_feed_forward_layer():
     def on_mesh(one, spec):
         return jax.ShapeDtypeStruct(one.shape, one.dtype, sharding=NamedSharding(mesh, spec))
 
-    with jax.set_mesh(mesh):
+    with jax.set_mesh(mesh), jax.default_matmul_precision('default'):
         graph, params, rest = nnx.split(
             nnx.eval_shape(lambda: Block(config, 0, None, nnx.Rngs(0))), nnx.Param, ...)
         params = jax.tree_util.tree_map_with_path(
@@ -80,7 +80,7 @@ def test_options_have_gradients_summed_beside_products():
             states += jax.nn.gelu(states @ up.astype(states.dtype)) @ down.astype(states.dtype)
         return jnp.square(states.astype(jnp.float32)).sum()
 
-    with jax.set_mesh(mesh):
+    with jax.set_mesh(mesh), jax.default_matmul_precision('default'):
         lowered = jax.jit(jax.grad(loss)).lower(kernels, states)
     assert carried(lowered.compile()) == []
     found = carried(lowered.compile(compiler_options=options))
