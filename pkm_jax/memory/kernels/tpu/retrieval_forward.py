@@ -22,13 +22,13 @@ from jaxtyping import Array, Float, Int32
 from pkm_jax.memory.kernels import networks
 from pkm_jax.memory.kernels.tpu.rows import (
     LANES,
+    SUBLANES,
     Interpret,
     padded_tokens,
     precision_of,
     whole_pieces,
 )
 
-SUBLANES = 8
 TILE = SUBLANES * LANES     # tokens of a program
 NOTHING = jnp.iinfo(jnp.int32).min      # below every score's integer
 

@@ -8,7 +8,7 @@ from jax.experimental.pallas import tpu as pltpu
 from jax.typing import DTypeLike
 from jaxtyping import Array, Float, Int32, Shaped
 
-LANES = 128
+LANES, SUBLANES = 128, 8     # of a tile of 32-bit numbers
 TURNED = 4_096      # pieces that a program turns, but where LANES rows have more or 512 fewer
 Interpret = bool | pltpu.InterpretParams    # the latter: copies at other times than they start
 
@@ -19,25 +19,47 @@ def as_rows(
     """The table with rows that a copy can fetch alone, V filled up with zeros to pieces of 128.
 
     A copy of the whole table in another layout. One whose V is no multiple of 128 is kept by XLA
-    column after column, which wastes no room: a kernel turns it and fills it up at once.
+    column after column, which wastes no room: a kernel turns it and fills it up at once. Where rows
+    are no whole tiles, XLA would copy the table twice, by way of columns: a kernel does so once. If
+    the table is rounded before, that is part of either kernel.
     """
-    if table.shape[1] % LANES == 0:
-        return table.reshape(len(table), -1, LANES)
     slots, width = table.shape
-    pieces = -(-width // LANES)
-    turned = _turned(pieces)
+    shape = slots, -(-width // LANES), LANES
+    if _in_whole_tiles(width):
+        return table.reshape(shape)
+    if width % LANES == 0:
+        return _relaid(_split, 'as_rows', table, 0, shape, 0, interpret)
+    return _relaid(_turn, 'as_rows', table.T, 1, shape, 0, interpret)
+
+
+def _in_whole_tiles(width):
+    """Whether rows in pieces fill tiles, or are one line each."""
+    return width == LANES or width % (SUBLANES * LANES) == 0
+
+
+def _relaid(body, name, array, axis, shape, out_axis, interpret):
+    """A result of this shape by `body(block, out)`, blocks being some rows, which are along `axis`
+    of the array and along `out_axis` of the result; of one of these rows are in pieces."""
+    pieces = (array.shape if array.ndim == 3 else shape)[1]
+    # Rows that a program takes.
+    number = max(min(TURNED // pieces, 512) // LANES, 1) * LANES
+
+    def block(shape, axis):
+        return pl.BlockSpec(tuple(number if at == axis else size for at, size in enumerate(shape)),
+                            lambda n: tuple(n if at == axis else 0 for at in range(len(shape))))
+
     return pl.pallas_call(
-        _turn, grid=(pl.cdiv(slots, turned),), name='as_rows', interpret=interpret,
-        in_specs=[pl.BlockSpec((width, turned), lambda n: (0, n))],
-        out_specs=pl.BlockSpec((turned, pieces, LANES), lambda n: (n, 0, 0)),
-        out_shape=jax.ShapeDtypeStruct((slots, pieces, LANES), table.dtype),
-        compiler_params=pltpu.CompilerParams(dimension_semantics=('parallel',)),
-    )(table.T)
+        body, grid=(pl.cdiv(array.shape[axis], number),), name=name, interpret=interpret,
+        in_specs=[block(array.shape, axis)], out_specs=block(shape, out_axis),
+        out_shape=jax.ShapeDtypeStruct(shape, array.dtype),
+        compiler_params=pltpu.CompilerParams(dimension_semantics=('parallel',),
+                                             allow_input_fusion=[True]))(array)
 
 
-def _turned(pieces):
-    """Rows that a program turns."""
-    return max(min(TURNED // pieces, 512) // LANES, 1) * LANES
+def _split(table, rows):
+    """One program: rows [rows, V] as pieces."""
+    for piece in range(rows.shape[1]):
+        rows[:, piece] = table[:, piece * LANES:(piece + 1) * LANES]
 
 
 def _turn(columns, rows):
@@ -57,17 +79,18 @@ def as_table(
     """What `as_rows` made rows of: row after row where that wastes no room, else XLA may want
     columns together, and bring the table and its moments into that order too. Where it wastes
     room, column after column."""
-    slots, pieces, _ = rows.shape
-    turned = _turned(pieces)
-    if width % LANES == 0:
+    slots = len(rows)
+    if _in_whole_tiles(width):
         return with_layout_constraint(rows.reshape(slots, width), Layout((0, 1)))
-    return pl.pallas_call(
-        _turn_back, grid=(pl.cdiv(slots, turned),), name='as_table', interpret=interpret,
-        in_specs=[pl.BlockSpec((turned, pieces, LANES), lambda n: (n, 0, 0))],
-        out_specs=pl.BlockSpec((width, turned), lambda n: (0, n)),
-        out_shape=jax.ShapeDtypeStruct((width, slots), rows.dtype),
-        compiler_params=pltpu.CompilerParams(dimension_semantics=('parallel',)),
-    )(rows).T
+    if width % LANES == 0:
+        return _relaid(_join, 'as_table', rows, 0, (slots, width), 0, interpret)
+    return _relaid(_turn_back, 'as_table', rows, 0, (width, slots), 1, interpret).T
+
+
+def _join(rows, table):
+    """One program: pieces as rows [rows, V]."""
+    for piece in range(rows.shape[1]):
+        table[:, piece * LANES:(piece + 1) * LANES] = rows[:, piece]
 
 
 def _turn_back(rows, columns):
