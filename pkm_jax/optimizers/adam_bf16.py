@@ -1,4 +1,4 @@
-"""Adam whose moments are kept in bfloat16: half the bytes of a dense update, and of its state."""
+"""Adam whose moments are kept in bfloat16: half of its state, a third of a dense update's bytes."""
 
 import jax
 import jax.numpy as jnp
@@ -23,8 +23,9 @@ def adam_bf16(
       Refusal: `update` gets no `rounding`.
     """
     def init(params):
-        zeros = jax.tree.map(lambda table: jnp.zeros_like(table, dtype=jnp.bfloat16), params)
-        return optax.ScaleByAdamState(jnp.zeros((), jnp.int32), zeros, zeros)
+        mu, nu = (jax.tree.map(lambda table: jnp.zeros_like(table, dtype=jnp.bfloat16), params)
+                  for _ in range(2))
+        return optax.ScaleByAdamState(jnp.zeros((), jnp.int32), mu, nu)
 
     def update(updates, state, params=None, *, rounding=None, **_):
         if rounding is None:

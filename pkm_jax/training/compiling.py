@@ -29,7 +29,8 @@ class Programs:
         self._mesh = mesh
         self._tracer, self._compilers = ThreadPoolExecutor(1), ThreadPoolExecutor()
         self._seed = np.uint32(run.seed)
-        self._compiled: dict[Any, Future[Compiled]] = {}
+        self._compiled: dict[Any, Future[Compiled | None]] = {}
+        self._closed = False
         self.operations: dict[str, str] = {}    # what each is lowered as in the step, by its name
         batches = {length: abstract_batch(run, mesh, length) for length in run.task.buckets}
         self.lengths = {shapes_of(batch): length        # tokens of a row
@@ -45,21 +46,24 @@ class Programs:
             self._begin(('evaluation', length), functools.partial(_lowered_count, program, batch))
 
     def first_state(self) -> Any:
-        """A fresh TrainState."""
-        return self._compiled['first state'].result()(self._seed)
+        """A fresh TrainState; once."""
+        return self._get('first state')(self._seed)
 
     def wait(self) -> None:
         """Until all are there. Later they would look for the fastest kernels on devices that are
         busy and full; `Program.count` is found by JAX when it is called."""
         for program in self._compiled.values():
             program.result()
+        self._compiled.pop('first state', None)
+        self.close()
 
     def step(self, all_norms: bool, shapes: Shapes) -> Callable:
         """`Program.take_step` for batches of these shapes."""
-        return self._compiled[all_norms, shapes].result()
+        return self._get((all_norms, shapes))
 
     def close(self) -> None:
-        """Forgets what has not begun."""
+        """Begins nothing more. A process that ends waits for what is being traced or compiled."""
+        self._closed = True
         self._tracer.shutdown(wait=False, cancel_futures=True)
         self._compilers.shutdown(wait=False, cancel_futures=True)
 
@@ -68,8 +72,17 @@ class Programs:
             with jax.set_mesh(self._mesh):      # is each thread's own
                 return lower()
 
+        def compile_it():
+            program = lowered.result()
+            return None if self._closed else program.compile()
+
         lowered = self._tracer.submit(lower_here)
-        self._compiled[name] = self._compilers.submit(lambda: lowered.result().compile())
+        self._compiled[name] = self._compilers.submit(compile_it)
+
+    def _get(self, name) -> Compiled:
+        program = self._compiled[name].result()
+        assert program, 'closed before it was compiled'
+        return program
 
     def _lowered_step(self, program, batch, all_norms):
         with dispatch.recorded() as operations:

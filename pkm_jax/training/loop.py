@@ -45,7 +45,8 @@ def train(run: Run, layout: Layout, data: Data | None = None) -> Path:
     """Trains the model of a run in its folder, or goes on where it stopped.
 
     Returns the folder; of a finished run at once. `layout` is `layout.lay_out`'s, `data` what the
-    task prepares, where that is done.
+    task prepares, where that is done. Programs are traced in another thread: settings of JAX count
+    if they were made by `jax.config.update`, not by a context.
 
     Raises:
       Refusal: the settings, corpus, checkpoint or folder cannot be used; before anything is
@@ -79,21 +80,20 @@ def _train(run: Run, layout: Layout, changed: str, data: Data | None,
         with start.phase('looking for a checkpoint'):
             found = checkpoints.newest()
         room = checkpoints.room(program.abstract)
-        saved: dict[str, Any] = {}
+        step, saved = found or (0, {})
+        # In runs of before it was not kept.
+        progress = Progress(**saved.get('progress', {'tokens': step * run.tokens_per_step}))
         source = None if found or not run.init_from else _source(run, program, data)
-        programs = Programs(run, program, mesh, found[0] if found else 0, fresh=not found)
+        programs = Programs(run, program, mesh, run.train.steps if progress.stopped else step,
+                            fresh=not found)
         closing.callback(programs.close)
         if found:
-            step, saved = found
             stream.set_state(saved['data'])
             with start.phase('reading the checkpoint'):
                 state = checkpoints.restore(step, program.abstract)
             if jax.process_index() == 0:
                 _mend_vocabulary(run.folder, data)
-            tokens = step * run.tokens_per_step     # in runs of before it was kept
-            progress = Progress(**saved.get('progress', {'tokens': tokens}))
         else:
-            progress = Progress()
             state = _first_state(run, programs, source, data,
                                  lambda: run_folder.describe(configured))
         if changed and jax.process_index() == 0:

@@ -1,5 +1,7 @@
 """Adam with moments in bfloat16 against Optax's own, and its rounding."""
 
+import functools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -8,6 +10,7 @@ import pytest
 from jax.sharding import NamedSharding, PartitionSpec
 
 from pkm_jax.optimizers.adam_bf16 import adam_bf16
+from pkm_jax.optimizers.build import OptimizerConfig, make_optimizer
 from pkm_jax.refusal import Refusal
 
 OURS, OPTAX = adam_bf16(.01), optax.adam(.01)
@@ -74,6 +77,25 @@ def test_bits_are_the_same_on_every_layout(table, spec):
                     for given in (table, split))
     for ours, theirs in zip(whole[1:], parts[1:]):
         np.testing.assert_array_equal(np.asarray(ours, np.float32), np.asarray(theirs, np.float32))
+
+
+def test_it_is_a_groups_in_training(table):
+    """With clipping, skipped loss spikes, other groups, and a state whose memory is used again."""
+    params = {'memory': {'values': table}, 'bias': jnp.ones(3)}
+    optimizer = make_optimizer(
+        OptimizerConfig(warmup=0, values_optimizer='adam_bf16', values_learning_rate=.01, clip=1e9,
+                        skip_loss_spikes=2., epsilon=1e-8), 10**9, {'memory/values'},
+        lambda path: False)
+
+    @functools.partial(jax.jit, donate_argnums=0)
+    def take(state, key):
+        return optimizer.update(params, state, params, loss=jnp.ones(()), rounding=key)
+
+    updates, state = take(optimizer.init(params), jax.random.key(1))
+    expected, _ = OPTAX.update(table, OPTAX.init(table))
+    np.testing.assert_allclose(updates['memory']['values'], expected, rtol=1e-5)
+    assert [leaf.dtype for leaf in jax.tree.leaves(state) if leaf.shape == table.shape] == [
+        jnp.bfloat16] * 2
 
 
 def test_without_a_key_it_refuses(table):

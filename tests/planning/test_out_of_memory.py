@@ -18,19 +18,20 @@ def train(config):
         loop.train(run, layout)
 
 
-def fail(monkeypatch, place, words):
+def fail(monkeypatch, where, place, words):
     def full(*_, **__):
         raise jax.errors.JaxRuntimeError(words)
 
-    monkeypatch.setattr(Programs if hasattr(Programs, place) else loop, place, full)
+    monkeypatch.setattr(where, place, full)
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize('place', ['_loop', 'first_state', 'wait'])
-def test_it_is_said_what_there_is_too_much_of(config, monkeypatch, place):
+@pytest.mark.parametrize('where, place', [
+    (loop, '_loop'), (Programs, 'first_state'), (Programs, 'wait')])
+def test_it_is_said_what_there_is_too_much_of(config, monkeypatch, where, place):
     config.memory.update(sub_keys=256, updates='dense')
     config.memory.shards.update(rows=1, columns=1)
-    fail(monkeypatch, place, 'RESOURCE_EXHAUSTED: Out of memory while trying to allocate 9 bytes.\nmore')
+    fail(monkeypatch, where, place, 'RESOURCE_EXHAUSTED: Out of memory while trying to allocate 9 bytes.\nmore')
     monkeypatch.setattr(out_of_memory, 'bytes_of_device', lambda: 16 * 10 ** 6)
     with pytest.raises(OutOfMemory) as refused:
         train(config)
@@ -46,7 +47,7 @@ def test_it_is_said_what_there_is_too_much_of(config, monkeypatch, place):
 @pytest.mark.slow
 def test_activations_are_helped_by_smaller_parts(config, monkeypatch):
     config.train.batch = 4096
-    fail(monkeypatch, '_loop', 'RESOURCE_EXHAUSTED: Out of memory')
+    fail(monkeypatch, loop, '_loop', 'RESOURCE_EXHAUSTED: Out of memory')
     monkeypatch.setattr(out_of_memory, 'bytes_of_device', lambda: 2 * 10 ** 6)
     with pytest.raises(OutOfMemory, match=r'\(temporaries: activations, gradients [^)]*\).* Set .*'
                                       r'train.gradient_accumulation_steps=\d+ \(1\.\d+ MB\)'):
@@ -55,6 +56,6 @@ def test_activations_are_helped_by_smaller_parts(config, monkeypatch):
 
 @pytest.mark.slow
 def test_other_errors_of_the_runtime_keep_their_traceback(config, monkeypatch):
-    fail(monkeypatch, '_loop', 'INTERNAL: something else')
+    fail(monkeypatch, loop, '_loop', 'INTERNAL: something else')
     with pytest.raises(jax.errors.JaxRuntimeError, match='something else'):
         train(config)

@@ -36,7 +36,7 @@ def signal_at(process, words, number):
     ('preparing the data', signal.SIGUSR1, False),
     ('making the first state', signal.SIGTERM, False),
     ('compiling the programs', signal.SIGHUP, True),
-    ('compiling the programs:', signal.SIGTERM, True),      # it is compiled: before the first step
+    ('retrieval: ', signal.SIGTERM, True),              # all is compiled: before the first step
     ('step 3/6', signal.SIGUSR1, True),                 # evaluates
     (SAVES, signal.SIGTERM, True),
     ('step 6/6', signal.SIGHUP, True)])                 # in the second before the end

@@ -88,18 +88,25 @@ def test_programs_have_the_backend_that_is_asked_for(monkeypatch):
 def test_a_setting_that_is_neither(monkeypatch):
     monkeypatch.setenv(backend.SETTING, 'yes')
     with pytest.raises(Refusal, match='PKM_JAX_MOSAIC_GPU=yes: 1 has Mosaic GPU make the reads, 0 '):
-        backend.is_mosaic()
+        backend.uses_mosaic(*shapes(64, 128))
 
 
-@pytest.mark.parametrize('tokens, reads, version, reason', [
-    (64, 3, (0, 11, 2), None), (67, 128, (0, 12, 0), None), (3, 4, (0, 11, 2), '3 tokens'),
-    (67, 3, (0, 11, 2), '67 tokens of 3 reads'), (64, 128, (0, 10, 2), 'Mosaic GPU by jax 0.')])
-def test_what_mosaic_cannot_do_is_said(tokens, reads, version, reason, monkeypatch):
+def shapes(tokens, reads, width=256, dtype=jnp.bfloat16):
     like = jax.ShapeDtypeStruct
-    arrays = (like((64, 256), jnp.bfloat16), like((tokens, reads), jnp.int32),
-              like((tokens, reads), jnp.float32))
-    assert kernel.unsupported(*arrays) is None
+    return like((64, width), dtype), like((tokens, reads), jnp.int32)
+
+
+@pytest.mark.parametrize('arguments, version, reason', [
+    ((64, 3), (0, 11, 2), None), ((67, 128), (0, 12, 0), None), ((3, 4), (0, 11, 2), '3 tokens'),
+    ((67, 3), (0, 11, 2), '67 tokens of 3 reads'), ((64, 128), (0, 10, 2), 'Mosaic GPU by jax 0.'),
+    ((64, 128, 1024, jnp.float32), (0, 11, 2), None),
+    ((64, 128, 2048, jnp.float32), (0, 11, 2), 'rows of 8192 bytes (at most 6656)')])
+def test_what_mosaic_cannot_do_is_said_and_stays_with_triton(arguments, version, reason, monkeypatch,
+                                                             caplog):
+    assert not backend.uses_mosaic(*shapes(*arguments))     # is not asked
     monkeypatch.setenv(backend.SETTING, '1')
     monkeypatch.setattr(jax, '__version_info__', version)
-    found = kernel.unsupported(*arrays)
-    assert found is None if reason is None else reason in found
+    backend._say_once.cache_clear()
+    assert backend.uses_mosaic(*shapes(*arguments)) == (reason is None)
+    assert reason is None and not caplog.text or f'is not for {reason}' in caplog.text
+    assert kernel.unsupported(*shapes(*arguments)) is None

@@ -93,7 +93,8 @@ def unsupported(values: Any, gradient: Any, n_rows: int, chip: Chip) -> str | No
         return f'gradients of {gradient.dtype} for rows of {values.dtype}'
     if _piece(gradient, chip) is None:
         return f'rows of {gradient.shape[1]} columns do not fit a subcore of {chip.memory} bytes'
-    return too_large((len(values), words_of(values)), (n_rows, gradient.shape[1]),
+    columns = -(-gradient.shape[1] // LANES) * LANES
+    return too_large((len(values), words_of(values)), (n_rows, columns),
                      (len(gradient), words_of(gradient)))
 
 
