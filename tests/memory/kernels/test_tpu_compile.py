@@ -46,6 +46,15 @@ def test_operations_are_those_of_the_kernels():
     assert 3 * 8 <= vectors / (16_384 / 128 * 4 * 2 * 128 / 8) < 4 * 8 + 8
 
 
+def test_products_have_a_precision_that_the_compiler_takes():
+    """Of bfloat16 the default, though jax's here is the highest (tests/conftest.py)."""
+    for dtype, precision in (BF16, jax.lax.Precision.DEFAULT), (F32, jax.lax.Precision.HIGHEST):
+        for case in tpu_compile.searches(dtype, 128, 8):
+            products = [eqn for eqn in equations(jax.make_jaxpr(case.run)(*case.arguments).jaxpr)
+                        if eqn.primitive.name == 'dot_general']
+            assert {eqn.params['precision'] for eqn in products} == {(precision, precision)}
+
+
 def test_operations_and_bytes_of_updates_are_those_of_the_kernels():
     """Scale, rate, add, two selections, square and sum for each number; in HBM by the kernel too."""
     alone, = tpu_compile.updates(F32, 192, 'SGD')

@@ -16,7 +16,13 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 from jaxtyping import Array, Float, Int32
 
-from pkm_jax.memory.kernels.tpu.rows import LANES, Interpret, padded_tokens, whole_pieces
+from pkm_jax.memory.kernels.tpu.rows import (
+    LANES,
+    Interpret,
+    padded_tokens,
+    precision_of,
+    whole_pieces,
+)
 
 TILE = LANES        # tokens of a program
 KEYS = 64           # whose gradients are summed at a time, in registers
@@ -59,7 +65,7 @@ def query_and_codebook_gradients(
 
 def _add_tile(query, codebook, keys, by_slot, by_query, by_codebook, by_key):
     """One program: see the module."""
-    precision = jax.lax.Precision.HIGHEST if query.dtype == jnp.float32 else None
+    precision = precision_of(query.dtype)
 
     def sum_keys(block, _):
         start = pl.multiple_of(block * KEYS, KEYS)

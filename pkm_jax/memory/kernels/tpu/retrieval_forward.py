@@ -25,6 +25,7 @@ from pkm_jax.memory.kernels.tpu.rows import (
     SUBLANES,
     Interpret,
     padded_tokens,
+    precision_of,
     whole_pieces,
 )
 
@@ -78,7 +79,7 @@ def _by_token(array, tokens):
 def _best_of_half(query, codebooks, lists, sub_keys, numbers, size, n_keys):
     """Writes the `size` best sub-keys of every token of the tile, in the lists of this half."""
     part, rows = pl.program_id(2), SUBLANES * size
-    precision = jax.lax.Precision.HIGHEST if query.dtype == jnp.float32 else None
+    precision = precision_of(query.dtype)
     if n_keys < len(numbers):
         numbers[n_keys:] = jnp.full((len(numbers) - n_keys, LANES), NOTHING)
 

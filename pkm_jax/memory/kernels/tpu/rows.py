@@ -5,6 +5,7 @@ import jax.numpy as jnp
 from jax.experimental import pallas as pl
 from jax.experimental.layout import Layout, with_layout_constraint
 from jax.experimental.pallas import tpu as pltpu
+from jax.typing import DTypeLike
 from jaxtyping import Array, Float, Int32, Shaped
 
 LANES, SUBLANES = 128, 8     # of a tile of 32-bit numbers
@@ -98,6 +99,12 @@ def _turn_back(rows, columns):
     for start in range(0, width, LANES):
         of_piece = rows[:, start // LANES].astype(jnp.float32).T
         columns[start:start + LANES] = of_piece[:width - start].astype(columns.dtype)
+
+
+def precision_of(dtype: DTypeLike) -> jax.lax.Precision:
+    """Of matrix products in kernels, whatever jax's default is: the compiler has one for bfloat16
+    alone, and refuses others."""
+    return jax.lax.Precision.HIGHEST if dtype == jnp.float32 else jax.lax.Precision.DEFAULT
 
 
 def whole_pieces(array: Float[Array, '... n']) -> Float[Array, '... m']:

@@ -141,6 +141,13 @@ class Rows(NamedTuple):
         return pltpu.make_async_copy(source, target, self.arrived)
 
 
+def leaving(source: Any, target: Any, semaphore: Any, interpret: Interpret) -> Any:
+    """A copy from a subcore's memory to HBM, not started. Since jax 0.12 compiled ones must have no
+    semaphore: a wait for one of them is for all of the subcore's."""
+    counted = interpret or jax.__version_info__ < (0, 12)
+    return pltpu.make_async_copy(source, target, semaphore if counted else None)
+
+
 def over_vectors(width: int, chip: Chip, interpret: Interpret) -> Callable:
     """A decorator that calls a function with the start of every vector of so many numbers; the
     compiler may let the calls overlap."""

@@ -42,6 +42,7 @@ from pkm_jax.memory.kernels.tpu.sparsecore import (
     as_words,
     fold_vectors,
     halves,
+    leaving,
     on_subcores,
     over_vectors,
     too_large,
@@ -166,7 +167,8 @@ def _add_share(sizes, number, subcores, told, *refs):
     *lists, unused, gradient = refs[:6]
     table, rows, rest, products = refs[6:10] if sizes.with_values else (None, *refs[6:8], None)
     kept = Kept(*refs[-len(Kept._fields):])
-    _copied(told.at[pl.ds(number * LANES, LANES)], kept.told, kept.results_out.at[0])
+    _made(pltpu.make_async_copy(told.at[pl.ds(number * LANES, LANES)], kept.told,
+                                kept.results_out.at[0]))
     line = kept.told[pl.ds(0, sizes.chip.lanes)]
     told = shares.Told(*(line[at] for at in range(len(shares.Told._fields))))
     _clear_sums(kept, sizes)
@@ -195,8 +197,8 @@ def _add_share(sizes, number, subcores, told, *refs):
         next_ended = jax.lax.fori_loop(
             0, sizes.words // sizes.piece, lambda piece, _: tile.add(piece, ended), ended)
         if sizes.with_values:
-            _copied(kept.products, products.at[shares.tile(told.first + n)],
-                    kept.results_out.at[0])
+            _made(leaving(kept.products, products.at[shares.tile(told.first + n)],
+                          kept.results_out.at[0], sizes.interpret))
         return next_ended
 
     @pl.when(told.tiles > 0)
@@ -204,11 +206,10 @@ def _add_share(sizes, number, subcores, told, *refs):
         start_lists(0)
         jax.lax.fori_loop(0, told.tiles, on_tile, jnp.int32(1))
 
-    _copied(kept.rest, rest.at[number], kept.results_out.at[0])
+    _made(leaving(kept.rest, rest.at[number], kept.results_out.at[0], sizes.interpret))
 
 
-def _copied(source, target, semaphore):
-    copy = pltpu.make_async_copy(source, target, semaphore)
+def _made(copy):
     copy.start()
     copy.wait()
 
@@ -236,8 +237,8 @@ def _clear_rows(sizes, kept, number, subcores, unused, rows):
                 sizes, kept, rows, part * lanes, 0, piece, act), None)
 
     def on_tile(n, __):
-        _copied(unused.at[shares.tile(number + n * subcores)], kept.to.at[shares.tile(0)],
-                kept.results_out.at[0])
+        _made(pltpu.make_async_copy(unused.at[shares.tile(number + n * subcores)],
+                                    kept.to.at[shares.tile(0)], kept.results_out.at[0]))
 
         @pl.loop(0, parts + LEAVING)
         def _(part):

@@ -29,6 +29,7 @@ from pkm_jax.memory.kernels.tpu.sparsecore import (
     Rows,
     as_words,
     halves,
+    leaving,
     on_subcores,
     over_vectors,
     too_large,
@@ -142,9 +143,10 @@ def _sum_tiles(sizes, number, subcores, slots, weights, counts, table, sums, *ke
             kept.scalars_arrived.at[at]) for at, (one, own) in enumerate(every)]
 
     def sums_out(n, piece):
-        return pltpu.make_async_copy(
+        return leaving(
             kept.sums, sums.at[:, pl.ds((number + n * subcores) * TILE, TILE),
-                               pl.ds(piece * sizes.piece, sizes.piece)], kept.left.at[0])
+                               pl.ds(piece * sizes.piece, sizes.piece)], kept.left.at[0],
+            sizes.interpret)
 
     def on_tile(n, __):
         for copy in scalars_in(n):
