@@ -177,7 +177,8 @@ def updates(dtype: jnp.dtype, width: int, optimizer: str) -> list[Case]:
 def counted(case: Case) -> tuple[float, float]:
     """Floating-point operations of the matrix unit, and vector instructions, of all programs."""
     jaxpr = jax.make_jaxpr(case.run)(*case.arguments)
-    kernel, *_ = [eqn for eqn in equations(jaxpr.jaxpr) if eqn.primitive.name == 'pallas_call']
+    kernel, *_ = [eqn for eqn in equations(jaxpr.jaxpr) if eqn.primitive.name == 'pallas_call'
+                  and eqn.params['name'] not in ('as_rows', 'as_table')]     # which copy alone
     flops, vectors = _operations(kernel.params['jaxpr'], list(case.iterations))
     programs = math.prod(kernel.params['grid_mapping'].grid)
     return flops * programs, vectors * programs
