@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 # Modules are compiled when they are first imported: most never are.
 INSTALL = $(BIN)/python -m pip install --quiet --no-compile
 
-.PHONY: quickstart docs lint test test-all test-faults test-newest clean
+.PHONY: quickstart docs lint test test-all test-faults newest test-newest clean
 
 $(VENV)/installed: pyproject.toml
 	$(PYTHON) -m venv $(VENV)
@@ -82,11 +82,15 @@ NEWEST_TESTS := $(wildcard $(addprefix tests/,examples ops/test_add_norm.py trai
 	$(patsubst %,memory/%.py,test_layer test_sharded kernels/test_embedding_bag kernels/test_tpu_embedding_bag \
 	kernels/test_retrieval kernels/test_tpu_retrieval)))
 
-test-newest:
+newest:
+ifneq ($(NEWEST),)
+	$(MAKE) PYTHON=$(NEWEST) VENV=.venv-newest .venv-newest/dev-installed
+endif
+
+test-newest: newest
 ifeq ($(NEWEST),)
 	@echo 'No Python 3.13 here: the tests under the newest jax are skipped (NEWEST=… names one).'
 else
-	$(MAKE) PYTHON=$(NEWEST) VENV=.venv-newest .venv-newest/dev-installed
 	.venv-newest/bin/python -m pytest $(WORKERS) -m 'not slow' $(NEWEST_TESTS)
 endif
 
