@@ -30,7 +30,7 @@ $(VENV)/tpu/installed: $(VENV)/dev-installed
 
 LIBTPU := $(CURDIR)/$(VENV)/tpu/libtpu/libtpu.so
 # Each takes tests that are neighbours, which share fixtures and compiled functions.
-WORKERS := -n 2 --dist worksteal
+WORKERS := -n 3 --dist worksteal
 PYTEST := env $$(test -e $(LIBTPU) && echo TPU_LIBRARY_PATH=$(LIBTPU)) $(BIN)/python -m pytest $(WORKERS) --durations=40
 
 MASKS := 'The people of the United [MASK] of America.' 'My fellow [MASK], God bless America.' \
