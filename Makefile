@@ -29,9 +29,10 @@ $(VENV)/tpu/installed: $(VENV)/dev-installed
 	&& touch $@ || echo 'No TPU compiler for this machine: its tests are skipped.'
 
 LIBTPU := $(CURDIR)/$(VENV)/tpu/libtpu/libtpu.so
-# Each takes tests that are neighbours, which share fixtures and compiled functions.
-WORKERS := -n 3 --dist worksteal
-PYTEST := env $$(test -e $(LIBTPU) && echo TPU_LIBRARY_PATH=$(LIBTPU)) $(BIN)/python -m pytest $(WORKERS) --durations=40
+# Each takes tests that are neighbours, which share fixtures and compiled functions. Three keep two cores
+# busy where tests wait for processes; those under the newest jax compute.
+WORKERS := --dist worksteal -n
+PYTEST := env $$(test -e $(LIBTPU) && echo TPU_LIBRARY_PATH=$(LIBTPU)) $(BIN)/python -m pytest $(WORKERS) 3 --durations=40
 
 MASKS := 'The people of the United [MASK] of America.' 'My fellow [MASK], God bless America.' \
 	'We must work for peace in the [MASK].'
@@ -87,11 +88,14 @@ ifneq ($(NEWEST),)
 	$(MAKE) PYTHON=$(NEWEST) VENV=.venv-newest .venv-newest/dev-installed
 endif
 
+# In float32 kernels call the same functions of JAX as in bfloat16.
+NEWEST_NAMES := not float32
+
 test-newest: newest
 ifeq ($(NEWEST),)
 	@echo 'No Python 3.13 here: the tests under the newest jax are skipped (NEWEST=… names one).'
 else
-	.venv-newest/bin/python -m pytest $(WORKERS) -m 'not slow' $(NEWEST_TESTS)
+	.venv-newest/bin/python -m pytest $(WORKERS) 2 -m 'not slow' -k '$(NEWEST_NAMES)' $(NEWEST_TESTS)
 endif
 
 lint: $(VENV)/dev-installed
