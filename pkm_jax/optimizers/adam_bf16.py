@@ -22,6 +22,8 @@ def adam_bf16(
     Raises:
       Refusal: `update` gets no `rounding`.
     """
+    adam = optax.scale_by_adam(beta1, beta2, epsilon)
+
     def init(params):
         mu, nu = (jax.tree.map(lambda table: jnp.zeros_like(table, dtype=jnp.bfloat16), params)
                   for _ in range(2))
@@ -31,24 +33,22 @@ def adam_bf16(
         if rounding is None:
             raise Refusal('adam_bf16: update(…, rounding=key) needs a key: moments are rounded '
                           'stochastically.')
-        count = optax.safe_increment(state.count)
-        steps, now = count.astype(jnp.float32), rate(state.count) if callable(rate) else rate
-
-        def of_table(number, gradient, first, second):
-            gradient, first, second = (x.astype(jnp.float32) for x in (gradient, first, second))
-            first += (1 - beta1) * (gradient - first)
-            second += (1 - beta2) * (gradient ** 2 - second)
-            unbiased = first / (1 - beta1 ** steps), second / (1 - beta2 ** steps)
-            step = unbiased[0] / (jnp.sqrt(unbiased[1]) + epsilon)
-            return -now * step, *_rounded_pair(first, second, jax.random.fold_in(rounding, number))
-
-        gradients, tree = jax.tree.flatten(updates)
-        by_table = map(of_table, range(len(gradients)), gradients, jax.tree.leaves(state.mu),
-                       jax.tree.leaves(state.nu))
-        updates, *moments = (jax.tree.unflatten(tree, leaves) for leaves in zip(*by_table))
-        return updates, optax.ScaleByAdamState(count, *moments)
+        steps, new = adam.update(_widened(updates), state._replace(
+            mu=_widened(state.mu), nu=_widened(state.nu)))
+        now = rate(state.count) if callable(rate) else rate
+        leaves, tree = jax.tree.flatten(new.mu)
+        keys = jax.tree.unflatten(tree, [jax.random.fold_in(rounding, number)
+                                         for number in range(len(leaves))])
+        pairs = jax.tree.map(_rounded_pair, new.mu, new.nu, keys)
+        mu = jax.tree.map(lambda _, pair: pair[0], new.mu, pairs)
+        nu = jax.tree.map(lambda _, pair: pair[1], new.nu, pairs)
+        return jax.tree.map(lambda step: -now * step, steps), new._replace(mu=mu, nu=nu)
 
     return optax.GradientTransformationExtraArgs(init, update)
+
+
+def _widened(tree):
+    return jax.tree.map(lambda leaf: leaf.astype(jnp.float32), tree)
 
 
 def _rounded_pair(

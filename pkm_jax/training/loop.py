@@ -183,7 +183,8 @@ def _loop(run: Run, state: TrainState, progress: Progress, programs: Programs,
         with watch.waiting_for('the loader, which makes batches'):
             rows = next(stream)
         batch = to_devices(rows, mesh)
-        take_step = programs.step(takes_norms(run, step + 1), shapes_of(batch))
+        shapes = shapes_of(batch)
+        take_step = programs.step(takes_norms(run, step + 1), shapes)
         if step + 1 == every.profile[0]:
             jax.profiler.start_trace(str(run.folder / 'profile'))
             profiling = True
@@ -198,7 +199,7 @@ def _loop(run: Run, state: TrainState, progress: Progress, programs: Programs,
             with watch.apart('a save'):
                 divergence.stop_after_too_many(run, skips, state, stream)
         window.append(metrics)
-        lengths.append(programs.lengths[shapes_of(batch)])
+        lengths.append(programs.lengths[shapes])
         if profiling and step == every.profile[1]:
             jax.block_until_ready(metrics)
             jax.profiler.stop_trace()

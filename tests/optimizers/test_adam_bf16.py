@@ -98,6 +98,11 @@ def test_it_is_a_groups_in_training(table):
         jnp.bfloat16] * 2
 
 
+def test_a_model_without_a_memory_has_no_moments():
+    updates, state = step({}, OURS.init({}), jax.random.key(0))
+    assert (updates, state.mu, state.nu, int(state.count)) == ({}, {}, {}, 1)
+
+
 def test_without_a_key_it_refuses(table):
     with pytest.raises(Refusal, match='adam_bf16: .* needs a key'):
         OURS.update(table, OURS.init(table))

@@ -2,13 +2,12 @@
 
 import functools
 import logging
-import os
 
 import jax
 from jax import ShapeDtypeStruct
 from jaxtyping import Array
 
-from pkm_jax.refusal import Refusal
+from pkm_jax.memory.kernels.settings import is_on
 
 # Rows on their way to a program of the streaming pass, which has most of them; bytes of shared
 # memory for them.
@@ -23,10 +22,7 @@ def uses_mosaic(values: Array | ShapeDtypeStruct, slots: Array | ShapeDtypeStruc
     Raises:
       Refusal: SETTING is neither '1' nor '0'.
     """
-    asked = os.environ.get(SETTING) or '0'
-    if asked not in ('0', '1'):
-        raise Refusal(f'{SETTING}={asked}: 1 has Mosaic GPU make the reads, 0 Triton.')
-    if asked == '0':
+    if not is_on(SETTING, 'Mosaic GPU make the reads', 'Triton'):
         return False
     tokens, reads = slots.shape
     reason = mosaic_lacks(tokens, reads, values.shape[1] * values.dtype.itemsize)

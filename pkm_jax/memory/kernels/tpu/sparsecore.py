@@ -6,7 +6,6 @@ interpreted, a subcore is a step of a grid, and an indirect copy as many copies 
 
 import functools
 import logging
-import os
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -17,8 +16,8 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 from jaxtyping import Array, Float, Shaped
 
+from pkm_jax.memory.kernels.settings import is_on
 from pkm_jax.memory.kernels.tpu.rows import LANES, Interpret
-from pkm_jax.refusal import Refusal
 
 SETTING = 'PKM_JAX_SPARSECORE'      # of the environment; '1': SparseCores read, where there are any
 MOST_BYTES = 2 ** 34    # of one array, says the compiler
@@ -44,10 +43,7 @@ def chosen(interpret: Interpret) -> Chip | None:
     Raises:
       Refusal: SETTING is neither '1' nor '0'.
     """
-    asked = os.environ.get(SETTING) or '0'
-    if asked not in ('0', '1'):
-        raise Refusal(f'{SETTING}={asked}: 1 has SparseCores read, 0 the TensorCore.')
-    if asked == '0':
+    if not is_on(SETTING, 'SparseCores read', 'the TensorCore'):
         return None
     found = INTERPRETED if interpret else chip()
     if found is None:
