@@ -15,6 +15,7 @@ import numpy as np
 from pkm_jax.checkpoints import store
 from pkm_jax.checkpoints.arrays import open_item
 from pkm_jax.configs import bert_base_pkm
+from pkm_jax.refusal import Refusal
 from tests.processes.started import lines, start
 from tests.training.events import scalars
 
@@ -50,10 +51,9 @@ def _corpus(folder):
 
 def undisturbed(config: ml_collections.ConfigDict, processes: int) -> float:
     """Trains to the end; the seconds until its first step."""
-    began, started = time.monotonic(), start(config, processes)
-    while not _step(config) and all(one.poll() is None for one in started):
-        time.sleep(.02)
-    first = time.monotonic() - began
+    began, started = time.time(), start(config, processes)
+    _wait(started, lambda: _steps_since(config, began, 0), math.inf)
+    first = time.time() - began
     _stopped(started, 1_800, {0})
     return first
 
@@ -63,32 +63,44 @@ def killed(config: ml_collections.ConfigDict, processes: int, kills: int, second
     """Trains the same with interruptions, none after so many seconds; how many of each kind there
     were.
 
-    Half of them come at any time before the first step of a start, the others some steps later:
-    SIGKILL to all processes or to one, SIGTERM to all or to one.
+    Half of them come at any time before the first step of a start, which takes less than the very
+    first did; the others some steps later: SIGKILL to all processes or to one, SIGTERM to all or
+    to one.
     """
     counts: dict[str, int] = {}
     end = time.monotonic() + seconds
     while sum(counts.values()) < kills and time.monotonic() < end:
-        started, reached = start(config, processes), _step(config)
-        early, later = rng.random() < .5, reached + rng.integers(1, 40)
-        deadline = time.monotonic() + (rng.uniform(0, first_step) if early else 300)
-        while (time.monotonic() < deadline and (early or _step(config) < later)
-               and any(one.poll() is None for one in started)):
-            time.sleep(.01)
+        began, saved, started = time.time(), _saved(config), start(config, processes)
+        if rng.random() < .5:
+            _wait(started, lambda: False, rng.uniform(0, first_step))
+        else:
+            _wait(started, lambda: _steps_since(config, began, saved), 300)
+            if _steps_since(config, began, saved):
+                first_step = min(first_step, time.time() - began)
+            later = _step(config) + rng.integers(40)
+            _wait(started, lambda: _step(config) >= later, 300)
         if all(one.poll() == 0 for one in started):     # it is through
             _stopped(started, 0, {0})
             break
         what = rng.choice([signal.SIGKILL, signal.SIGTERM])
         victims = started if rng.random() < .5 else [started[rng.integers(processes)]]
+        when = 'after some steps' if _steps_since(config, began, saved) else 'before a first step'
         for one in victims:
             one.send_signal(what)
         # Of several processes the others end by themselves, each in its own way.
         _stopped(started, STOPS_WITHIN, None)
-        when = 'before a first step' if _step(config) == reached else 'after some steps'
         name = f'{signal.Signals(what).name} {when}'
         counts[name] = counts.get(name, 0) + 1
     _stopped(start(config, processes), 1_800, {0})
     return counts
+
+
+def _wait(started, until, seconds):
+    """Until that is so, or so many seconds have passed, or every process has ended."""
+    deadline = time.monotonic() + seconds
+    while (time.monotonic() < deadline and not until()
+           and any(one.poll() is None for one in started)):
+        time.sleep(.01)
 
 
 def _stopped(started, seconds, allowed):
@@ -103,6 +115,20 @@ def _stopped(started, seconds, allowed):
     for one, output in zip(started, printed):
         assert allowed is None or one.returncode in allowed, (one.returncode, output)
         assert 'is damaged' not in output, output
+
+
+def _steps_since(config, began, saved):
+    """Whether a start of that time from step `saved` has logged one: first it cuts what was not saved."""
+    path = Path(config.workdir) / 'metrics.jsonl'
+    return path.exists() and path.stat().st_mtime > began and _step(config) > saved
+
+
+def _saved(config):
+    """The step that a start would go on from."""
+    try:
+        return int(store.newest(Path(config.workdir)).name)
+    except Refusal:         # none is finished
+        return 0
 
 
 def _step(config):
@@ -154,7 +180,7 @@ def check(
       AssertionError: the killed run differs.
     """
     with tempfile.TemporaryDirectory() as folder:
-        steps = (60 if processes == 1 else 30) * kills      # more than a start takes until a kill
+        steps = (40 if processes == 1 else 25) * kills      # more than a start takes until a kill
         straight = tiny(Path(folder) / 'straight', updates, steps)
         broken = tiny(Path(folder) / 'broken', updates, steps)
         straight.log.checkpoint_every = steps
