@@ -38,7 +38,7 @@ def tiny(folder: Path, updates: str, steps: int) -> ml_collections.ConfigDict:
     config.train.update(steps=steps, batch=16, warmup=2, gradient_accumulation_steps=2)
     # One that is killed early never comes; one that is killed later is missed.
     config.distributed.update(initialization_timeout=25, heartbeat_timeout=10)
-    config.log.update(every=1, eval_every=50, eval_batches=2, checkpoint_every=20)
+    config.log.update(every=1, eval_every=15, eval_batches=2, checkpoint_every=6)
     return config
 
 
@@ -77,7 +77,7 @@ def killed(config: ml_collections.ConfigDict, processes: int, kills: int, second
             _wait(started, lambda: _steps_since(config, began, saved), 300)
             if _steps_since(config, began, saved):
                 first_step = min(first_step, time.time() - began)
-            later = _step(config) + rng.integers(40)
+            later = _step(config) + rng.integers(15)
             _wait(started, lambda: _step(config) >= later, 300)
         if all(one.poll() == 0 for one in started):     # it is through
             _stopped(started, 0, {0})
@@ -180,7 +180,7 @@ def check(
       AssertionError: the killed run differs.
     """
     with tempfile.TemporaryDirectory() as folder:
-        steps = (40 if processes == 1 else 25) * kills      # more than a start takes until a kill
+        steps = (60 if processes == 1 else 8) * kills       # more than a start takes until a kill
         straight = tiny(Path(folder) / 'straight', updates, steps)
         broken = tiny(Path(folder) / 'broken', updates, steps)
         straight.log.checkpoint_every = steps
