@@ -89,8 +89,8 @@ ifneq ($(NEWEST),)
 	$(MAKE) PYTHON=$(NEWEST) VENV=.venv-newest .venv-newest/dev-installed
 endif
 
-# In float32 kernels call the same functions of JAX as in bfloat16.
-NEWEST_NAMES := not float32
+# In float32 kernels call the same functions of JAX as in bfloat16, and of the longest tests others do.
+NEWEST_NAMES := not (float32 or on_wait or which_slots or written_down[dense])
 
 test-newest: newest
 ifeq ($(NEWEST),)

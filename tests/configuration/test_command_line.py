@@ -72,11 +72,12 @@ def test_of_a_run_what_it_sets_can_be_changed(argument, said):
 
 
 @pytest.mark.parametrize('arguments, said', [
-    (['--config=nothing'], 'Not started: --config=nothing: there is no'),
     (['--config=quickstart', '--config.train.steps=0'],
      'Not trained: train.steps = 0 must be 1 or more.'),
-    (['--config=quickstart', '--nonsense=1'], "Not started: Unknown command line flag 'nonsense'"),
     *(pytest.param(*case, marks=pytest.mark.slow) for case in [
+        (['--config=nothing'], 'Not started: --config=nothing: there is no'),
+        (['--config=quickstart', '--nonsense=1'],
+         "Not started: Unknown command line flag 'nonsense'"),
         ([], 'Not started: give --config, a path or one of ablation'),
         (['--config=quickstart', '--config.train.stepz=1'],
          'Not started: --config.train.stepz: there is no such field: did you mean train.steps'),
@@ -99,9 +100,10 @@ def test_a_wrong_command_line_is_one_line(arguments, said, tmp_path):
 
 
 @pytest.mark.parametrize('module, options', [
-    ('finetune', ['--config=text']), ('replay', ['--config=quickstart']),
-    ('compile_check', ['--config=quickstart', '--topology=h200:8']),
-    ('convert_checkpoint', ['--from=a', '--to=b'])])
+    ('convert_checkpoint', ['--from=a', '--to=b']),
+    *(pytest.param(*case, marks=pytest.mark.slow) for case in [
+        ('finetune', ['--config=text']), ('replay', ['--config=quickstart']),
+        ('compile_check', ['--config=quickstart', '--topology=h200:8'])])])
 def test_no_program_ignores_what_is_no_option(module, options, tmp_path):
     ran = subprocess.run([sys.executable, '-m', f'pkm_jax.{module}', *options, 'stray'],
                          cwd=tmp_path, env={**os.environ, 'PYTHONPATH': str(ROOT)},
