@@ -171,14 +171,15 @@ def test_sums_do_not_depend_on_when_copies_are_made(when):
 
 @pytest.mark.parametrize('shape, dtype, reads, word', [
     ((9, 128), 'float16', 2, 'float16'), ((9, 128), 'float32', 1025, '1025 reads'),
-    ((9, 96), 'bfloat16', 2, None)])
+    ((9, 96), 'bfloat16', 2, None), ((9, 12_416), 'float32', 2, None),
+    ((9, 12_300), 'float32', 2, '12300 columns')])
 def test_says_what_it_does_not_support(shape, dtype, reads, word):
     reason = kernel.unsupported(jax.ShapeDtypeStruct(shape, jnp.dtype(dtype)),
                                 jax.ShapeDtypeStruct((2, reads), jnp.int32))
     assert (reason is None) if word is None else word in reason
 
 
-@pytest.mark.parametrize('width', [72, 128, 384, 768, 1024, 1100])
+@pytest.mark.parametrize('width', [72, 128, 384, 768, 1024, 1100, 16_256])
 def test_a_table_in_pieces_is_the_table_again(width):
     """Filled up with zeros, of more rows than a program turns."""
     table = jnp.asarray(np.random.default_rng(0).normal(size=(523, width)), jnp.bfloat16)

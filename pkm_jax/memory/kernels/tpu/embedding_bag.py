@@ -18,11 +18,12 @@ from pkm_jax.memory.kernels.tpu.embedding_bag_backward import (
     own_row_gradients,
 )
 from pkm_jax.memory.kernels.tpu.embedding_bag_forward import sum_rows, weight_gradients
-from pkm_jax.memory.kernels.tpu.rows import Interpret
+from pkm_jax.memory.kernels.tpu.rows import LANES, Interpret
 from pkm_jax.memory.sparse_rows import SparseRows, in_place
 
 DTYPES = (jnp.float32, jnp.bfloat16)
 MOST_TOKENS = 2 ** 28   # a number in scalar memory has three bits beside the token's
+WIDEST = 12_288         # columns of a row of no whole pieces, LANES of which are turned at once
 MOST_READS = 1024       # of a token: a tile of eight tokens is what scalar memory holds twice
 
 
@@ -33,6 +34,9 @@ def unsupported(
     """Why the kernels cannot read this table with these slots; None if they can."""
     if values.dtype not in DTYPES:
         return f'values of {values.dtype} (float32 or bfloat16)'
+    width = values.shape[1]
+    if width % LANES and width > WIDEST:
+        return f'{width} columns (a multiple of {LANES}, or at most {WIDEST})'
     if slots.shape[1] > MOST_READS:
         return f'{slots.shape[1]} reads a token (at most {MOST_READS})'
     if slots.shape[0] > MOST_TOKENS or slots.size >= 2 ** 31:

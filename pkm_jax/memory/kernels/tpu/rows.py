@@ -41,8 +41,9 @@ def _relaid(body, name, array, axis, shape, out_axis, interpret):
     """A result of this shape by `body(block, out)`, blocks being some rows, which are along `axis`
     of the array and along `out_axis` of the result; of one of these rows are in pieces."""
     pieces = (array.shape if array.ndim == 3 else shape)[1]
-    # Rows that a program takes.
-    number = max(min(TURNED // pieces, 512) // LANES, 1) * LANES
+    # Rows that a program takes: whole tiles of them.
+    tile = LANES if axis or out_axis else 2 * SUBLANES
+    number = max(min(TURNED // pieces, 512) // tile, 1) * tile
 
     def block(shape, axis):
         return pl.BlockSpec(tuple(number if at == axis else size for at, size in enumerate(shape)),
