@@ -219,7 +219,8 @@ run() {
     fi
     unattended "$@"
     line=$(quoted "${words[@]}" --config.distributed.enabled=True "--config.workdir=$folder" \
-        "--config.data.cache=${folder%/*}/data")
+        "--config.data.cache=${folder%/*}/data" \
+        "--config.compilation_cache=${folder%/*}/compiled")     # the first process writes for all
     on_workers "set -e
 if pgrep -F pretrain.pid &> /dev/null; then
     echo 'a run is under way: stop it first' >&2

@@ -56,7 +56,8 @@ def test_the_node_gets_every_word(sky, tmp_path):
     done = subprocess.run(['bash', '-c', TASK['run']], cwd=tmp_path, text=True, capture_output=True,
                           env=os.environ | envs(sky(*GIVEN, *WORDS).called[1]))
     assert done.stdout.splitlines() == ['-m', 'pkm_jax.pretrain', *WORDS, '--config.log.hang_exit=True', '--config.workdir=/bucket/runs/one',
-                                        '--config.data.cache=/bucket/data']
+                                        '--config.data.cache=/bucket/data',
+                                        '--config.compilation_cache=/bucket/compiled']
     assert done.returncode == 143       # SkyPilot goes by it
     subprocess.run(['bash', '-n', '-c', TASK['setup']], check=True)
 

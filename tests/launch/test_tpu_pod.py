@@ -132,7 +132,8 @@ def test_run_starts_the_same_command_on_all_workers(pod, worker, workdir, folder
     assert done.returncode == 0, done.stderr
     assert (worker.home / 'pretrain.log').read_text().split('\n')[:-2] == [
         '-m', 'pkm_jax.pretrain', *RUN, '--config.log.hang_exit=True', '--config.distributed.enabled=True',
-        f'--config.workdir={folder}', f'--config.data.cache={folder[:-4]}/data']
+        f'--config.workdir={folder}', f'--config.data.cache={folder[:-4]}/data',
+        f'--config.compilation_cache={folder[:-4]}/compiled']
     assert (worker.home / 'pretrain.pid').read_text().strip().isdigit()
     assert (worker.home / 'pretrain.status').read_text() == '3\n'
     assert (worker.home / 'mounted').exists() == mounts
