@@ -31,8 +31,8 @@ $(VENV)/tpu/installed: $(VENV)/dev-installed
 LIBTPU := $(CURDIR)/$(VENV)/tpu/libtpu/libtpu.so
 # Each takes tests that are neighbours, which share fixtures and compiled functions. Three keep two cores
 # busy where tests wait for processes; those under the newest jax compute.
-WORKERS := --dist worksteal -n
-PYTEST := env $$(test -e $(LIBTPU) && echo TPU_LIBRARY_PATH=$(LIBTPU)) $(BIN)/python -m pytest $(WORKERS) 3 --durations=40
+WORKSTEAL := --dist worksteal
+PYTEST := env $$(test -e $(LIBTPU) && echo TPU_LIBRARY_PATH=$(LIBTPU)) $(BIN)/python -m pytest $(WORKSTEAL) -n 3 --durations=40
 
 MASKS := 'The people of the United [MASK] of America.' 'My fellow [MASK], God bless America.' \
 	'We must work for peace in the [MASK].'
@@ -89,14 +89,14 @@ ifneq ($(NEWEST),)
 	$(MAKE) PYTHON=$(NEWEST) VENV=.venv-newest .venv-newest/dev-installed
 endif
 
-# In float32 kernels call the same functions of JAX as in bfloat16, and of the longest tests others do.
+# Without what others call of JAX too: kernels in float32, and the longest tests.
 NEWEST_NAMES := not (float32 or on_wait or which_slots or written_down[dense])
 
 test-newest: newest
 ifeq ($(NEWEST),)
 	@echo 'No Python 3.13 here: the tests under the newest jax are skipped (NEWEST=… names one).'
 else
-	.venv-newest/bin/python -m pytest $(WORKERS) 2 -m 'not slow' -k '$(NEWEST_NAMES)' $(NEWEST_TESTS)
+	.venv-newest/bin/python -m pytest $(WORKSTEAL) -n 2 -m 'not slow' -k '$(NEWEST_NAMES)' $(NEWEST_TESTS)
 endif
 
 lint: $(VENV)/dev-installed

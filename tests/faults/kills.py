@@ -1,5 +1,6 @@
 """A run that is killed at random moments until it is through, and the same run never killed."""
 
+import functools
 import json
 import math
 import signal
@@ -51,9 +52,9 @@ def _corpus(folder):
 
 def undisturbed(config: ml_collections.ConfigDict, processes: int) -> float:
     """Trains to the end; the seconds until its first step."""
-    began, started = time.time(), start(config, processes)
-    _wait(started, lambda: _steps_since(config, began, 0), math.inf)
-    first = time.time() - began
+    began, started = time.monotonic(), start(config, processes)
+    _wait(started, lambda: _step(config), math.inf)
+    first = time.monotonic() - began
     _stopped(started, 1_800, {0})
     return first
 
@@ -70,12 +71,13 @@ def killed(config: ml_collections.ConfigDict, processes: int, kills: int, second
     counts: dict[str, int] = {}
     end = time.monotonic() + seconds
     while sum(counts.values()) < kills and time.monotonic() < end:
-        began, saved, started = time.time(), _saved(config), start(config, processes)
+        began, saved = time.time(), _saved(config)
+        steps = functools.partial(_has_steps, config, began, saved)
+        started = start(config, processes)
         if rng.random() < .5:
             _wait(started, lambda: False, rng.uniform(0, first_step))
         else:
-            _wait(started, lambda: _steps_since(config, began, saved), 300)
-            if _steps_since(config, began, saved):
+            if _wait(started, steps, 300):
                 first_step = min(first_step, time.time() - began)
             later = _step(config) + rng.integers(15)
             _wait(started, lambda: _step(config) >= later, 300)
@@ -84,7 +86,7 @@ def killed(config: ml_collections.ConfigDict, processes: int, kills: int, second
             break
         what = rng.choice([signal.SIGKILL, signal.SIGTERM])
         victims = started if rng.random() < .5 else [started[rng.integers(processes)]]
-        when = 'after some steps' if _steps_since(config, began, saved) else 'before a first step'
+        when = 'after some steps' if steps() else 'before a first step'
         for one in victims:
             one.send_signal(what)
         # Of several processes the others end by themselves, each in its own way.
@@ -96,11 +98,12 @@ def killed(config: ml_collections.ConfigDict, processes: int, kills: int, second
 
 
 def _wait(started, until, seconds):
-    """Until that is so, or so many seconds have passed, or every process has ended."""
+    """Until that is so, or so many seconds have passed, or every process has ended; whether it is."""
     deadline = time.monotonic() + seconds
     while (time.monotonic() < deadline and not until()
            and any(one.poll() is None for one in started)):
         time.sleep(.01)
+    return until()
 
 
 def _stopped(started, seconds, allowed):
@@ -117,7 +120,7 @@ def _stopped(started, seconds, allowed):
         assert 'is damaged' not in output, output
 
 
-def _steps_since(config, began, saved):
+def _has_steps(config, began, saved):
     """Whether a start of that time from step `saved` has logged one: first it cuts what was not saved."""
     path = Path(config.workdir) / 'metrics.jsonl'
     return path.exists() and path.stat().st_mtime > began and _step(config) > saved
@@ -136,9 +139,8 @@ def _step(config):
     path = Path(config.workdir) / 'metrics.jsonl'
     if not path.exists():
         return 0
-    steps = [json.loads(line)['step'] for line in path.read_bytes().split(b'\n')[:-1]
-             if b'"train"' in line]
-    return max(steps, default=0)
+    written = reversed(path.read_bytes().split(b'\n')[:-1])
+    return json.loads(next((line for line in written if b'"train"' in line), b'{"step": 0}'))['step']
 
 
 def differences(run: Path, other: Path) -> list[str]:
