@@ -71,7 +71,7 @@ FAULTS := $(addprefix tests/,checkpoints processes launch/test_slurm.py configur
 	test_finetune.py test_fuzz.py)
 
 test-faults: $(VENV)/dev-installed
-	XLA_FLAGS="--xla_backend_optimization_level=0 $(EMITTERS) $$XLA_FLAGS" \
+	XLA_FLAGS="$(EMITTERS) $$XLA_FLAGS" \
 	$(BIN)/python -m tests.faults --kills=$(KILLS) --processes=$(KILLED_PROCESSES) \
 	--updates=$(KILLED_UPDATES)
 	$(BIN)/python -m pytest -n 2 $(FAULTS)

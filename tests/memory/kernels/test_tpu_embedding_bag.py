@@ -179,7 +179,8 @@ def test_says_what_it_does_not_support(shape, dtype, reads, word):
     assert (reason is None) if word is None else word in reason
 
 
-@pytest.mark.parametrize('width', [72, 128, 384, 768, 1024, 1100, 16_256])
+@pytest.mark.parametrize('width', [
+    72, 128, 384, 768, 1024, 1100, pytest.param(16_256, marks=pytest.mark.slow)])
 def test_a_table_in_pieces_is_the_table_again(width):
     """Filled up with zeros, of more rows than a program turns."""
     table = jnp.asarray(np.random.default_rng(0).normal(size=(523, width)), jnp.bfloat16)
