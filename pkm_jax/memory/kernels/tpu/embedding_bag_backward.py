@@ -16,8 +16,10 @@ in float32, two without value rows, and those that widen bfloat16. Floor: the ro
 bandwidth.
 """
 
+import dataclasses
 import functools
 import math
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -188,22 +190,93 @@ def _ring(places, row, dtype):
     return pltpu.VMEM((places, *row), dtype), pltpu.SemaphoreType.DMA((places,))
 
 
+@dataclasses.dataclass(frozen=True)
+class _Zeros:
+    """Zeros on their way to the rows that have no sum, which ascend like those that have one."""
+    rows: Any
+    zeros: Any
+    done: Any       # how many rows are written, or on their way
+    cleared: Any    # semaphores, of copies of a block and of a row
+
+    @property
+    def block(self) -> int:
+        """Rows that a copy takes: of a table of few rows fewer."""
+        return min(CLEARED, 1 << self.rows.shape[0].bit_length() - 1)
+
+    def start(self, stop, started):
+        """For the rows up to `stop`; the copies started, of a block and of a row."""
+        at, block = self.done[0], self.block
+        many = jnp.maximum(stop - at, 0) >> block.bit_length() - 1
+        jax.lax.fori_loop(0, many, lambda i, _: self._copy(at + i * block, block).start(), None)
+        at += many * block
+        few = jnp.maximum(stop - at, 0)
+        jax.lax.fori_loop(0, few, lambda i, _: self._copy(at + i, 1).start(), None)
+        self.done[0] = at + few
+        return started[0] + many, started[1] + few
+
+    def wait(self, started):
+        """For so many copies of a block and of a row."""
+        for copies, number in zip(started, (self.block, 1)):
+            jax.lax.fori_loop(0, copies, lambda _, __, n=number: self._copy(0, n).wait(), None)
+
+    def _copy(self, to, number):
+        return pltpu.make_async_copy(
+            self.zeros.at[pl.ds(0, number)], self.rows.at[pl.ds(to, number)],
+            self.cleared.at[int(number == 1)])
+
+
+@dataclasses.dataclass(frozen=True)
+class _Values:
+    """Rows of the table on their way, one for each segment, and what comes of them."""
+    slot: Any
+    table: Any
+    values: Any
+    values_in: Any
+    products: Any
+
+    def start(self, read, segment, wanted):
+        """Starts the copy for a read that needs one; its segment, from the last one's."""
+        segment += wanted.astype(jnp.int32)
+
+        @pl.when(wanted)
+        def _():
+            self._copy(self.slot[0, 0, read], segment).start()
+
+        return segment
+
+    def multiply(self, read, by_token, segment, wanted):
+        """The gradient of the read's weight; its segment, from the last one's."""
+        segment += wanted.astype(jnp.int32)
+
+        @pl.when(wanted)
+        def _():
+            self._copy(0, segment).wait()
+
+        product = by_token * self.values[segment & IN_FLIGHT - 1].astype(jnp.float32)
+        self.products[pl.ds(read, 1)] = jnp.sum(product, axis=0, keepdims=True)
+        return segment
+
+    def _copy(self, slot, segment):
+        at = segment & IN_FLIGHT - 1
+        return pltpu.make_async_copy(self.table.at[slot], self.values.at[at], self.values_in.at[at])
+
+
 def _add_chunk(own, place, code, weight, *refs, with_values):
     """One program: see the module."""
     if with_values:
-        (slot, gradient, table, rows, by_read, gradients, gradients_in, leaving, leaving_out,
-         total, zeros, done, cleared, values, values_in, products) = refs
+        slot, gradient, table, rows, by_read, *held, values, values_in, products = refs
+        of_table = _Values(slot, table, values, values_in, products)
     else:
-        (gradient, rows, gradients, gradients_in, leaving, leaving_out, total, zeros, done,
-         cleared) = refs
+        gradient, rows, *held = refs
+    gradients, gradients_in, leaving, leaving_out, total, zeros, done, cleared = held
+    without_sum = _Zeros(rows, zeros, done, cleared)
     first = pl.program_id(0) * CHUNK
     size = jnp.clip(own[0] - first, 0, CHUNK)
-    block = min(CLEARED, 1 << rows.shape[0].bit_length() - 1)   # of a table of few rows fewer
 
     @pl.when(first == 0)
     def _():
         zeros[...] = jnp.zeros_like(zeros)
-        done[0] = 0     # rows that are written, or on their way
+        done[0] = 0
 
     def has(read, flag):
         return code[0, 0, read] & flag != 0
@@ -211,27 +284,8 @@ def _add_chunk(own, place, code, weight, *refs, with_values):
     def gradient_in(token, at):
         return pltpu.make_async_copy(gradient.at[token], gradients.at[at], gradients_in.at[at])
 
-    def value_in(of_slot, at):
-        return pltpu.make_async_copy(table.at[of_slot], values.at[at], values_in.at[at])
-
     def sum_out(to, at):
         return pltpu.make_async_copy(leaving.at[at], rows.at[to], leaving_out.at[at])
-
-    def clear(stop, started):
-        """Starts to write zeros to the rows up to `stop` that have no sum; the copies started, of
-        `block` rows and of one."""
-        at = done[0]
-        many = jnp.maximum(stop - at, 0) >> block.bit_length() - 1
-        jax.lax.fori_loop(0, many, lambda i, _: zeros_out(at + i * block, block).start(), None)
-        at += many * block
-        few = jnp.maximum(stop - at, 0)
-        jax.lax.fori_loop(0, few, lambda i, _: zeros_out(at + i, 1).start(), None)
-        done[0] = at + few
-        return started[0] + many, started[1] + few
-
-    def zeros_out(to, number):
-        return pltpu.make_async_copy(zeros.at[pl.ds(0, number)], rows.at[pl.ds(to, number)],
-                                     cleared.at[int(number == 1)])
 
     def start(read, segment):
         """Starts the copies for a read, if there is one; its segment, from the last one's."""
@@ -239,28 +293,9 @@ def _add_chunk(own, place, code, weight, *refs, with_values):
         def _():
             gradient_in(code[0, 0, read] >> FLAGS, read & IN_FLIGHT - 1).start()
 
-        if not with_values:
-            return segment
-        fetches = has(jnp.minimum(read, CHUNK - 1), FETCHES) & (read < size)
-        segment += fetches.astype(jnp.int32)
-
-        @pl.when(fetches)
-        def _():
-            value_in(slot[0, 0, read], segment & IN_FLIGHT - 1).start()
-
-        return segment
-
-    def multiply(read, by_token, segment):
-        """The gradient of the read's weight; its segment."""
-        fetches = has(read, FETCHES)
-        segment += fetches.astype(jnp.int32)
-
-        @pl.when(fetches)
-        def _():
-            value_in(0, segment & IN_FLIGHT - 1).wait()
-
-        product = by_token * values[segment & IN_FLIGHT - 1].astype(jnp.float32)
-        products[pl.ds(read, 1)] = jnp.sum(product, axis=0, keepdims=True)
+        if with_values:
+            fetches = has(jnp.minimum(read, CHUNK - 1), FETCHES) & (read < size)
+            segment = of_table.start(read, segment, fetches)
         return segment
 
     def add(read, carry):
@@ -269,10 +304,10 @@ def _add_chunk(own, place, code, weight, *refs, with_values):
         gradient_in(0, at).wait()
         by_token = gradients[at].astype(jnp.float32)
         if with_values:
-            segment = multiply(read, by_token, segment)
+            segment = of_table.multiply(read, by_token, segment, has(read, FETCHES))
         sums = jnp.where(has(read, BEGINS), 0, sums) + weight[0, 0, read] * by_token
 
-        zeroed = clear(jnp.where(ends, place[0, 0, read], 0), zeroed)
+        zeroed = without_sum.start(jnp.where(ends, place[0, 0, read], 0), zeroed)
 
         @pl.when(ends)
         def _():
@@ -294,13 +329,7 @@ def _add_chunk(own, place, code, weight, *refs, with_values):
         0, size, add, (total[...], none, ahead, nothing, (nothing, nothing)))
     total[...] = sums
     is_last = pl.program_id(0) == pl.num_programs(0) - 1
-    many, few = clear(jnp.where(is_last, rows.shape[0], 0), zeroed)
-    jax.lax.fori_loop(0, many, lambda _, __: zeros_out(0, block).wait(), None)
-    jax.lax.fori_loop(0, few, lambda _, __: zeros_out(0, 1).wait(), None)
-    jax.lax.fori_loop(0, jnp.minimum(left, LEAVING), functools.partial(_wait, sum_out), None)
+    without_sum.wait(without_sum.start(jnp.where(is_last, rows.shape[0], 0), zeroed))
+    jax.lax.fori_loop(0, jnp.minimum(left, LEAVING), lambda at, _: sum_out(0, at).wait(), None)
     if with_values:
         by_read[0] = sum_lanes(products[...], size, LANES)
-
-
-def _wait(copy, at, _):
-    copy(0, at).wait()
