@@ -176,8 +176,9 @@ def _by_row(rate: Rate, rule: Rule, axes: Axes | None) -> optax.GradientTransfor
 
         gradients, tree = jax.tree.flatten(updates, is_leaf=is_rows)
         trees = ([] if rounding is None else [params]) + list(state.moments)
-        by_table = map(of_table, gradients, *map(jax.tree.leaves, trees))
-        updates, *moments = (jax.tree.unflatten(tree, leaves) for leaves in zip(*by_table))
+        by_table = list(map(of_table, gradients, *map(jax.tree.leaves, trees)))
+        updates, *moments = (jax.tree.unflatten(tree, [results[at] for results in by_table])
+                             for at in range(1 + len(zeros)))
         return updates, RowsState(count, tuple(moments))
 
     return optax.GradientTransformationExtraArgs(init, update)

@@ -219,3 +219,11 @@ def test_tables_are_asked_for_where_they_shall_change():
     gradient = SparseRows(jnp.array([1]), jnp.ones((1, 2)), jnp.array([1]))
     with pytest.raises(Refusal, match=r'rounding=key\) changes the tables too: give it params'):
         optimizer.update(gradient, optimizer.init(params), rounding=jax.random.key(0))
+
+
+@pytest.mark.parametrize('name', ALL)
+def test_without_a_table_there_is_nothing_to_change(name):
+    """A model without memory, by the same optimizer."""
+    optimizer = ALL[name](.1)
+    updates, state = optimizer.update({}, optimizer.init({}), {})
+    assert updates == {} and int(state.count) == 1
