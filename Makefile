@@ -89,8 +89,8 @@ ifneq ($(NEWEST),)
 	$(MAKE) PYTHON=$(NEWEST) VENV=.venv-newest .venv-newest/dev-installed
 endif
 
-# Without what others call of JAX too: kernels in float32, and the longest tests.
-NEWEST_NAMES := not (float32 or on_wait or which_slots or written_down[dense])
+# Without cases whose functions of JAX others call as well: kernels in float32, the longest tests.
+NEWEST_NAMES := not (float32 or which_slots or written_down[dense])
 
 test-newest: newest
 ifeq ($(NEWEST),)

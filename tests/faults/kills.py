@@ -81,8 +81,8 @@ def killed(config: ml_collections.ConfigDict, processes: int, kills: int, second
                 first_step = min(first_step, time.time() - began)
             later = _step(config) + rng.integers(15)
             _wait(started, lambda: _step(config) >= later, 300)
-        if all(one.poll() == 0 for one in started):     # it is through
-            _stopped(started, 0, {0})
+        if any(one.poll() is not None for one in started):      # it is through, or failed by itself
+            _stopped(started, STOPS_WITHIN, {0})
             break
         what = rng.choice([signal.SIGKILL, signal.SIGTERM])
         victims = started if rng.random() < .5 else [started[rng.integers(processes)]]
@@ -182,7 +182,7 @@ def check(
       AssertionError: the killed run differs.
     """
     with tempfile.TemporaryDirectory() as folder:
-        steps = (60 if processes == 1 else 8) * kills       # more than a start takes until a kill
+        steps = max((60 if processes == 1 else 8) * kills, 60)  # more than starts take until kills
         straight = tiny(Path(folder) / 'straight', updates, steps)
         broken = tiny(Path(folder) / 'broken', updates, steps)
         straight.log.checkpoint_every = steps

@@ -1,6 +1,5 @@
 """A few kills of real runs; `make test-faults` has the many."""
 
-
 import pytest
 
 from tests.faults.kills import check
@@ -10,4 +9,5 @@ from tests.faults.kills import check
     ('dense', 1, 1), pytest.param('sparse', 1, 4, marks=pytest.mark.slow),
     pytest.param('sparse', 2, 4, marks=pytest.mark.slow)])
 def test_a_killed_run_ends_as_one_never_killed(updates, processes, kills):
-    assert 'equal to the bit' in check(updates, processes, kills, seed=1)
+    said = check(updates, processes, kills, seed=1)
+    assert f' {kills} kills ' in said and 'equal to the bit' in said
