@@ -172,7 +172,7 @@ def test_sums_do_not_depend_on_when_copies_are_made(when):
 @pytest.mark.parametrize('shape, dtype, reads, word', [
     ((9, 128), 'float16', 2, 'float16'), ((9, 128), 'float32', 1025, '1025 reads'),
     ((9, 96), 'bfloat16', 2, None), ((9, 12_416), 'float32', 2, None),
-    ((9, 12_300), 'float32', 2, '12300 columns')])
+    ((9, 16_512), 'float32', 2, '16512 columns'), ((9, 4_100), 'float32', 2, '4100 columns')])
 def test_says_what_it_does_not_support(shape, dtype, reads, word):
     reason = kernel.unsupported(jax.ShapeDtypeStruct(shape, jnp.dtype(dtype)),
                                 jax.ShapeDtypeStruct((2, reads), jnp.int32))

@@ -23,7 +23,8 @@ from pkm_jax.memory.sparse_rows import SparseRows, in_place
 
 DTYPES = (jnp.float32, jnp.bfloat16)
 MOST_TOKENS = 2 ** 28   # a number in scalar memory has three bits beside the token's
-WIDEST = 12_288         # columns of a row of no whole pieces, LANES of which are turned at once
+WIDEST = 16_384         # columns of a row; what has more the compiler works on for minutes, as it
+WIDEST_TURNED = 4_096   # does on rows of no whole pieces, which are turned, above this (v4)
 MOST_READS = 1024       # of a token: a tile of eight tokens is what scalar memory holds twice
 
 
@@ -35,8 +36,9 @@ def unsupported(
     if values.dtype not in DTYPES:
         return f'values of {values.dtype} (float32 or bfloat16)'
     width = values.shape[1]
-    if width % LANES and width > WIDEST:
-        return f'{width} columns (a multiple of {LANES}, or at most {WIDEST})'
+    if width > (WIDEST_TURNED if width % LANES else WIDEST):
+        return (f'{width} columns (at most {WIDEST}, or {WIDEST_TURNED} that are no multiple of '
+                f'{LANES})')
     if slots.shape[1] > MOST_READS:
         return f'{slots.shape[1]} reads a token (at most {MOST_READS})'
     if slots.shape[0] > MOST_TOKENS or slots.size >= 2 ** 31:
