@@ -99,11 +99,11 @@ def test_a_wrong_command_line_is_one_line(arguments, said, tmp_path):
     assert len(ran.stderr.strip().splitlines()) == 1
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize('module, options', [
-    ('convert_checkpoint', ['--from=a', '--to=b']),
-    *(pytest.param(*case, marks=pytest.mark.slow) for case in [
-        ('finetune', ['--config=text']), ('replay', ['--config=quickstart']),
-        ('compile_check', ['--config=quickstart', '--topology=h200:8'])])])
+    ('convert_checkpoint', ['--from=a', '--to=b']), ('finetune', ['--config=text']),
+    ('replay', ['--config=quickstart']),
+    ('compile_check', ['--config=quickstart', '--topology=h200:8'])])
 def test_no_program_ignores_what_is_no_option(module, options, tmp_path):
     ran = subprocess.run([sys.executable, '-m', f'pkm_jax.{module}', *options, 'stray'],
                          cwd=tmp_path, env={**os.environ, 'PYTHONPATH': str(ROOT)},

@@ -154,6 +154,7 @@ def test_a_worker_that_dies_is_named_and_replaced(prepared, caplog):
     stream.close()
 
 
+@pytest.mark.slow
 def test_a_worker_that_dies_again_at_the_same_batch_ends_the_stream(prepared, monkeypatch):
     stream = stream_of(prepared, workers=1)
     monkeypatch.setattr(loader, '_leave_signals_to_parent', end_at_once)

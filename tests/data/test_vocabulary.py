@@ -29,6 +29,7 @@ def test_special_tokens_come_first_and_words_are_split_into_pieces(paragraphs):
     assert vocabulary.special.sum() == 5 and len(vocabulary.ordinary_ids) == 195
 
 
+@pytest.mark.slow
 def test_training_is_repeatable_in_another_process(paragraphs, text_file):
     script = ('import sys; from pkm_jax.data import vocabulary; '
               'print(vocabulary.train(open(sys.argv[1]), 300, log=lambda line: None).tokens)')

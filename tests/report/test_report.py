@@ -197,6 +197,7 @@ def test_missing_files_and_fields_are_named(tmp_path):
         main([str(tmp_path)])
 
 
+@pytest.mark.slow
 def test_module_is_a_command(tmp_path):
     make_run(tmp_path / 'run')
     command = [sys.executable, '-m', 'pkm_jax.report']
