@@ -26,7 +26,7 @@ for step in itertools.count(newest[0] + 1 if newest else 1):
 '''
 
 
-@pytest.mark.parametrize('kills', [1, pytest.param(50, marks=pytest.mark.slow)])
+@pytest.mark.parametrize('kills', [2, pytest.param(50, marks=pytest.mark.slow)])
 def test_kills_while_saving(tmp_path, kills):
     """The newest that was finished, or one begun since, is there and whole; others never are
     believed. A single one is kept, so that each is deleted while the next is written."""

@@ -7,6 +7,7 @@ run that nobody killed. Ten minutes for fifty kills of one process, on two cores
 import argparse
 import math
 
+import tests.conftest  # noqa: F401  (what it sets of the environment, for the runs too)
 from tests.faults.kills import check
 
 

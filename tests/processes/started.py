@@ -28,12 +28,9 @@ def start(config, processes=1):
     with socket.socket() as free:
         free.bind(('127.0.0.1', 0))
         port = free.getsockname()[1]
-    # Programs here are compiled for longer than they run.
-    flags = '--xla_backend_optimization_level=0 ' + os.environ.get('XLA_FLAGS', '')
     environment = {**os.environ, 'JAX_PLATFORMS': 'cpu', 'PYTHONPATH': str(ROOT),
                    'JAX_NUM_CPU_DEVICES': str(8 // processes),
-                   'JAX_DEFAULT_MATMUL_PRECISION': 'highest',
-                   'XLA_FLAGS': flags}
+                   'JAX_DEFAULT_MATMUL_PRECISION': 'highest'}
     command = [sys.executable, '-m', 'pkm_jax.pretrain', '--config=configs/bert_base_pkm.py',
                *arguments(json.loads(config.to_json()))]
     if processes > 1:
