@@ -10,8 +10,8 @@ default marked. *Weak scaling* is one GPU's time over that of several, each with
 Then other options of XLA, most of them without memory alone.
 
 Times are medians of repeated timings, each of several steps of which none waits for the host
-(`steps.seconds_of`). Programs are compiled side by side, and nothing is timed meanwhile. Some five
-minutes on two GPUs and 16 cores. `--small` is a test of this program, for a CPU with
+(`steps.seconds_of`). All programs are compiled side by side, and nothing is timed meanwhile. Some
+five minutes on two GPUs and 16 cores. `--small` is a test of this program, for a CPU with
 JAX_NUM_CPU_DEVICES=2. Exits 1 if steps differ.
 """
 
@@ -20,7 +20,7 @@ import itertools
 import sys
 import time
 from collections.abc import Iterable, Iterator
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import Executor, Future, ThreadPoolExecutor
 from typing import Any, NamedTuple
 
 import jax
@@ -121,9 +121,9 @@ def kinds_of_layouts(run: Run, devices: int) -> list[Shards]:
                                Shards(devices // columns, 1, columns), *both]))
 
 
-def check_equality(devices: int) -> Iterator[tuple[str, float]]:
-    """Each layout, and the largest difference to one device of losses and all parameters after
-    three steps."""
+def small_programs(devices: int, pool: Executor) -> dict[tuple[str, Shards], tuple[Run, Future]]:
+    """A small model's steps on one device and on several in each kind of layout, by updates and
+    layout."""
     config = bert_base_pkm.get_config()
     config.model.update(layers=1, width=512, attention_heads=4, feed_forward_width=64,
                         dtype='float32', attention_dropout=0.)
@@ -141,15 +141,20 @@ def check_equality(devices: int) -> Iterator[tuple[str, float]]:
         with jax.default_matmul_precision('highest'):
             return compiled(run, shards, sparse, jax.devices()[:int(np.prod(shards))])
 
-    with ThreadPoolExecutor() as pool:
-        steps = list(pool.map(compiled_exactly, cases.values()))
-    found = {name: _after_three_steps(run, step)
-             for (name, (run, *_)), step in zip(cases.items(), steps)}
+    return {name: (case[0], pool.submit(compiled_exactly, case)) for name, case in cases.items()}
+
+
+def differences(programs: dict[tuple[str, Shards], tuple[Run, Future]],
+                ) -> Iterator[tuple[str, float]]:
+    """Each layout, and the largest difference to one device of losses and all parameters after
+    three steps."""
+    found = {name: _after_three_steps(run, future.result())
+             for name, (run, future) in programs.items()}
     for (updates, shards), ours in found.items():
         if shards != Shards():
-            differences = jax.tree.map(lambda one, other: float(np.max(np.abs(
+            largest = jax.tree.map(lambda one, other: float(np.max(np.abs(
                 np.float64(one) - np.float64(other)))), ours, found[updates, Shards()])
-            yield f'{updates}, {_parts(shards)}', max(jax.tree.leaves(differences))
+            yield f'{updates}, {_parts(shards)}', max(jax.tree.leaves(largest))
 
 
 def _after_three_steps(run: Run, step: Step) -> tuple:
@@ -172,17 +177,27 @@ def cases_on(devices: int, small: bool) -> Iterator[Case]:
                         for shards in kinds_of_layouts(run, devices) if shards != layout.shards)
 
 
-def timed(cases: Iterable[Case], small: bool) -> Iterator[tuple[Case, float | Exception]]:
-    """Seconds of the steps, which are compiled side by side first; of one that cannot be compiled
-    or run, why."""
-    cases, start = list(cases), time.perf_counter()
-    with ThreadPoolExecutor() as pool:
-        futures = [pool.submit(case.compiled) for case in cases]
-    print(f'{len(cases)} programs compiled in {time.perf_counter() - start:.0f} s',
-          file=sys.stderr, flush=True)
-    futures.reverse()       # so that each program can go when it was timed
-    for case in cases:
-        yield case, _seconds(futures.pop(), case, small)
+def print_equality(found: Iterable[tuple[str, float]]) -> bool:
+    """The table; whether all are equal up to TOLERANCE."""
+    print('| layout, data × rows × columns | largest difference |\n| --- | --- |', flush=True)
+    equal = True
+    for name, difference in found:
+        one = difference <= TOLERANCE
+        equal &= one
+        print(f'| {name} | {difference:.1e}{"" if one else " DIFFERENT"} |', flush=True)
+    return equal
+
+
+def compiling(cases: Iterable[Case], pool: Executor) -> list[tuple[Case, Future]]:
+    return [(case, pool.submit(case.compiled)) for case in cases]
+
+
+def timed(programs: list[tuple[Case, Future]], small: bool,
+          ) -> Iterator[tuple[Case, float | Exception]]:
+    """Seconds of the steps; of one that cannot be compiled or run, why."""
+    while programs:
+        case, future = programs.pop(0)      # so that each program can go when it was timed
+        yield case, _seconds(future, case, small)
 
 
 def _seconds(future: Future, case: Case, small: bool) -> float | Exception:
@@ -208,24 +223,24 @@ def report(case: Case, seconds: float | Exception, alone: dict[str, float]) -> N
           flush=True)
 
 
-def weak_scaling(counts: list[int], small: bool) -> dict[str, float]:
-    """Prints the table; returns seconds on one device by model."""
+def print_times(programs: list[tuple[Case, Future]], small: bool) -> None:
+    """The table; on one device first, for weak scaling."""
+    print('| model | options | GPUs | layout | ms | tokens/s | weak scaling | target |\n'
+          + '| --- ' * 8 + '|', flush=True)
     alone: dict[str, float] = {}
-    cases = itertools.chain.from_iterable(cases_on(count, small) for count in counts)
-    for case, seconds in timed(cases, small):
+    for case, seconds in timed(programs, small):
         if case.devices == 1 and not isinstance(seconds, Exception):
             alone[case.model] = seconds
         report(case, seconds, alone)
-    return alone
 
 
-def try_options(devices: int, alone: dict[str, float], small: bool) -> None:
-    """Prints what other options of XLA make of the layouts chosen."""
-    cases = [Case(model, run, chosen(run, devices), True, options)
-             for model in TARGETS for run in [run_on(model, devices, small)]
-             for options in list(OPTIONS)[:None if model == PLAIN and not small else OF_ALL_MODELS]]
-    for case, seconds in timed(cases, small):
-        report(case, seconds, alone)
+def with_options(devices: int, small: bool) -> Iterator[Case]:
+    """The layouts chosen by other options of XLA."""
+    for model in TARGETS:
+        run = run_on(model, devices, small)
+        tried = None if model == PLAIN and not small else OF_ALL_MODELS
+        yield from (Case(model, run, chosen(run, devices), True, options)
+                    for options in list(OPTIONS)[:tried])
 
 
 def _parts(shards):
@@ -238,20 +253,19 @@ def main() -> None:
     small, start = parser.parse_args().small, time.perf_counter()
     counts = [count for count in (1, 2, 4, 8) if count <= jax.device_count()]
     print(f'{counts[-1]} of {jax.device_count()} × {jax.devices()[0].device_kind}, '
-          f'jax {jax.__version__}\n\n| layout, data × rows × columns | largest difference |\n'
-          '| --- | --- |', flush=True)
-    different = False
-    for name, difference in check_equality(counts[-1]):
-        different |= not difference <= TOLERANCE
-        print(f'| {name} | {difference:.1e}{"" if difference <= TOLERANCE else " DIFFERENT"} |',
-              flush=True)
-    print(f'(equality: {time.perf_counter() - start:.0f} s)\n\n| model | options | GPUs | layout | '
-          'ms | tokens/s | weak scaling | target |\n' + '| --- ' * 8 + '|', flush=True)
-    alone = weak_scaling(counts, small)
+          f'jax {jax.__version__}\n', flush=True)
+    cases = [cases_on(count, small) for count in counts]
     if counts[-1] > 1:
-        try_options(counts[-1], alone, small)
+        cases.append(with_options(counts[-1], small))
+    with ThreadPoolExecutor() as pool:
+        of_equality = small_programs(counts[-1], pool)
+        programs = compiling(itertools.chain.from_iterable(cases), pool)
+        equal = print_equality(differences(of_equality))
+    print(f'\n({len(programs)} programs compiled in {time.perf_counter() - start:.0f} s)\n',
+          flush=True)
+    print_times(programs, small)
     print(f'({time.perf_counter() - start:.0f} s in all)')
-    sys.exit(different)
+    sys.exit(not equal)
 
 
 if __name__ == '__main__':

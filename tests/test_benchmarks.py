@@ -4,6 +4,7 @@ import os
 import re
 import subprocess
 import sys
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import jax
@@ -46,8 +47,10 @@ def as_users_have_it():
 def test_an_unknown_option_fails_alone(as_users_have_it, monkeypatch, capsys):
     monkeypatch.setattr(sharding, 'OPTIONS', {
         'wrong': {'xla_gpu_no_such': True}, 'right': {'xla_gpu_enable_pipelined_all_reduce': True}})
-    sharding.try_options(2, {}, small=True)
-    lines = capsys.readouterr().out.splitlines()
+    with ThreadPoolExecutor() as pool:
+        programs = sharding.compiling(sharding.with_options(2, small=True), pool)
+    sharding.print_times(programs, small=True)
+    lines = capsys.readouterr().out.splitlines()[2:]
     assert "failed: INVALID_ARGUMENT: No such compile option: 'xla_gpu_no_such'" in lines[0]
     assert len(lines) == 6
     assert sum('| wrong | 2 |' in line and 'failed' in line for line in lines) == 3
