@@ -90,7 +90,7 @@ ifneq ($(NEWEST),)
 endif
 
 # Without cases whose functions of JAX others call as well: kernels in float32, the longest tests.
-NEWEST_NAMES := not (float32 or which_slots or written_down[dense])
+NEWEST_NAMES := not (float32 or written_down[dense])
 
 test-newest: newest
 ifeq ($(NEWEST),)

@@ -131,6 +131,7 @@ def test_workers_leave_signals_to_their_parent(prepared):
     stream.close()
 
 
+@pytest.mark.slow
 def test_workers_end_with_a_parent_that_is_killed(prepared):
     environment = {**os.environ, 'PYTHONPATH': str(Path(__file__).parents[2])}
     with subprocess.Popen([sys.executable, __file__], env=environment, stdin=subprocess.PIPE,

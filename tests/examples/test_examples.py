@@ -45,6 +45,7 @@ def test_transformer(tmp_path):
     assert logged.count("A memory under a mesh with the axes ('dp', 'tp')") == 1
 
 
+@pytest.mark.slow
 def test_sparse_updates(tmp_path):
     (line,), _ = run('sparse_updates', tmp_path)
     first, last = losses(line)
@@ -71,6 +72,7 @@ def test_linen(tmp_path):
     assert after < before and float(step.split()[-1]) > 0
 
 
+@pytest.mark.slow
 def test_which_slots(tmp_path):
     (_, *words, readers, usage), _ = run('which_slots', tmp_path)
     first, again = [line for line in words if line.startswith('the ')]

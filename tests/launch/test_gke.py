@@ -166,6 +166,7 @@ def test_options_reach_the_manifest(made):
     assert pod['securityContext']['runAsUser'] == 1000      # of the image
 
 
+@pytest.mark.slow
 def test_a_dry_run_prints_what_is_applied(gke, plan, read, made):
     words = '--topology=v6e:4x4', '--queue=tpus'
     dry = gke(*words, '--dry-run', *WORDS)

@@ -82,6 +82,7 @@ raise ValueError('mine')
 """
 
 
+@pytest.mark.slow
 def test_one_that_fails_does_not_wait_for_those_that_wait_for_it():
     """Left to JAX, it would wait for 5 minutes, and the others with it."""
     with socket.socket() as free:

@@ -36,7 +36,8 @@ def test_a_fault_of_the_program_keeps_its_traceback(monkeypatch):
     assert given == [ExitStatus.FAILED] == [1]      # Python's own, of any traceback
 
 
-@pytest.mark.parametrize('cause, status', [('Refusal', 2), ('OutOfMemory', 5), ('KeyError', 1)])
+@pytest.mark.parametrize('cause, status', [
+    pytest.param('Refusal', 2, marks=pytest.mark.slow), ('OutOfMemory', 5), ('KeyError', 1)])
 def test_a_process_really_ends_so(cause, status):
     program = ('from pkm_jax.refusal import *; from pkm_jax.training import ending\n'
                f'with ending.said(): raise {cause}("that")')

@@ -107,6 +107,7 @@ def check(shards, fsdp=False, **options):
     return training, ours[0]
 
 
+@pytest.mark.slow
 def test_sparse_steps_over_rows_columns_and_replicas():
     """With the backbone split too; every array lies where the rules say."""
     training, state = check(Shards(2, 2, 2), fsdp=True, sparse=True)
