@@ -35,14 +35,16 @@ def test_errors_to_float64_and_ten_equal_backward_passes(dtype, check, arguments
             if error > benchmark.LIMITS[dtype]} == {}
 
 
-@pytest.mark.parametrize('dtype', ['bfloat16', 'float32'])
-@pytest.mark.parametrize('zipf', [False, True])
-def test_the_same_of_reads_by_mosaic_gpu(dtype, zipf, monkeypatch):
+@pytest.mark.parametrize('check, dtype, arguments', [
+    (benchmark.check_read, 'bfloat16', (False,)), (benchmark.check_read, 'bfloat16', (True,)),
+    (benchmark.check_read, 'float32', (False,)), (benchmark.check_read, 'float32', (True,)),
+    (benchmark.check_retrieval, 'bfloat16', ())])
+def test_the_same_by_mosaic_gpu(check, dtype, arguments, monkeypatch):
     if float(jax.devices()[0].compute_capability) < 9:
         pytest.skip('needs a GPU since Hopper')
     monkeypatch.setenv(backend.SETTING, '1')
     jax.clear_caches()      # which know no settings
-    errors, same = benchmark.check_read(jnp.dtype(dtype), zipf)
+    errors, same = check(jnp.dtype(dtype), *arguments)
     jax.clear_caches()
     assert same
     assert {name: error for name, error in errors.items()

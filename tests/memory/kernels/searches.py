@@ -31,9 +31,9 @@ def check_best(search, query, codebooks, k):
     np.testing.assert_allclose(scores, best, rtol=1e-5, atol=1e-5)
 
 
-def check_ties(search, n_keys, k, distinct):
+def check_ties(search, n_keys, k, distinct, tokens=16, dtype='float32'):
     """Whole numbers leave at most that share of the scores distinct."""
-    query, codebooks = make(16, 1, n_keys, whole_numbers=True)
+    query, codebooks = make(tokens, 1, n_keys, dtype, whole_numbers=True)
     query, codebooks = jnp.clip(query, -1, 1), jnp.clip(codebooks, -1, 1)
     scores, slots = search(query, codebooks, k)
     everything = all_scores(query, codebooks)

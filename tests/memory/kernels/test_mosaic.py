@@ -1,4 +1,4 @@
-"""The read's kernels for Mosaic GPU, interpreted, against float64; which programs have them."""
+"""The read's kernels for Mosaic GPU, interpreted, against float64; which programs have any."""
 import re
 
 import jax
@@ -11,7 +11,9 @@ from jax.sharding import AbstractDevice, AbstractMesh, use_abstract_mesh
 from pkm_jax.memory.embedding_bag import compact_gradients, embedding_bag
 from pkm_jax.memory.kernels.gpu import backend, embedding_bag_backward
 from pkm_jax.memory.kernels.gpu import embedding_bag as kernel
+from pkm_jax.memory.product_keys import top_k_product_keys
 from pkm_jax.refusal import Refusal
+from tests.memory.kernels.searches import make as make_search
 from tests.memory.kernels.test_embedding_bag import LIMIT, error, expected, make, random_slots
 
 pytestmark = pytest.mark.filterwarnings('ignore:The Pallas Triton backend:DeprecationWarning')
@@ -30,6 +32,37 @@ def test_sums_agree_with_float64(dtype):
                                   interpret=True)
     assert got.dtype == values.dtype
     assert error(got, expected(values, slots, weights, gradient)[0]) < LIMIT[dtype]
+
+
+@needs_mosaic
+@pytest.mark.parametrize('reads, slots, chunk', [(100, 9, 8), (97, 200, 8), (40, 1, 4), (5, 3, 8)])
+def test_chunks_begin_where_the_other_backend_has_them(reads, slots, chunk):
+    from pkm_jax.memory.kernels.gpu import mosaic_rows
+    slot = jnp.sort(jax.random.randint(jax.random.key(reads), (reads,), 0, slots))
+    cut, end = mosaic_rows.cuts(slot, chunk)
+    want_cut, want_end = embedding_bag_backward._cuts(slot, chunk, interpret=True)
+    np.testing.assert_array_equal(cut, want_cut)
+    np.testing.assert_array_equal(end, want_end[:len(cut)])
+
+
+@needs_mosaic
+def test_segments_that_are_cut_are_added_up_and_rows_without_a_read_cleared():
+    """One segment over 40 chunks, one over 2; the row of a third is left as it is."""
+    from pkm_jax.memory.kernels.gpu import mosaic_rows
+    slot = jnp.repeat(jnp.array([2, 5, 6]), jnp.array([160, 8, 4]), total_repeat_length=172)
+    cut, end = mosaic_rows.cuts(slot, 4)
+    pieces = np.random.default_rng(0).normal(size=(len(cut) - 1, 2, 128)).astype(np.float32)
+    rows = jnp.full((130, 128), 7., 'bfloat16')
+    got = mosaic_rows.add_pieces(rows, jnp.asarray(pieces), slot, cut, end, None, chunk_size=4,
+                                 interpret=True)
+    want = np.full((130, 128), 7.)
+    want[2] = pieces[0, 1] + pieces[1:40, 0].sum(0)
+    want[5] = pieces[40, 1] + pieces[41, 0]
+    np.testing.assert_allclose(np.asarray(got, np.float32), want, rtol=1e-2, atol=1e-2)
+    row_slots = jnp.full(130, 130).at[jnp.array([2, 5])].set(jnp.array([2, 5]))
+    cleared = np.asarray(mosaic_rows.clear(got, row_slots, interpret=True))
+    np.testing.assert_array_equal(cleared[[2, 5]], np.asarray(got)[[2, 5]])
+    assert not np.delete(cleared, [2, 5], 0).any()
 
 
 @needs_mosaic
@@ -59,11 +92,8 @@ def test_gradients_agree_with_float64(dtype, compact, monkeypatch):
     assert error(rows, table) < LIMIT[dtype]
 
 
-def lowered(function):
+def lowered(function, *arrays):
     """How often which backend is called in a program for an H100."""
-    like = jax.ShapeDtypeStruct
-    arrays = (like((64, 256), jnp.bfloat16), like((8, 4), jnp.int32), like((8, 4), jnp.float32),
-              like((8, 256), jnp.bfloat16))
     jax.clear_caches()      # which know no settings
     with use_abstract_mesh(H100):
         text = jax.jit(function).trace(*arrays).lower(lowering_platforms=('cuda',)).as_text()
@@ -76,18 +106,30 @@ def read_and_gradients(values, slots, weights, gradient):
     return out, pull(gradient)
 
 
+def search_and_gradients(query, codebooks):
+    scores, pull, slots = jax.vjp(lambda *a: top_k_product_keys(*a, 4), query, codebooks,
+                                  has_aux=True)
+    return slots, pull(scores)
+
+
 @needs_mosaic
 def test_programs_have_the_backend_that_is_asked_for(monkeypatch):
     monkeypatch.delenv(backend.SETTING, raising=False)
-    assert lowered(read_and_gradients) == (0, 5)
+    like = jax.ShapeDtypeStruct
+    read = (like((64, 256), jnp.bfloat16), like((8, 4), jnp.int32), like((8, 4), jnp.float32),
+            like((8, 256), jnp.bfloat16))
+    queries = (like((130, 2, 2, 32), jnp.bfloat16), like((2, 2, 64, 32), jnp.bfloat16))
+    assert lowered(read_and_gradients, *read) == (0, 5)
+    assert lowered(search_and_gradients, *queries) == (0, 3)
     monkeypatch.setenv(backend.SETTING, '1')
-    assert lowered(read_and_gradients) == (2, 3)    # those of chunks' bounds and hot sums stay
-    assert lowered(compact_gradients)[0] == 1
+    assert lowered(read_and_gradients, *read) == (4, 0)
+    assert lowered(compact_gradients, *read) == (2, 0)
+    assert lowered(search_and_gradients, *queries) == (3, 0)
 
 
 def test_a_setting_that_is_neither(monkeypatch):
     monkeypatch.setenv(backend.SETTING, 'yes')
-    with pytest.raises(Refusal, match='PKM_JAX_MOSAIC_GPU=yes: 1 has Mosaic GPU make the reads, 0 '):
+    with pytest.raises(Refusal, match='PKM_JAX_MOSAIC_GPU=yes: 1 has Mosaic GPU search and read, 0 '):
         backend.uses_mosaic(*shapes(64, 128))
 
 
@@ -110,3 +152,17 @@ def test_what_mosaic_cannot_do_is_said_and_stays_with_triton(arguments, version,
     assert backend.uses_mosaic(*shapes(*arguments)) == (reason is None)
     assert reason is None and not caplog.text or f'is not for {reason}' in caplog.text
     assert kernel.unsupported(*shapes(*arguments)) is None
+
+
+@pytest.mark.parametrize('tokens, n_keys, dtype, reason', [
+    (128, 64, 'bfloat16', None), (130, 512, 'bfloat16', None),
+    (20, 64, 'bfloat16', None), (128, 96, 'bfloat16', '96 sub-keys'),
+    (128, 64, 'float32', 'searches in float32')])
+def test_the_same_of_searches(tokens, n_keys, dtype, reason, monkeypatch, caplog):
+    arrays = jax.eval_shape(lambda: make_search(tokens, 1, n_keys, dtype))
+    assert not backend.searches_by_mosaic(*arrays)          # is not asked
+    monkeypatch.setenv(backend.SETTING, '1')
+    monkeypatch.setattr(jax, '__version_info__', (0, 11, 2))
+    backend._say_once.cache_clear()
+    assert backend.searches_by_mosaic(*arrays) == (reason is None)
+    assert reason is None and not caplog.text or reason in caplog.text

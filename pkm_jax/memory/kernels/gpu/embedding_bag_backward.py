@@ -41,11 +41,14 @@ def dense_gradients(
 ) -> tuple[Float[Array, 'S V'], Float[Array, 'T R']]:
     """Gradients of `values` and `weights`; rows without a read are zero.
 
-    `mosaic`: the pass over the reads is `mosaic_backward.stream`.
+    `mosaic`: by Mosaic GPU, see `mosaic_backward` and `mosaic_rows`.
     """
     n_slots, width = values.shape
     row_slots, rows, by_read = _gradients(values, _sort(slots), weights, gradient, n_slots, None,
                                           mosaic, interpret)
+    if mosaic:
+        from pkm_jax.memory.kernels.gpu import mosaic_rows
+        return mosaic_rows.clear(rows, row_slots, interpret=interpret), by_read
     rows, = call(functools.partial(_clear, blocks=column_blocks(width)), 'read_backward_clear',
                  (pl.cdiv(n_slots, TILE),), [rows], rows, row_slots, aliases={0: 0},
                  interpret=interpret)
@@ -99,24 +102,25 @@ def _gradients(values, reads, weights, gradient, n_rows, rows_before, mosaic, in
     """
     order, slot = reads
     width, chunk_size = values.shape[1], _chunk_size(slot, mosaic)
-    cut, segment_end = _cuts(slot, chunk_size, interpret)
-    chunks = len(cut) - 1
-    compact = [] if rows_before is None else [rows_before]
     if mosaic:
-        from pkm_jax.memory.kernels.gpu.mosaic_backward import stream
-        row_slots, rows, by_read, pieces = stream(
+        from pkm_jax.memory.kernels.gpu import mosaic_backward, mosaic_rows
+        cut, segment_end = mosaic_rows.cuts(slot, chunk_size)
+        row_slots, rows, by_read, pieces = mosaic_backward.stream(
             values, gradient, weights, order, slot, cut, rows_before, n_rows, chunk=chunk_size,
             interpret=interpret)
-        pieces = pieces[:, :, None]
+        rows = mosaic_rows.add_pieces(rows, pieces, slot, cut, segment_end, rows_before,
+                                      chunk_size=chunk_size, interpret=interpret)
     else:
+        cut, segment_end = _cuts(slot, chunk_size, interpret)
+        chunks, compact = len(cut) - 1, [] if rows_before is None else [rows_before]
         row_slots, rows, by_read, pieces = _stream_by_triton(
             values, gradient, weights, order, slot, cut, compact, n_rows, interpret)
-    rows, = call(
-        functools.partial(_add_pieces, chunk_size=chunk_size, chunks=chunks, compact=bool(compact)),
-        'read_backward_add',
-        (pl.cdiv(chunks, PIECES), width // PIECE_COLUMNS), [rows],
-        rows, pieces, slot, cut, segment_end, *compact, aliases={0: 0}, warps=4,
-        interpret=interpret)
+        rows, = call(
+            functools.partial(_add_pieces, chunk_size=chunk_size, chunks=chunks,
+                              compact=bool(compact)),
+            'read_backward_add', (pl.cdiv(chunks, PIECES), width // PIECE_COLUMNS), [rows],
+            rows, pieces, slot, cut, segment_end, *compact, aliases={0: 0}, warps=4,
+            interpret=interpret)
     return row_slots, rows, by_read.reshape(weights.shape).astype(weights.dtype)
 
 

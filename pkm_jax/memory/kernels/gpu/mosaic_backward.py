@@ -29,6 +29,7 @@ from pkm_jax.memory.kernels.gpu.mosaic import (
     renew,
     store_numbers,
 )
+from pkm_jax.memory.kernels.gpu.mosaic_rows import is_cut
 
 STAGES = 2      # steps on their way,
 READS = 2       # of so many reads each
@@ -150,14 +151,10 @@ def _by_chunk(slot, cut, rows_before, groups):
     first, last = (jnp.pad(part, (0, groups * WARPS - len(part)), constant_values=reads)
                    for part in (cut[:-1], cut[1:]))
 
-    def is_cut(position):
-        return (position > 0) & (position < reads) & (
-            slot[jnp.maximum(position - 1, 0)] == slot[jnp.minimum(position, reads - 1)])
-
-    head_cut = is_cut(first)
+    head_cut = is_cut(slot, first)
     row = 0 * first if rows_before is None else (
         jnp.pad(rows_before[:-1], (0, len(first) - len(cut) + 1)) - head_cut.astype(jnp.int32))
-    parts = first, last - first, head_cut, is_cut(last), row, 2 * chunks, 2 * chunks + 1
+    parts = first, last - first, head_cut, is_cut(slot, last), row, 2 * chunks, 2 * chunks + 1
     return jnp.stack([part.astype(jnp.int32).reshape(groups, WARPS) for part in parts], axis=1)
 
 

@@ -15,6 +15,7 @@ from jaxlib.mlir.dialects import arith, llvm, nvvm, scf, vector
 
 WARPS = 4       # of a warpgroup
 LANES = 32      # of a warp
+IN_FLIGHT = 16      # partial sums that a lane has asked for before it adds the first of them
 PATIENCE = 10_000_000       # ns that a wait sleeps at most before it looks again
 COPY = '@$0 cp.async.bulk.shared::cta.global.mbarrier::complete_tx::bytes'
 
@@ -27,6 +28,19 @@ def piece_of(columns: int) -> int:
 def constant(value: int, bits: int = 32) -> ir.Value:
     """A whole number."""
     return arith.constant(ir.IntegerType.get_signless(bits), value)
+
+
+def splat(kind: ir.VectorType, value: int | float) -> ir.Value:
+    """A vector of one number."""
+    element = kind.element_type
+    attribute = ir.FloatAttr if isinstance(element, ir.F32Type) else ir.IntegerAttr
+    return arith.constant(kind, ir.DenseElementsAttr.get_splat(
+        kind, attribute.get(element, value)))
+
+
+def wide(number: ir.Value) -> ir.Value:
+    """A whole number in 64 bits."""
+    return arith.extsi(ir.IntegerType.get_signless(64), number)
 
 
 def number_of(array: Any) -> ir.Value:
@@ -43,16 +57,16 @@ def _is(want):
 
 def element(ref: ir.Value, index: ir.Value) -> ir.Value:
     """Pointer to an element of a contiguous array, by an index of 32 bits."""
-    wide = arith.extsi(ir.IntegerType.get_signless(64), index)
-    return utils.getelementptr(utils.memref_ptr(ref), [wide], ir.MemRefType(ref.type).element_type)
+    return utils.getelementptr(utils.memref_ptr(ref), [wide(index)],
+                               ir.MemRefType(ref.type).element_type)
 
 
-def _row(ref, row):
+def row_of(ref: ir.Value, row: ir.Value) -> ir.Value:
     """Pointer to a row of a matrix whose rows are contiguous."""
     kind = ir.MemRefType(ref.type)
-    stride = kind.get_strides_and_offset()[0][0]
-    wide = arith.muli(arith.extsi(ir.IntegerType.get_signless(64), row), constant(stride, 64))
-    return utils.getelementptr(utils.memref_ptr(ref), [wide], kind.element_type)
+    stride = constant(kind.get_strides_and_offset()[0][0], 64)
+    return utils.getelementptr(utils.memref_ptr(ref), [arith.muli(wide(row), stride)],
+                               kind.element_type)
 
 
 def lane_index() -> ir.Value:
@@ -89,7 +103,7 @@ def start_copies_of_warp(
     nvvm.mbarrier_arrive_expect_tx(barrier, functools.reduce(arith.addi, sizes), predicate=lane)
     for copy, (table, row, want) in enumerate(copies):
         to = arith.muli(arith.addi(warp, constant(copy * WARPS)), constant(width))
-        operands = [arith.andi(lane, want), element(rows, to), _row(table, number_of(row)), size,
+        operands = [arith.andi(lane, want), element(rows, to), row_of(table, number_of(row)), size,
                     barrier]
         if kept[copy]:
             policy = llvm.inline_asm(
@@ -119,10 +133,6 @@ def _loaded(rows):
     words = ir.VectorType.get((piece,), ir.IntegerType.get_signless(32))
     floats = ir.VectorType.get((piece,), ir.F32Type.get())
 
-    def all_of(value):
-        return arith.constant(words, ir.DenseElementsAttr.get_splat(
-            words, ir.IntegerAttr.get(words.element_type, value)))
-
     parts = [[] for _ in range(number)]
     pointer = element(rows, first)
     for block in range(width // (LANES * piece * number)):
@@ -131,8 +141,8 @@ def _loaded(rows):
         if is_float32:
             parts[0].append(here)
         else:
-            parts[0].append(vector.bitcast(floats, arith.shli(here, all_of(16))))
-            parts[1].append(vector.bitcast(floats, arith.andi(here, all_of(-1 << 16))))
+            parts[0].append(vector.bitcast(floats, arith.shli(here, splat(words, 16))))
+            parts[1].append(vector.bitcast(floats, arith.andi(here, splat(words, -1 << 16))))
     return parts
 
 
@@ -227,7 +237,8 @@ def _store_parts(table, row, parts):
     kind = ir.MemRefType(table.type).element_type
     piece = piece_of(parts[0].shape[1])
     turns = piece * len(parts)
-    first = utils.getelementptr(_row(table, row), [arith.muli(lane_index(), constant(turns))], kind)
+    first = utils.getelementptr(row_of(table, row), [
+        arith.muli(lane_index(), constant(turns))], kind)
     for block, registers in enumerate(zip(*(part.registers.flat for part in parts))):
         joined = llvm.mlir_undef(ir.VectorType.get((turns,), ir.F32Type.get()))
         for at in range(turns):
@@ -275,3 +286,66 @@ def fill_of_warp(
             llvm.store(value, element(ref, arith.addi(place, constant(number * steps * WARPS))))
         llvm.store(weight, element(scale, place))
     utils.warp_barrier()
+
+
+def add_segment(
+    _: Any, rows: Any, pieces: Any, totals: Any, chunk: Any, stop: Any, row: Any, column: Any,
+) -> None:
+    """See `mosaic_rows._add_segment`: each warp adds every fourth piece, four columns a lane; then
+    each thread the four warps' sums of one column."""
+    chunk, stop, row, column = map(number_of, (chunk, stop, row, column))
+    kind = ir.MemRefType(pieces.type)
+    _, sides, width = kind.shape
+    four = ir.VectorType.get((4,), ir.F32Type.get())
+    nothing = splat(four, 0.)
+    columns = arith.addi(column, arith.muli(lane_index(), constant(4)))
+
+    def piece(at, side, first):
+        place = arith.addi(arith.muli(wide(at), constant(sides * width, 64)),
+                           arith.addi(wide(first), constant(side * width, 64)))
+        return utils.getelementptr(utils.memref_ptr(pieces), [place], kind.element_type)
+
+    begin = arith.addi(arith.addi(chunk, constant(1)), utils.warp_idx(sync=False))
+    loop = scf.ForOp(begin, stop, constant(WARPS * IN_FLIGHT), [nothing])
+    with ir.InsertionPoint(loop.body):
+        loaded = []
+        for number in range(IN_FLIGHT):
+            at = arith.addi(loop.induction_variable, constant(number * WARPS))
+            inside = arith.cmpi(arith.CmpIPredicate.slt, at, stop)
+            there = llvm.load(four, piece(arith.select(inside, at, chunk), 0, columns))
+            loaded.append(arith.select(inside, there, nothing))
+        scf.yield_([functools.reduce(arith.addf, loaded, loop.inner_iter_args[0])])
+    place = arith.addi(arith.muli(utils.warp_idx(sync=False), constant(LANES * 4)),
+                       arith.muli(lane_index(), constant(4)))
+    utils.warpgroup_barrier()       # all have added what was there
+    llvm.store(loop.results[0], element(totals, place))
+    utils.warpgroup_barrier()
+    here = arith.addi(column, utils.thread_idx())
+    total = llvm.load(kind.element_type, piece(chunk, 1, here))
+    for warp in range(WARPS):
+        at = arith.addi(utils.thread_idx(), constant(warp * LANES * 4))
+        total = arith.addf(total, llvm.load(kind.element_type, element(totals, at)))
+    out = ir.MemRefType(rows.type).element_type
+    number = total if isinstance(out, ir.F32Type) else arith.truncf(out, total)
+    llvm.store(number, utils.getelementptr(row_of(rows, row), [here], out))
+
+
+def clear(number: int, _: Any, rows: Any, row_slots: Any, first: Any) -> None:
+    """See `mosaic_rows.clear`: a warp's rows, whose slots it asks for all at once."""
+    kind = ir.MemRefType(rows.type)
+    n_slots, width = kind.shape
+    word = ir.IntegerType.get_signless(32)
+    words = width * utils.bitwidth(kind.element_type) // 32 // LANES      # of a row, for a lane
+    together = math.gcd(words, 4)
+    vector = ir.VectorType.get((together,), word)
+    begin = arith.addi(number_of(first), arith.muli(utils.warp_idx(sync=False), constant(number)))
+    places = [arith.minsi(arith.addi(begin, constant(n)), constant(n_slots - 1))
+              for n in range(number)]
+    slots = [llvm.load(word, element(row_slots, place)) for place in places]
+    for place, slot in zip(places, slots):
+        with utils.when(arith.cmpi(arith.CmpIPredicate.eq, slot, constant(n_slots))):
+            at = utils.getelementptr(row_of(rows, place), [
+                arith.muli(lane_index(), constant(together))], word)
+            for block in range(words // together):
+                llvm.store(splat(vector, 0), utils.getelementptr(
+                    at, [block * together * LANES], word))

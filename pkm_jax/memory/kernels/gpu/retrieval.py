@@ -4,6 +4,7 @@ import jax.numpy as jnp
 from jax import ShapeDtypeStruct
 from jaxtyping import Array, Float, Int32
 
+from pkm_jax.memory.kernels.gpu.backend import searches_by_mosaic
 from pkm_jax.memory.kernels.gpu.retrieval_backward import query_and_codebook_gradients
 from pkm_jax.memory.kernels.gpu.retrieval_forward import best_slots
 
@@ -35,6 +36,9 @@ def forward(
     interpret: bool,
 ) -> tuple[Float[Array, 'T H {k}'], Int32[Array, 'T H {k}']]:
     """Scores and slots, see `best_slots`."""
+    if not interpret and searches_by_mosaic(query, codebooks):
+        from pkm_jax.memory.kernels.gpu import mosaic_retrieval
+        return mosaic_retrieval.best_slots(query, codebooks, k, interpret=interpret)
     return best_slots(query, codebooks, k, interpret=interpret)
 
 
@@ -43,4 +47,6 @@ def backward(
     slots: Int32[Array, 'T H {k}'], gradient: Float[Array, 'T H {k}'], *, k: int, interpret: bool,
 ) -> tuple[Float[Array, 'T H 2 half'], Float[Array, 'H 2 N half']]:
     """Gradients of query and codebooks, see `query_and_codebook_gradients`."""
-    return query_and_codebook_gradients(query, codebooks, slots, gradient, interpret=interpret)
+    return query_and_codebook_gradients(
+        query, codebooks, slots, gradient, interpret=interpret,
+        mosaic=not interpret and searches_by_mosaic(query, codebooks))

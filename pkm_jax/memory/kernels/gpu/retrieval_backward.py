@@ -27,10 +27,15 @@ TOKENS = 2      # of one program: one a warp
 
 def query_and_codebook_gradients(
     query: Float[Array, 'T H 2 half'], codebooks: Float[Array, 'H 2 N half'],
-    slots: Int32[Array, 'T H k'], gradient: Float[Array, 'T H k'], *, interpret: bool,
+    slots: Int32[Array, 'T H k'], gradient: Float[Array, 'T H k'], *, mosaic: bool = False,
+    interpret: bool,
 ) -> tuple[Float[Array, 'T H 2 half'], Float[Array, 'H 2 N half']]:
-    """Gradients of query and codebooks from those of the scores of the chosen slots."""
-    by_key = _spread(slots, gradient, codebooks.shape[2], query.dtype, interpret)
+    """Gradients of query and codebooks from those of the scores of the chosen slots; `mosaic` has
+    Mosaic GPU spread them instead of Triton."""
+    spread = _spread
+    if mosaic:
+        from pkm_jax.memory.kernels.gpu.mosaic_retrieval import spread
+    by_key = spread(slots, gradient, codebooks.shape[2], query.dtype, interpret=interpret)
     product = functools.partial(
         jnp.einsum, preferred_element_type=jnp.float32,
         precision=jax.lax.Precision.HIGHEST if query.dtype == jnp.float32 else None)
@@ -38,7 +43,7 @@ def query_and_codebook_gradients(
             product('hptn,hptd->hpnd', by_key, jnp.moveaxis(query, 0, 2)).astype(codebooks.dtype))
 
 
-def _spread(slots, gradient, n_keys, dtype, interpret):
+def _spread(slots, gradient, n_keys, dtype, *, interpret):
     """Gradient of every sub-key score, [H, 2, T, N]: sums over the chosen slots of a sub-key."""
     tokens, heads, k = slots.shape
     width = pl.next_power_of_2(k)
