@@ -1,13 +1,18 @@
 """Kernels of the backbone for NVIDIA GPUs (Pallas, Triton backend), and how kernels are called.
 
-To be imported where a kernel is used, not with the package: a jax release can lack the backend.
+To be imported where a kernel is used, not with the package. A jax release can lack the backend:
+then `triton` is None, and what has no other kernel says so as unsupported.
 """
 
 from collections.abc import Callable, Sequence
 
 import jax
 from jax.experimental import pallas as pl
-from jax.experimental.pallas import triton as plt
+
+try:
+    from jax.experimental.pallas import triton
+except ImportError:
+    triton = None
 
 
 def column_blocks(width: int) -> list:
@@ -24,5 +29,5 @@ def call(
     return pl.pallas_call(
         kernel, grid=grid, out_shape=[jax.ShapeDtypeStruct(o.shape, o.dtype) for o in out],
         input_output_aliases=aliases or {}, name=name,
-        compiler_params=plt.CompilerParams(num_warps=warps, num_stages=1), interpret=interpret,
+        compiler_params=triton.CompilerParams(num_warps=warps, num_stages=1), interpret=interpret,
     )(*inputs)

@@ -18,6 +18,7 @@ from jax import ShapeDtypeStruct
 from jax.experimental import pallas as pl
 from jaxtyping import Array, Float, Int32, UInt8, UInt32
 
+from pkm_jax.ops import gpu
 from pkm_jax.ops.dropout import DRAWS, stays
 from pkm_jax.ops.gpu import call, column_blocks
 
@@ -31,6 +32,8 @@ def unsupported(
 ) -> str | None:
     """Why the kernel cannot do this branch; None if it can."""
     tokens, width = branch.shape
+    if gpu.triton is None:
+        return f'jax {jax.__version__}, which has no Triton backend'
     if width % 128 or width > 1024:
         return f'a width of {width} (a multiple of 128, up to 1024)'
     if tokens % DRAWS:

@@ -9,9 +9,11 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 from jax.sharding import AbstractDevice, AbstractMesh, use_abstract_mesh
 
 from pkm_jax.memory.embedding_bag import compact_gradients, embedding_bag
-from pkm_jax.memory.kernels.gpu import backend, embedding_bag_backward
+from pkm_jax.memory.kernels.gpu import backend, embedding_bag_backward, retrieval
 from pkm_jax.memory.kernels.gpu import embedding_bag as kernel
 from pkm_jax.memory.product_keys import top_k_product_keys
+from pkm_jax.ops import gpu
+from pkm_jax.ops.gpu import add_norm
 from pkm_jax.refusal import Refusal
 from tests.memory.kernels.searches import make as make_search
 from tests.memory.kernels.test_embedding_bag import LIMIT, error, expected, make, random_slots
@@ -125,6 +127,21 @@ def test_programs_have_the_backend_that_is_asked_for(monkeypatch):
     assert lowered(read_and_gradients, *read) == (4, 0)
     assert lowered(compact_gradients, *read) == (2, 0)
     assert lowered(search_and_gradients, *queries) == (3, 0)
+
+
+@needs_mosaic
+def test_without_triton_mosaic_has_what_it_can_and_the_rest_is_said(monkeypatch):
+    monkeypatch.delenv(backend.SETTING, raising=False)
+    monkeypatch.setattr(gpu, 'triton', None)
+    assert backend.uses_mosaic(*shapes(64, 128)) and kernel.unsupported(*shapes(64, 128)) is None
+    assert kernel.unsupported(*shapes(3, 4)).startswith('3 tokens (at least 4, one a warp) by jax ')
+    searched = jax.eval_shape(lambda: make_search(16, 1, 64, 'bfloat16'))
+    assert backend.searches_by_mosaic(*searched)
+    assert retrieval.unsupported(*searched, k=4) is None
+    searched = jax.eval_shape(lambda: make_search(16, 1, 64, 'float32'))
+    assert retrieval.unsupported(*searched, k=4).startswith('searches in float32 (bfloat16) by jax')
+    block = jax.ShapeDtypeStruct((64, 256), jnp.bfloat16)
+    assert 'no Triton' in add_norm.unsupported(block, block, rate=0., epsilon=1e-5)
 
 
 def test_a_setting_that_is_neither(monkeypatch):

@@ -1,4 +1,7 @@
-"""Which backend of Pallas a memory's kernels for NVIDIA GPUs use."""
+"""Which backend of Pallas a memory's kernels for NVIDIA GPUs use.
+
+Triton, unless Mosaic GPU is asked for; and Mosaic GPU where jax has no Triton backend any more.
+"""
 
 import functools
 import logging
@@ -9,6 +12,7 @@ from jax import ShapeDtypeStruct
 from jaxtyping import Array
 
 from pkm_jax.memory.kernels.settings import is_on
+from pkm_jax.ops import gpu
 
 # Rows on their way to a program of the streaming pass, which has most of them; bytes of shared
 # memory for them.
@@ -18,14 +22,13 @@ SETTING = 'PKM_JAX_MOSAIC_GPU'      # of the environment; '1': Mosaic GPU (Hoppe
 
 
 def uses_mosaic(values: Array | ShapeDtypeStruct, slots: Array | ShapeDtypeStruct) -> bool:
-    """Whether SETTING asks for Mosaic GPU instead of Triton, and it can make these reads; that it
-    cannot is logged once for each reason.
+    """Whether Mosaic GPU makes these reads instead of Triton. That SETTING asks for it, and it
+    cannot, is logged once for each reason.
 
     Raises:
       Refusal: SETTING is neither '1' nor '0'.
     """
-    tokens, reads = slots.shape
-    return _asked(_reads_lack(tokens, reads, values.shape[1] * values.dtype.itemsize))
+    return _chosen(_reads_lack(values, slots))
 
 
 def searches_by_mosaic(
@@ -36,12 +39,26 @@ def searches_by_mosaic(
     Raises:
       Refusal: SETTING is neither '1' nor '0'.
     """
-    return _asked(_search_lacks(codebooks.shape[2], query.dtype))
+    return _chosen(_search_lacks(query, codebooks))
 
 
-def _asked(reason):
+def no_reads(values: ShapeDtypeStruct, slots: ShapeDtypeStruct) -> str | None:
+    """Why no backend that this jax has can make these reads; None if one can."""
+    return _without_triton(_reads_lack(values, slots))
+
+
+def no_search(query: ShapeDtypeStruct, codebooks: ShapeDtypeStruct) -> str | None:
+    """The same of a search and of its gradients."""
+    return _without_triton(_search_lacks(query, codebooks))
+
+
+def _without_triton(reason):
+    return reason and f'{reason} by jax {jax.__version__}' if gpu.triton is None else None
+
+
+def _chosen(reason):
     if not is_on(SETTING, 'Mosaic GPU search and read', 'Triton'):
-        return False
+        return gpu.triton is None
     if jax.__version_info__ < (0, 11):
         reason = f'Mosaic GPU by jax {jax.__version__} (0.11 or later)'
     if reason:
@@ -54,8 +71,9 @@ def _say_once(reason):
     logging.getLogger(__name__).warning('%s=1 is not for %s: Triton has them.', SETTING, reason)
 
 
-def _search_lacks(n_keys, dtype):
-    """Why Mosaic GPU cannot search for tokens in codebooks of so many sub-keys; None if it can."""
+def _search_lacks(query, codebooks):
+    """Why Mosaic GPU cannot search in these codebooks; None if it can."""
+    dtype, n_keys = query.dtype, codebooks.shape[2]
     if dtype != jnp.bfloat16:
         return f'searches in {dtype} (bfloat16)'
     if n_keys % BLOCK:
@@ -63,9 +81,9 @@ def _search_lacks(n_keys, dtype):
     return None
 
 
-def _reads_lack(tokens, reads, row_bytes):
-    """Why Mosaic GPU cannot make so many reads of each of so many tokens, in rows of so many bytes;
-    None if it can."""
+def _reads_lack(values, slots):
+    """Why Mosaic GPU cannot make these reads; None if it can."""
+    (tokens, reads), row_bytes = slots.shape, values.shape[1] * values.dtype.itemsize
     if tokens < 4:
         return f'{tokens} tokens (at least 4, one a warp)'
     if tokens % 4 and reads % 4:    # the last four tokens' slots would not begin at 16 bytes

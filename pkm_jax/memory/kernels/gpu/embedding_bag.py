@@ -5,7 +5,7 @@ import jax.numpy as jnp
 from jax import ShapeDtypeStruct
 from jaxtyping import Array, Float, Int32
 
-from pkm_jax.memory.kernels.gpu.backend import uses_mosaic
+from pkm_jax.memory.kernels.gpu.backend import no_reads, uses_mosaic
 from pkm_jax.memory.kernels.gpu.embedding_bag_backward import dense_gradients, rows_that_were_read
 from pkm_jax.memory.kernels.gpu.embedding_bag_forward import sum_rows
 from pkm_jax.memory.sparse_rows import SparseRows
@@ -24,7 +24,7 @@ def unsupported(
         return f'a value width of {values.shape[1]} (a multiple of 128)'
     if slots.size >= 2**31:
         return f'{slots.size} reads (fewer than 2^31)'
-    return None
+    return no_reads(values, slots)
 
 
 def forward(

@@ -20,11 +20,11 @@ import functools
 import jax
 import jax.numpy as jnp
 from jax.experimental import pallas as pl
-from jax.experimental.pallas import triton as plt
 from jaxtyping import Array, Float, Int32
 
 from pkm_jax.memory.kernels.gpu.pairs import join, multiply_add, pack, parts_of, unpack
 from pkm_jax.ops.gpu import call, column_blocks
+from pkm_jax.ops.gpu import triton as plt
 
 PROGRAMS = 8192             # over which the sorted reads are spread in chunks,
 SHORTEST_CHUNK = 32         # which are no shorter than this

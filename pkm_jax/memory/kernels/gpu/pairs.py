@@ -6,9 +6,10 @@ one by one they would be split and joined again in each step. Widening a pair ta
 
 import jax
 import jax.numpy as jnp
-from jax.experimental.pallas import triton as plt
 from jax.typing import DTypeLike
 from jaxtyping import Array, Float, UInt32
+
+from pkm_jax.ops.gpu import triton as plt
 
 
 def pack(tile: Float[Array, '... n']) -> Array:

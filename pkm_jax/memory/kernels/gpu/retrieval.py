@@ -4,7 +4,7 @@ import jax.numpy as jnp
 from jax import ShapeDtypeStruct
 from jaxtyping import Array, Float, Int32
 
-from pkm_jax.memory.kernels.gpu.backend import searches_by_mosaic
+from pkm_jax.memory.kernels.gpu.backend import no_search, searches_by_mosaic
 from pkm_jax.memory.kernels.gpu.retrieval_backward import query_and_codebook_gradients
 from pkm_jax.memory.kernels.gpu.retrieval_forward import best_slots
 
@@ -28,7 +28,7 @@ def unsupported(
         return f'{tokens} tokens of {half} (at least 16; the width a power of two)'
     if n_keys % block:
         return f'{n_keys} sub-keys (a multiple of {block})'
-    return None
+    return no_search(query, codebooks)
 
 
 def forward(

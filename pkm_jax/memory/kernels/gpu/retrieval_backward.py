@@ -17,10 +17,10 @@ import functools
 import jax
 import jax.numpy as jnp
 from jax.experimental import pallas as pl
-from jax.experimental.pallas import triton as plt
 from jaxtyping import Array, Float, Int32
 
 from pkm_jax.ops.gpu import call, column_blocks
+from pkm_jax.ops.gpu import triton as plt
 
 TOKENS = 2      # of one program: one a warp
 

@@ -20,11 +20,11 @@ Whatever the scores, infinite or NaN, a token's slots are different ones.
 import jax
 import jax.numpy as jnp
 from jax.experimental import pallas as pl
-from jax.experimental.pallas import triton as plt
 from jaxtyping import Array, Float, Int32
 
 from pkm_jax.memory.kernels import networks
 from pkm_jax.ops.gpu import call
+from pkm_jax.ops.gpu import triton as plt
 
 TOKENS = 128        # of one program: one a thread
 MATRIX_COLUMNS = 16     # the fewest that the matrix unit takes
