@@ -6,8 +6,14 @@ import numpy as np
 import pytest
 
 from benchmarks import memory as benchmark
+from pkm_jax.memory.embedding_bag import embedding_bag
 from pkm_jax.memory.kernels.gpu import backend
 from pkm_jax.memory.layer import MemoryConfig
+from pkm_jax.memory.product_keys import top_k_product_keys
+from tests.memory.kernels.searches import all_scores, check_gradients
+from tests.memory.kernels.searches import make as make_search
+from tests.memory.kernels.test_embedding_bag import LIMIT, error, expected
+from tests.memory.kernels.test_embedding_bag import make as make_reads
 from tests.memory.layers import check_same
 
 pytestmark = [
@@ -35,17 +41,47 @@ def test_errors_to_float64_and_ten_equal_backward_passes(dtype, check, arguments
             if error > benchmark.LIMITS[dtype]} == {}
 
 
+@pytest.fixture
+def mosaic(monkeypatch):
+    if int(jax.devices()[0].compute_capability.split('.')[0]) != 9:
+        pytest.skip('needs a Hopper GPU')
+    monkeypatch.setenv(backend.SETTING, '1')
+    jax.clear_caches()      # which know no settings
+    yield
+    jax.clear_caches()
+
+
+@pytest.mark.parametrize('tokens', [20, 130, 1000])
+@pytest.mark.parametrize('n_keys, k', [(64, 1), (128, 5), (192, 32)])
+def test_searches_of_any_size_by_mosaic_gpu(tokens, n_keys, k, mosaic):
+    """Overlapping tiles, few tokens, lists that are filled up."""
+    query, codebooks = make_search(tokens, 2, n_keys, 'bfloat16', half=32)
+    scores, slots = map(np.asarray, top_k_product_keys(query, codebooks, k))
+    everything = all_scores(query, codebooks)
+    np.testing.assert_allclose(scores, -np.sort(-everything)[..., :k], atol=1e-4)
+    np.testing.assert_allclose(scores, np.take_along_axis(everything, slots, -1), atol=1e-4)
+    assert (np.diff(np.sort(slots)) > 0).all()
+    check_gradients(top_k_product_keys, tokens, n_keys, k, 'bfloat16', 5e-3)
+
+
+@pytest.mark.parametrize('dtype', ['bfloat16', 'float32'])
+@pytest.mark.parametrize('slots', [np.zeros((1000, 32), int), np.arange(32_000).reshape(-1, 32) % 7])
+def test_hot_slots_by_mosaic_gpu(slots, dtype, mosaic):
+    """Segments over many chunks, most rows without a read."""
+    values, slots, weights, gradient = make_reads(slots, 300, 256, dtype)
+    want = expected(values, slots, weights, gradient)
+    out, pull = jax.vjp(lambda values, weights: embedding_bag(values, slots, weights), values,
+                        weights)
+    for one, other in zip((out, *pull(gradient)), want):
+        assert error(one, other) < LIMIT[dtype]
+
+
 @pytest.mark.parametrize('check, dtype, arguments', [
     (benchmark.check_read, 'bfloat16', (False,)), (benchmark.check_read, 'bfloat16', (True,)),
     (benchmark.check_read, 'float32', (False,)), (benchmark.check_read, 'float32', (True,)),
     (benchmark.check_retrieval, 'bfloat16', ())])
-def test_the_same_by_mosaic_gpu(check, dtype, arguments, monkeypatch):
-    if float(jax.devices()[0].compute_capability) < 9:
-        pytest.skip('needs a GPU since Hopper')
-    monkeypatch.setenv(backend.SETTING, '1')
-    jax.clear_caches()      # which know no settings
+def test_the_same_by_mosaic_gpu(check, dtype, arguments, mosaic):
     errors, same = check(jnp.dtype(dtype), *arguments)
-    jax.clear_caches()
     assert same
     assert {name: error for name, error in errors.items()
             if error > benchmark.LIMITS[dtype]} == {}

@@ -69,8 +69,8 @@ def test_segments_that_are_cut_are_added_up_and_rows_without_a_read_cleared():
 
 @needs_mosaic
 @pytest.mark.parametrize('dtype, compact', [
-    ('bfloat16', False), *(pytest.param(*case, marks=pytest.mark.slow) for case in (
-        ('float32', False), ('bfloat16', True), ('float32', True)))])
+    ('bfloat16', False), ('bfloat16', True), *(pytest.param(*case, marks=pytest.mark.slow)
+                                               for case in (('float32', False), ('float32', True)))])
 def test_gradients_agree_with_float64(dtype, compact, monkeypatch):
     """With segments that are cut, chunks without a segment's start, and an empty one."""
     from pkm_jax.memory.kernels.gpu import mosaic_backward
@@ -92,6 +92,12 @@ def test_gradients_agree_with_float64(dtype, compact, monkeypatch):
         assert np.all(np.asarray(rows)[np.setdiff1d(np.arange(30), slots)] == 0)
     assert error(by_read, by_weight) < LIMIT['float32']
     assert error(rows, table) < LIMIT[dtype]
+
+
+READ = tuple(jax.ShapeDtypeStruct(shape, kind) for shape, kind in (
+    ((64, 256), jnp.bfloat16), ((8, 4), jnp.int32), ((8, 4), jnp.float32), ((8, 256), jnp.bfloat16)))
+QUERIES = tuple(jax.ShapeDtypeStruct(shape, jnp.bfloat16)
+                for shape in ((130, 2, 2, 32), (2, 2, 64, 32)))
 
 
 def lowered(function, *arrays):
@@ -117,37 +123,35 @@ def search_and_gradients(query, codebooks):
 @needs_mosaic
 def test_programs_have_the_backend_that_is_asked_for(monkeypatch):
     monkeypatch.delenv(backend.SETTING, raising=False)
-    like = jax.ShapeDtypeStruct
-    read = (like((64, 256), jnp.bfloat16), like((8, 4), jnp.int32), like((8, 4), jnp.float32),
-            like((8, 256), jnp.bfloat16))
-    queries = (like((130, 2, 2, 32), jnp.bfloat16), like((2, 2, 64, 32), jnp.bfloat16))
-    assert lowered(read_and_gradients, *read) == (0, 5)
-    assert lowered(search_and_gradients, *queries) == (0, 3)
+    assert lowered(read_and_gradients, *READ) == (0, 5)
+    assert lowered(search_and_gradients, *QUERIES) == (0, 3)
     monkeypatch.setenv(backend.SETTING, '1')
-    assert lowered(read_and_gradients, *read) == (4, 0)
-    assert lowered(compact_gradients, *read) == (2, 0)
-    assert lowered(search_and_gradients, *queries) == (3, 0)
+    assert lowered(read_and_gradients, *READ) == (4, 0)
+    assert lowered(compact_gradients, *READ) == (2, 0)
+    assert lowered(search_and_gradients, *QUERIES) == (3, 0)
 
 
 @needs_mosaic
-def test_without_triton_mosaic_has_what_it_can_and_the_rest_is_said(monkeypatch):
+def test_without_triton_mosaic_has_what_it_can_and_the_rest_is_said(monkeypatch, caplog):
     monkeypatch.delenv(backend.SETTING, raising=False)
     monkeypatch.setattr(gpu, 'triton', None)
-    assert backend.uses_mosaic(*shapes(64, 128)) and kernel.unsupported(*shapes(64, 128)) is None
+    backend._say_once.cache_clear()
+    assert lowered(read_and_gradients, *READ) == (4, 0)
+    assert lowered(search_and_gradients, *QUERIES) == (3, 0)
+    assert 'has no Triton backend: kernels are by Mosaic GPU' in caplog.text
     assert kernel.unsupported(*shapes(3, 4)).startswith('3 tokens (at least 4, one a warp) by jax ')
-    searched = jax.eval_shape(lambda: make_search(16, 1, 64, 'bfloat16'))
-    assert backend.searches_by_mosaic(*searched)
-    assert retrieval.unsupported(*searched, k=4) is None
     searched = jax.eval_shape(lambda: make_search(16, 1, 64, 'float32'))
     assert retrieval.unsupported(*searched, k=4).startswith('searches in float32 (bfloat16) by jax')
     block = jax.ShapeDtypeStruct((64, 256), jnp.bfloat16)
     assert 'no Triton' in add_norm.unsupported(block, block, rate=0., epsilon=1e-5)
+    with pytest.raises(Refusal, match='no Triton backend to interpret'):
+        embedding_bag(*make(random_slots(5, 4, 9), 9, 128, 'bfloat16')[:3], implementation='gpu')
 
 
 def test_a_setting_that_is_neither(monkeypatch):
     monkeypatch.setenv(backend.SETTING, 'yes')
     with pytest.raises(Refusal, match='PKM_JAX_MOSAIC_GPU=yes: 1 has Mosaic GPU search and read, 0 '):
-        backend.uses_mosaic(*shapes(64, 128))
+        backend.uses_mosaic(*shapes(64, 128), interpret=False)
 
 
 def shapes(tokens, reads, width=256, dtype=jnp.bfloat16):
@@ -159,14 +163,17 @@ def shapes(tokens, reads, width=256, dtype=jnp.bfloat16):
     ((64, 3), (0, 11, 2), None), ((67, 128), (0, 12, 0), None), ((3, 4), (0, 11, 2), '3 tokens'),
     ((67, 3), (0, 11, 2), '67 tokens of 3 reads'), ((64, 128), (0, 10, 2), 'Mosaic GPU by jax 0.'),
     ((64, 128, 1024, jnp.float32), (0, 11, 2), None),
-    ((64, 128, 2048, jnp.float32), (0, 11, 2), 'rows of 8192 bytes (at most 6656)')])
+    ((64, 128, 2048, jnp.float32), (0, 11, 2), 'rows of 8192 bytes (at most 6656)'),
+    ((64, 128), (0, 11, 2), 'GPUs of compute capability 8 (9, Hopper, or later)')])
 def test_what_mosaic_cannot_do_is_said_and_stays_with_triton(arguments, version, reason, monkeypatch,
                                                              caplog):
-    assert not backend.uses_mosaic(*shapes(*arguments))     # is not asked
+    assert not backend.uses_mosaic(*shapes(*arguments), interpret=False)     # is not asked
+    if reason and 'capability' in reason:
+        monkeypatch.setattr(backend, '_capability', lambda: 8)
     monkeypatch.setenv(backend.SETTING, '1')
     monkeypatch.setattr(jax, '__version_info__', version)
     backend._say_once.cache_clear()
-    assert backend.uses_mosaic(*shapes(*arguments)) == (reason is None)
+    assert backend.uses_mosaic(*shapes(*arguments), interpret=False) == (reason is None)
     assert reason is None and not caplog.text or f'is not for {reason}' in caplog.text
     assert kernel.unsupported(*shapes(*arguments)) is None
 
@@ -174,12 +181,17 @@ def test_what_mosaic_cannot_do_is_said_and_stays_with_triton(arguments, version,
 @pytest.mark.parametrize('tokens, n_keys, dtype, reason', [
     (128, 64, 'bfloat16', None), (130, 512, 'bfloat16', None),
     (20, 64, 'bfloat16', None), (128, 96, 'bfloat16', '96 sub-keys'),
-    (128, 64, 'float32', 'searches in float32')])
+    (128, 64, 'float32', 'searches in float32'), (128, 64, 'capability 10', 'capability 10 (9, H'),
+    (128, 64, 'half of 1024', 'queries of 2048 (at most 1024)')])
 def test_the_same_of_searches(tokens, n_keys, dtype, reason, monkeypatch, caplog):
-    arrays = jax.eval_shape(lambda: make_search(tokens, 1, n_keys, dtype))
-    assert not backend.searches_by_mosaic(*arrays)          # is not asked
+    half = 1024 if 'half' in dtype else 512
+    if 'capability' in dtype:
+        monkeypatch.setattr(backend, '_capability', lambda: 10)
+    arrays = jax.eval_shape(lambda: make_search(
+        tokens, 1, n_keys, 'float32' if dtype == 'float32' else 'bfloat16', half))
+    assert not backend.searches_by_mosaic(*arrays, interpret=False)          # is not asked
     monkeypatch.setenv(backend.SETTING, '1')
     monkeypatch.setattr(jax, '__version_info__', (0, 11, 2))
     backend._say_once.cache_clear()
-    assert backend.searches_by_mosaic(*arrays) == (reason is None)
+    assert backend.searches_by_mosaic(*arrays, interpret=False) == (reason is None)
     assert reason is None and not caplog.text or reason in caplog.text

@@ -37,7 +37,7 @@ search.defvjp(_forward, _backward)
     (130, 2, 64, 4),        # the last tile overlaps
     (128, 1, 128, 5),       # two products; lists are padded to a power of two
     (20, 1, 64, 2),         # fewer tokens than threads
-    pytest.param(128, 1, 64, 1, marks=pytest.mark.slow),
+    (128, 1, 64, 1),
     pytest.param(128, 1, 64, 32, marks=pytest.mark.slow)])
 def test_finds_the_best_slots(tokens, heads, n_keys, k):
     check_best(search, *make(tokens, heads, n_keys, 'bfloat16'), k)

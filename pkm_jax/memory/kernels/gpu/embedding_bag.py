@@ -5,7 +5,7 @@ import jax.numpy as jnp
 from jax import ShapeDtypeStruct
 from jaxtyping import Array, Float, Int32
 
-from pkm_jax.memory.kernels.gpu.backend import no_reads, uses_mosaic
+from pkm_jax.memory.kernels.gpu.backend import reads_lack, uses_mosaic
 from pkm_jax.memory.kernels.gpu.embedding_bag_backward import dense_gradients, rows_that_were_read
 from pkm_jax.memory.kernels.gpu.embedding_bag_forward import sum_rows
 from pkm_jax.memory.sparse_rows import SparseRows
@@ -24,7 +24,7 @@ def unsupported(
         return f'a value width of {values.shape[1]} (a multiple of 128)'
     if slots.size >= 2**31:
         return f'{slots.size} reads (fewer than 2^31)'
-    return no_reads(values, slots)
+    return reads_lack(values, slots)
 
 
 def forward(
@@ -35,7 +35,7 @@ def forward(
     slots, weights = _everywhere(values, slots, weights, owners)
     if slots.shape[1] == 1:     # a gather
         return (values[slots[:, 0]] * weights.astype(jnp.float32)).astype(values.dtype)
-    if not interpret and uses_mosaic(values, slots):
+    if uses_mosaic(values, slots, interpret=interpret):
         from pkm_jax.memory.kernels.gpu import mosaic_forward
         return mosaic_forward.sum_rows(values, slots, weights, interpret=interpret)
     return sum_rows(values, slots, weights, interpret=interpret)
@@ -48,7 +48,7 @@ def backward(
     """Dense gradients of values, in their dtype, and of weights; deterministic."""
     own, weights = _everywhere(values, slots, weights, owners)
     table, by_read = dense_gradients(values, own, weights, gradient,
-                                     mosaic=not interpret and uses_mosaic(values, slots),
+                                     mosaic=uses_mosaic(values, slots, interpret=interpret),
                                      interpret=interpret)
     return table, jnp.where(slots < len(values), by_read, 0) if owners > 1 else by_read
 
@@ -63,7 +63,7 @@ def compact_backward(
     last = len(values) - 1
     ids, rows, _, by_read = rows_that_were_read(
         values, jnp.minimum(slots, last), weights, gradient,
-        mosaic=not interpret and uses_mosaic(values, slots), interpret=interpret)
+        mosaic=uses_mosaic(values, slots, interpret=interpret), interpret=interpret)
     in_use = ids < jnp.where(jnp.any(slots == last), last + 1, last)
     return (SparseRows(jnp.where(in_use, ids, last + 1),
                        jnp.where(in_use[:, None], rows.astype(jnp.float32), 0),

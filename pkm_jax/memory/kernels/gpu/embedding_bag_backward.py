@@ -16,6 +16,7 @@ written rows over the memory bandwidth, or the reads over the L2 bandwidth, whic
 """
 
 import functools
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -180,7 +181,7 @@ def _stream(_no_slot, values, gradient, weights, order, slot, cut, *rest,
     rows_before, (row_slots, rows, by_read, pieces) = rest[0], rest[-4:]
     chunk, size = pl.program_id(0), slot.shape[0]
     first, last = cut[chunk], cut[chunk + 1]
-    head_cut, tail_cut = _is_cut(slot, first), _is_cut(slot, last)
+    head_cut, tail_cut = is_cut(slot, first), is_cut(slot, last)
     reads_per_token = size // gradient.shape[0]
     add_product = functools.partial(multiply_add, interpret=interpret)
 
@@ -266,8 +267,8 @@ def _add_pieces(_rows, pieces, slot, cut, segment_end, *rest, chunk_size, chunks
     at = jnp.minimum(base + tile, chunks - 1)
     first, last = cut[at], cut[at + 1]
     here = slot[jnp.maximum(last - 1, 0)]
-    goes_on = _is_cut(slot, first) & (slot[jnp.minimum(first, slot.shape[0] - 1)] == here)
-    starts = _is_cut(slot, last) & (first < last) & ~goes_on & (base + tile < chunks)
+    goes_on = is_cut(slot, first) & (slot[jnp.minimum(first, slot.shape[0] - 1)] == here)
+    starts = is_cut(slot, last) & (first < last) & ~goes_on & (base + tile < chunks)
 
     def next_start(after):
         return jnp.min(jnp.where(starts & (tile > after), tile, PIECES))
@@ -309,8 +310,8 @@ def _clear(_rows, row_slots, rows, *, blocks):
                       jnp.zeros(shape, rows.dtype), mask=jnp.broadcast_to(unread[:, None], shape))
 
 
-def _is_cut(slot, position):
-    """Whether the sorted reads before and at a chunk's start are of the same slot."""
+def is_cut(slot: Any, position: Int32[Array, '...']) -> Array:
+    """Whether the sorted reads, an array or a kernel's, before and at a place are of one slot."""
     size = slot.shape[0]
     inside = (position > 0) & (position < size)
     return inside & (slot[jnp.maximum(position - 1, 0)] == slot[jnp.minimum(position, size - 1)])

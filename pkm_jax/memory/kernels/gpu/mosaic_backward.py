@@ -16,6 +16,7 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 from jaxtyping import Array, Float, Int32
 
 from pkm_jax.memory.kernels.gpu import mosaic_lanes as lanes
+from pkm_jax.memory.kernels.gpu.embedding_bag_backward import is_cut
 from pkm_jax.memory.kernels.gpu.mosaic import (
     BY_WARP,
     REF,
@@ -29,7 +30,6 @@ from pkm_jax.memory.kernels.gpu.mosaic import (
     renew,
     store_numbers,
 )
-from pkm_jax.memory.kernels.gpu.mosaic_rows import is_cut
 
 STAGES = 2      # steps on their way,
 READS = 2       # of so many reads each

@@ -15,6 +15,8 @@ from jaxlib.mlir.dialects import arith, llvm, nvvm, scf, vector
 
 WARPS = 4       # of a warpgroup
 LANES = 32      # of a warp
+WIDE = 4        # numbers of 4 bytes, or words, that a lane loads or stores together
+COLUMNS = WIDE * LANES      # of partial sums that a warp adds: WIDE for a lane, one for a thread
 IN_FLIGHT = 16      # partial sums that a lane has asked for before it adds the first of them
 PATIENCE = 10_000_000       # ns that a wait sleeps at most before it looks again
 COPY = '@$0 cp.async.bulk.shared::cta.global.mbarrier::complete_tx::bytes'
@@ -44,7 +46,8 @@ def wide(number: ir.Value) -> ir.Value:
 
 
 def number_of(array: Any) -> ir.Value:
-    """What this warp holds of [4], or the one number of an array."""
+    """What this warp holds of [4], this thread of an array as long as there are threads, or the one
+    number of an array."""
     register = array.registers.item()
     if isinstance(register.type, ir.VectorType):
         return llvm.extractelement(register, constant(0))
@@ -291,14 +294,14 @@ def fill_of_warp(
 def add_segment(
     _: Any, rows: Any, pieces: Any, totals: Any, chunk: Any, stop: Any, row: Any, column: Any,
 ) -> None:
-    """See `mosaic_rows._add_segment`: each warp adds every fourth piece, four columns a lane; then
-    each thread the four warps' sums of one column."""
+    """See `mosaic_rows._add_segment`: each warp adds every fourth piece, WIDE columns a lane; then
+    each thread adds the four warps' sums of one column to the tail."""
     chunk, stop, row, column = map(number_of, (chunk, stop, row, column))
     kind = ir.MemRefType(pieces.type)
     _, sides, width = kind.shape
-    four = ir.VectorType.get((4,), ir.F32Type.get())
+    four = ir.VectorType.get((WIDE,), ir.F32Type.get())
     nothing = splat(four, 0.)
-    columns = arith.addi(column, arith.muli(lane_index(), constant(4)))
+    columns = arith.addi(column, arith.muli(lane_index(), constant(WIDE)))
 
     def piece(at, side, first):
         place = arith.addi(arith.muli(wide(at), constant(sides * width, 64)),
@@ -315,15 +318,15 @@ def add_segment(
             there = llvm.load(four, piece(arith.select(inside, at, chunk), 0, columns))
             loaded.append(arith.select(inside, there, nothing))
         scf.yield_([functools.reduce(arith.addf, loaded, loop.inner_iter_args[0])])
-    place = arith.addi(arith.muli(utils.warp_idx(sync=False), constant(LANES * 4)),
-                       arith.muli(lane_index(), constant(4)))
+    place = arith.addi(arith.muli(utils.warp_idx(sync=False), constant(COLUMNS)),
+                       arith.muli(lane_index(), constant(WIDE)))
     utils.warpgroup_barrier()       # all have added what was there
     llvm.store(loop.results[0], element(totals, place))
     utils.warpgroup_barrier()
     here = arith.addi(column, utils.thread_idx())
     total = llvm.load(kind.element_type, piece(chunk, 1, here))
     for warp in range(WARPS):
-        at = arith.addi(utils.thread_idx(), constant(warp * LANES * 4))
+        at = arith.addi(utils.thread_idx(), constant(warp * COLUMNS))
         total = arith.addf(total, llvm.load(kind.element_type, element(totals, at)))
     out = ir.MemRefType(rows.type).element_type
     number = total if isinstance(out, ir.F32Type) else arith.truncf(out, total)
@@ -336,7 +339,7 @@ def clear(number: int, _: Any, rows: Any, row_slots: Any, first: Any) -> None:
     n_slots, width = kind.shape
     word = ir.IntegerType.get_signless(32)
     words = width * utils.bitwidth(kind.element_type) // 32 // LANES      # of a row, for a lane
-    together = math.gcd(words, 4)
+    together = math.gcd(words, WIDE)
     vector = ir.VectorType.get((together,), word)
     begin = arith.addi(number_of(first), arith.muli(utils.warp_idx(sync=False), constant(number)))
     places = [arith.minsi(arith.addi(begin, constant(n)), constant(n_slots - 1))

@@ -1,4 +1,4 @@
-"""Exact top-K over N² slots and its gradients on an NVIDIA GPU since Hopper (Pallas, Mosaic GPU).
+"""Exact top-K over N² slots and its gradients on an NVIDIA Hopper GPU (Pallas, Mosaic GPU).
 
 What `retrieval_forward` and `retrieval_backward` do, with their operations and floors. A warpgroup
 works for 128 tokens, each thread for one of them. In the forward pass scores of a block of sub-keys
@@ -20,12 +20,11 @@ from jaxtyping import Array, Float, Int32
 
 from pkm_jax.memory.kernels import networks
 from pkm_jax.memory.kernels.gpu import mosaic_threads as threads
-from pkm_jax.memory.kernels.gpu.backend import BLOCK, TOKENS
+from pkm_jax.memory.kernels.gpu.backend import BLOCK, ROW, TOKENS
 from pkm_jax.memory.kernels.gpu.mosaic import NUMBER, REF, inline
 
 BY_THREAD = plgpu.Layout.WG_STRIDED((TOKENS,), vec_size=1)
 LISTS = jnp.float32, jnp.int32      # scores and indices
-ROW = TOKENS + 8    # of scores in shared memory: rows that a warp writes at once are in other banks
 
 
 def best_slots(
@@ -36,7 +35,8 @@ def best_slots(
 
     N must be a multiple of 64, the dtype bfloat16.
     """
-    best, sub_keys = _best_sub_keys(_padded(query), codebooks, k, interpret)
+    whole = _padded(query, -len(query) % 8)     # tiles of tokens that the matrix unit takes
+    best, sub_keys = _best_sub_keys(whole, codebooks, k, interpret)
     found = _best_pairs(best, sub_keys, codebooks.shape[2], k, interpret)
     scores, slots = (jnp.moveaxis(array[..., :len(query)], -1, 0) for array in found)
     return scores, slots
@@ -48,7 +48,7 @@ def _best_sub_keys(query, codebooks, k, interpret):
     n_keys = codebooks.shape[2]
     size = pl.next_power_of_2(k)
 
-    def kernel(query, codebooks, best, sub_keys, queries, keys, scores, arrived, filled):
+    def best_sub_keys(query, codebooks, best, sub_keys, queries, keys, scores, arrived, filled):
         head, part, first = (*map(jax.lax.axis_index, ('head', 'part')), _first_token(tokens))
 
         def fetch(block):
@@ -86,8 +86,8 @@ def _best_sub_keys(query, codebooks, k, interpret):
     out = [ShapeDtypeStruct((heads, 2, size, tokens), kind) for kind in LISTS]
     scratch = [tile((TOKENS, half)), tile((BLOCK, half)), plgpu.SMEM((BLOCK, ROW), jnp.float32),
                plgpu.Barrier(), plgpu.Barrier()]
-    return _call(kernel, out, {'part': 2, 'head': heads}, tokens, interpret, query, codebooks,
-                 scratch=scratch)
+    return _call(best_sub_keys, out, {'part': 2, 'head': heads}, tokens, interpret, query,
+                 codebooks, scratch=scratch)
 
 
 def _share(product, scores, interpret):
@@ -130,7 +130,7 @@ def _best_pairs(best, sub_keys, n_keys, k, interpret):
     """Scores and slots [H, k, T] of the k best sums of the two lists of every token and head."""
     heads, _, _, tokens = best.shape
 
-    def kernel(best, sub_keys, scores, slots):
+    def best_pairs(best, sub_keys, scores, slots):
         head, first = jax.lax.axis_index('head'), _first_token(tokens)
         refs = best.at[head], sub_keys.at[head], scores.at[head], slots.at[head]
         if not interpret:
@@ -143,7 +143,7 @@ def _best_pairs(best, sub_keys, n_keys, k, interpret):
             halves[0][i][0] + halves[1][j][0], halves[0][i][1] * n_keys + halves[1][j][1]))
         _store_lists(first, *refs[2:], [number for part in zip(*sums) for number in part], True)
 
-    return _call(kernel, [ShapeDtypeStruct((heads, k, tokens), kind) for kind in LISTS],
+    return _call(best_pairs, [ShapeDtypeStruct((heads, k, tokens), kind) for kind in LISTS],
                  {'head': heads}, tokens, interpret, best, sub_keys)
 
 
@@ -156,29 +156,26 @@ def spread(
     asked, slots, gradient = len(slots), _padded(slots), _padded(gradient.astype(jnp.float32))
     tokens, heads, _ = slots.shape
 
-    def kernel(slots, gradient, by_key):
-        head, first = jax.lax.axis_index('head'), _first_token(tokens)
-        for part in range(2):
-            @pl.when(jax.lax.axis_index('part') == part)
-            def _(part=part):
-                _spread(part == 0, first, slots.at[:, head], gradient.at[:, head],
-                        by_key.at[head, part], interpret)
+    def spread_score_gradients(slots, gradient, by_key):
+        head, part, first = (*map(jax.lax.axis_index, ('head', 'part')), _first_token(tokens))
+        _spread(part, first, slots.at[:, head], gradient.at[:, head], by_key.at[head, part],
+                interpret)
 
-    by_key, = _call(kernel, [ShapeDtypeStruct((heads, 2, tokens, n_keys), dtype)],
+    by_key, = _call(spread_score_gradients, [ShapeDtypeStruct((heads, 2, tokens, n_keys), dtype)],
                     {'part': 2, 'head': heads}, tokens, interpret, slots, gradient)
     return by_key[:, :, :asked]
 
 
-def _spread(first_half, first, slots, gradient, by_key, interpret):
+def _spread(part, first, slots, gradient, by_key, interpret):
     """Of TOKENS tokens, one head and one half."""
     n_keys = by_key.shape[1]
     if not interpret:
-        inline(functools.partial(threads.spread, first_half, n_keys), (NUMBER, REF, REF, REF),
-               first, slots, gradient, by_key)
+        inline(functools.partial(threads.spread, n_keys), (NUMBER, NUMBER, REF, REF, REF),
+               part, first, slots, gradient, by_key)
         return
     at = pl.ds(first, TOKENS)
     slot, number = slots[at], gradient[at]
-    key = slot // n_keys if first_half else slot % n_keys
+    key = jnp.where(part == 0, slot // n_keys, slot % n_keys)
     chosen = key[:, :, None] == jnp.arange(n_keys)[None, None]
     by_key[at] = jnp.sum(jnp.where(chosen, number[:, :, None], 0), 1).astype(by_key.dtype)
 
@@ -195,10 +192,9 @@ def _call(
     )(*arguments)
 
 
-def _padded(by_token):
-    """With zeros, to tokens of a program, and to tiles of the tokens that the matrix unit takes."""
-    tokens = len(by_token)
-    more = max(TOKENS, tokens + -tokens % 8) - tokens
+def _padded(by_token, more=0):
+    """With so many more tokens, of zeros, and at least those of a program."""
+    more = max(more, TOKENS - len(by_token))
     return jnp.pad(by_token, ((0, more), *((0, 0),) * (by_token.ndim - 1))) if more else by_token
 
 

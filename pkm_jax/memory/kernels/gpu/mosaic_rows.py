@@ -2,7 +2,7 @@
 (Pallas, Mosaic GPU): where chunks begin, sums of segments that were cut, rows without a read.
 
 What `_cuts`, `_add_pieces` and `_clear` in `embedding_bag_backward` do. Bytes: each partial sum is
-read once, each row without a read written once; both are few beside those of the pass.
+read once, each row without a read is written once.
 """
 
 import functools
@@ -14,10 +14,11 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 from jaxtyping import Array, Float, Int32
 
 from pkm_jax.memory.kernels.gpu import mosaic_lanes as lanes
+from pkm_jax.memory.kernels.gpu.embedding_bag_backward import is_cut
 from pkm_jax.memory.kernels.gpu.mosaic import NUMBER, REF, WARPS, inline
+from pkm_jax.memory.kernels.gpu.mosaic_lanes import COLUMNS
 
 CHUNKS = 32         # of one program that looks for segments to add
-COLUMNS = 128       # that it adds: four for a lane
 ROWS_A_WARP = 16    # that are cleared, or not
 
 
@@ -34,19 +35,12 @@ def cuts(
     return jnp.where(keep, position, end).astype(jnp.int32), end
 
 
-def is_cut(slot: Int32[Array, 'reads'], position: Int32[Array, 'n']) -> Array:
-    """Whether the sorted reads before and at a chunk's start are of the same slot."""
-    size = slot.size
-    return (position > 0) & (position < size) & (
-        slot[jnp.maximum(position - 1, 0)] == slot[jnp.minimum(position, size - 1)])
-
-
 def add_pieces(
     rows: Float[Array, 'rows V'], pieces: Float[Array, 'chunks 2 V'], slot: Int32[Array, 'reads'],
     cut: Int32[Array, 'chunks_1'], segment_end: Int32[Array, 'chunks_1'],
     rows_before: Int32[Array, 'chunks_1'] | None, *, chunk_size: int, interpret: bool,
 ) -> Float[Array, 'rows V']:
-    """The rows with the sums of all segments that were cut, each in the order of its pieces."""
+    """The rows with the sums of all segments that were cut, each in one fixed order."""
     chunks, _, width = pieces.shape
     first, last = cut[:-1], cut[1:]
     here = slot[jnp.maximum(last - 1, 0)]
@@ -59,7 +53,7 @@ def add_pieces(
     busy = jnp.max(stops.reshape(-1, CHUNKS), axis=1)
     table = jax.new_ref(rows)
 
-    def kernel(pieces, stops, into, busy, totals):
+    def read_backward_add(pieces, stops, into, busy, totals):
         tile = jax.lax.axis_index('tile')
         column = jax.lax.axis_index('columns') * COLUMNS
 
@@ -75,7 +69,8 @@ def add_pieces(
                     _add_segment(table, pieces, totals, chunk, stop, into[chunk], column, interpret)
 
     plgpu.kernel(
-        kernel, out_type=(), grid=(width // COLUMNS, len(busy)), grid_names=('columns', 'tile'),
+        read_backward_add, out_type=(), grid=(width // COLUMNS, len(busy)),
+        grid_names=('columns', 'tile'),
         scratch_types=[plgpu.SMEM((WARPS, COLUMNS), jnp.float32)],
         interpret=plgpu.InterpretGPUParams() if interpret else None,
     )(pieces, stops, into, busy)
@@ -101,7 +96,7 @@ def clear(
     n_slots, table = len(rows), jax.new_ref(rows)
     tile = WARPS * ROWS_A_WARP
 
-    def kernel(row_slots):
+    def read_backward_clear(row_slots):
         first = jax.lax.axis_index('tile') * tile
         if not interpret:
             inline(functools.partial(lanes.clear, ROWS_A_WARP), (REF, REF, NUMBER),
@@ -116,6 +111,7 @@ def clear(
             def _():
                 table[row, :] = jnp.zeros(rows.shape[1], rows.dtype)
 
-    plgpu.kernel(kernel, out_type=(), grid=(pl.cdiv(n_slots, tile),), grid_names=('tile',),
-                 interpret=plgpu.InterpretGPUParams() if interpret else None)(row_slots)
+    plgpu.kernel(
+        read_backward_clear, out_type=(), grid=(pl.cdiv(n_slots, tile),), grid_names=('tile',),
+        interpret=plgpu.InterpretGPUParams() if interpret else None)(row_slots)
     return table[...]

@@ -13,9 +13,15 @@ from jaxlib.mlir.dialects import arith, llvm
 
 from pkm_jax.memory.kernels import networks
 from pkm_jax.memory.kernels.gpu.backend import TOKENS
-from pkm_jax.memory.kernels.gpu.mosaic_lanes import constant, element, number_of, row_of, splat
+from pkm_jax.memory.kernels.gpu.mosaic_lanes import (
+    WIDE,
+    constant,
+    element,
+    number_of,
+    row_of,
+    splat,
+)
 
-WIDE = 4            # numbers of 4 bytes, or words, that a thread stores or loads together
 BY_THREAD = fragmented_array.WGStridedFragLayout((TOKENS,), 1)
 
 
@@ -88,16 +94,17 @@ def _store(ref, first, numbers):
 
 
 def spread(
-    first_half: bool, n_keys: int, _: Any, first: Any, slots: Any, gradient: Any, by_key: Any,
+    n_keys: int, _: Any, part: Any, first: Any, slots: Any, gradient: Any, by_key: Any,
 ) -> None:
     """See `mosaic_retrieval._spread`."""
     first, (_, k) = number_of(first), ir.MemRefType(slots.type).shape
     token = arith.addi(first, utils.thread_idx())
     _clear(by_key, first)
+    in_first = arith.cmpi(arith.CmpIPredicate.eq, number_of(part), constant(0))
     keys, sums = [], []
     for slot in _row(slots, token, k):
         whole, rest = arith.divui(slot, constant(n_keys)), arith.remui(slot, constant(n_keys))
-        keys.append(whole if first_half else rest)
+        keys.append(arith.select(in_first, whole, rest))
     numbers = list(_row(gradient, token, k))
     for key in keys:
         total = zero = arith.constant(ir.F32Type.get(), 0.)

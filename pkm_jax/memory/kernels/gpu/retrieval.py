@@ -4,7 +4,7 @@ import jax.numpy as jnp
 from jax import ShapeDtypeStruct
 from jaxtyping import Array, Float, Int32
 
-from pkm_jax.memory.kernels.gpu.backend import no_search, searches_by_mosaic
+from pkm_jax.memory.kernels.gpu.backend import search_lacks, searches_by_mosaic
 from pkm_jax.memory.kernels.gpu.retrieval_backward import query_and_codebook_gradients
 from pkm_jax.memory.kernels.gpu.retrieval_forward import best_slots
 
@@ -28,7 +28,7 @@ def unsupported(
         return f'{tokens} tokens of {half} (at least 16; the width a power of two)'
     if n_keys % block:
         return f'{n_keys} sub-keys (a multiple of {block})'
-    return no_search(query, codebooks)
+    return search_lacks(query, codebooks)
 
 
 def forward(
@@ -36,7 +36,7 @@ def forward(
     interpret: bool,
 ) -> tuple[Float[Array, 'T H {k}'], Int32[Array, 'T H {k}']]:
     """Scores and slots, see `best_slots`."""
-    if not interpret and searches_by_mosaic(query, codebooks):
+    if searches_by_mosaic(query, codebooks, interpret=interpret):
         from pkm_jax.memory.kernels.gpu import mosaic_retrieval
         return mosaic_retrieval.best_slots(query, codebooks, k, interpret=interpret)
     return best_slots(query, codebooks, k, interpret=interpret)
@@ -49,4 +49,4 @@ def backward(
     """Gradients of query and codebooks, see `query_and_codebook_gradients`."""
     return query_and_codebook_gradients(
         query, codebooks, slots, gradient, interpret=interpret,
-        mosaic=not interpret and searches_by_mosaic(query, codebooks))
+        mosaic=searches_by_mosaic(query, codebooks, interpret=interpret))

@@ -32,10 +32,12 @@ def query_and_codebook_gradients(
 ) -> tuple[Float[Array, 'T H 2 half'], Float[Array, 'H 2 N half']]:
     """Gradients of query and codebooks from those of the scores of the chosen slots; `mosaic` has
     Mosaic GPU spread them instead of Triton."""
-    spread = _spread
+    of_scores = slots, gradient, codebooks.shape[2], query.dtype
     if mosaic:
-        from pkm_jax.memory.kernels.gpu.mosaic_retrieval import spread
-    by_key = spread(slots, gradient, codebooks.shape[2], query.dtype, interpret=interpret)
+        from pkm_jax.memory.kernels.gpu import mosaic_retrieval
+        by_key = mosaic_retrieval.spread(*of_scores, interpret=interpret)
+    else:
+        by_key = _spread(*of_scores, interpret)
     product = functools.partial(
         jnp.einsum, preferred_element_type=jnp.float32,
         precision=jax.lax.Precision.HIGHEST if query.dtype == jnp.float32 else None)
@@ -43,7 +45,7 @@ def query_and_codebook_gradients(
             product('hptn,hptd->hpnd', by_key, jnp.moveaxis(query, 0, 2)).astype(codebooks.dtype))
 
 
-def _spread(slots, gradient, n_keys, dtype, *, interpret):
+def _spread(slots, gradient, n_keys, dtype, interpret):
     """Gradient of every sub-key score, [H, 2, T, N]: sums over the chosen slots of a sub-key."""
     tokens, heads, k = slots.shape
     width = pl.next_power_of_2(k)
