@@ -128,9 +128,9 @@ def test_rotary_products_depend_on_the_distance():
     assert np.std(product[0]) > .1
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize('changes', [
-    pytest.param({}, marks=pytest.mark.slow), {'placement': 'replace'},
-    pytest.param({'memory_layers': (0, 1), 'shared_values': True}, marks=pytest.mark.slow)])
+    {}, {'placement': 'replace'}, {'memory_layers': (0, 1), 'shared_values': True}])
 def test_rematerialised_gradients_are_the_same(changes):
     """With dropout, and batch statistics that are written outside the blocks."""
     config = dataclasses.replace(ADD, dropout=.1, attention_dropout=.1, memory=dataclasses.replace(

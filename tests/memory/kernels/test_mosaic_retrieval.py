@@ -47,7 +47,8 @@ def test_ties_leave_the_scores_exact_and_the_slots_distinct():
     check_ties(search, n_keys=64, k=8, distinct=1 / 4, tokens=128, dtype='bfloat16')
 
 
-@pytest.mark.parametrize('value', [-np.inf, np.inf, np.nan])
+@pytest.mark.parametrize('value', [
+    np.nan, *(pytest.param(value, marks=pytest.mark.slow) for value in (-np.inf, np.inf))])
 def test_slots_are_distinct_whatever_the_scores(value):
     """All sub-keys' scores the same, or all but two."""
     query, codebooks = make(128, 2, 64, 'bfloat16')
