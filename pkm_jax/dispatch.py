@@ -11,7 +11,6 @@ are without `rounding`.
 import contextlib
 import dataclasses
 import functools
-import logging
 from collections.abc import Callable, Iterator
 from typing import Any, Literal, NamedTuple
 
@@ -20,6 +19,7 @@ from jax.core import ShapedArray
 from jax.extend.core import Primitive
 from jax.interpreters import batching, mlir
 
+from pkm_jax.console import warn_once
 from pkm_jax.refusal import Refusal
 
 Implementation = Literal['xla', 'gpu', 'tpu']
@@ -154,7 +154,8 @@ def _lower_for(platform, context, *values, choice, forced, static, batched):
                       batched=batched, platform=platform)
     kernel, reason = _supported(choice, platform, context.avals_in, static, batched)
     if reason:
-        _say_once(choice.operation, reason)
+        warn_once(__name__, 'The kernel of the %s does not support %s: plain jnp instead, slower.',
+                  choice.operation, reason)
         function = _plain(choice, static, batched)
     else:
         function = _kernel(kernel, static, interpret=False)
@@ -219,14 +220,3 @@ def _shapes(arrays):
 def _kernel(kernel, static, interpret):
     return lambda *arrays: jax.tree.leaves(
         kernel.run(*arrays, **dict(static), interpret=interpret))
-
-
-def _say_once(operation, reason):
-    if (operation, reason) not in _said:
-        _said.add((operation, reason))
-        logging.getLogger(__name__).warning(
-            'The kernel of the %s does not support %s: plain jnp instead, slower.', operation,
-            reason)
-
-
-_said: set[tuple[str, str]] = set()

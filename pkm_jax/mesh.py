@@ -5,7 +5,6 @@ columns, and replicated over the data axes; devices that differ in rows and colu
 memory group.
 """
 
-import logging
 import math
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
@@ -16,6 +15,7 @@ from jax.sharding import AbstractMesh, AxisType, Mesh
 from jax.sharding import PartitionSpec as P
 from jaxtyping import Array, Int32
 
+from pkm_jax.console import warn_once
 from pkm_jax.refusal import Refusal
 
 
@@ -139,16 +139,10 @@ def axes_of(axes: Axes | None) -> tuple[Axes, bool]:
         return axes, not axes.names
     if set(OWN.names) <= set(mesh.axis_names):
         return OWN, False
-    if mesh.axis_names not in _said:
-        _said.add(mesh.axis_names)
-        logging.getLogger(__name__).warning(
-            "A memory under a mesh with the axes %s: its table is on every device, its work is "
-            "left to XLA's partitioner, without kernels. To split both: axes=Axes(data, rows, "
-            "columns).", mesh.axis_names)
+    warn_once(__name__, "A memory under a mesh with the axes %s: its table is on every device, its "
+              "work is left to XLA's partitioner, without kernels. To split both: axes=Axes(data, "
+              "rows, columns).", mesh.axis_names)
     return NONE, True
-
-
-_said: set[tuple[str, ...]] = set()
 
 
 def explicit_axes(axes: Axes) -> Axes:

@@ -13,6 +13,7 @@ from flax import nnx
 from jax.sharding import AbstractDevice, AbstractMesh, use_abstract_mesh
 
 from pkm_jax import dispatch
+from pkm_jax.console import warn_once
 from pkm_jax.dispatch import Choice, Kernel, check_implementation
 from pkm_jax.memory.embedding_bag import embedding_bag
 from pkm_jax.memory.layer import MemoryConfig, ProductKeyMemory
@@ -35,7 +36,7 @@ def kernels(function, *arguments, platforms=('cuda',)):
 
 @pytest.fixture
 def said(monkeypatch, caplog):
-    monkeypatch.setattr(dispatch, '_said', set())
+    warn_once.cache_clear()
     return caplog
 
 

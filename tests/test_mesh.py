@@ -7,7 +7,7 @@ import pytest
 from jax.sharding import AxisType
 from jax.sharding import PartitionSpec as P
 
-from pkm_jax import mesh as meshes
+from pkm_jax.console import warn_once
 from pkm_jax.mesh import (
     NONE,
     OWN,
@@ -65,7 +65,7 @@ def test_axes_that_a_layer_uses(names, sizes, axes, found):
 
 
 def test_a_foreign_mesh_is_named_in_one_logged_line(monkeypatch, caplog):
-    monkeypatch.setattr(meshes, '_said', set())
+    warn_once.cache_clear()
     for names in (('a', 'b'), ('a', 'b'), ('c', 'd')):
         with jax.set_mesh(jax.make_mesh((4, 2), names, axis_types=(AxisType.Auto,) * 2)):
             axes_of(None)

@@ -11,6 +11,7 @@ from jax.experimental.pallas import tpu as pltpu
 from jax.sharding import Mesh
 
 from benchmarks import tpu_sparsecore
+from pkm_jax.console import warn_once
 from pkm_jax.memory.embedding_bag import compact_gradients
 from pkm_jax.memory.kernels.tpu import (
     embedding_bag,
@@ -42,7 +43,7 @@ def small_shares(monkeypatch):
 def said(monkeypatch, caplog):
     """With the setting: what is logged."""
     monkeypatch.setenv(sparsecore.SETTING, '1')
-    sparsecore.say_once.cache_clear()
+    warn_once.cache_clear()
     with caplog.at_level(logging.WARNING):
         yield caplog
 

@@ -3,8 +3,6 @@
 Triton, unless Mosaic GPU is asked for; and Mosaic GPU where jax has no Triton backend any more.
 """
 
-import functools
-import logging
 
 import jax
 import jax.extend
@@ -12,6 +10,7 @@ import jax.numpy as jnp
 from jax import ShapeDtypeStruct
 from jaxtyping import Array
 
+from pkm_jax.console import warn_once
 from pkm_jax.memory.kernels.settings import is_on
 from pkm_jax.ops import gpu
 from pkm_jax.refusal import Refusal
@@ -66,18 +65,14 @@ def _chosen(reason, interpret):
             raise Refusal(
                 f"implementation = 'gpu' where there is no GPU: jax {jax.__version__} has no "
                 'Triton backend to interpret. Leave it None for plain jnp there.')
-        _say_once('jax %s has no Triton backend: kernels are by Mosaic GPU.', jax.__version__)
+        warn_once(__name__, 'jax %s has no Triton backend: kernels are by Mosaic GPU.',
+                  jax.__version__)
         return True
     if interpret or not is_on(SETTING, 'Mosaic GPU search and read', 'Triton'):
         return False
     if reason:
-        _say_once('%s=1 is not for %s: Triton has them.', SETTING, reason)
+        warn_once(__name__, '%s=1 is not for %s: Triton has them.', SETTING, reason)
     return reason is None
-
-
-@functools.cache
-def _say_once(*message):
-    logging.getLogger(__name__).warning(*message)
 
 
 def _capability():

@@ -5,6 +5,7 @@ import jax.numpy as jnp
 from jax import ShapeDtypeStruct
 from jaxtyping import Array, Float, Int32
 
+from pkm_jax.console import warn_once
 from pkm_jax.memory.embedding_bag import marked, reference_backward
 from pkm_jax.memory.kernels.tpu import (
     own_reads,
@@ -72,7 +73,8 @@ def _sparsecores(act, interpret, unsupported):
     if chip is None:
         return None
     reason = unsupported(chip)
-    sparsecore.say_once(f'{reason}; the TensorCore does' if reason else f'the SparseCores {act}')
+    warn_once(__name__, '%s=1: %s.', sparsecore.SETTING,
+              f'{reason}; the TensorCore does' if reason else f'the SparseCores {act}')
     return None if reason else chip
 
 

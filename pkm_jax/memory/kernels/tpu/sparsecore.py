@@ -4,8 +4,6 @@ Rows are words of 32 bits, as indirect copies want them. Pallas has no interpret
 interpreted, a subcore is a step of a grid, and an indirect copy as many copies of a row.
 """
 
-import functools
-import logging
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -16,6 +14,7 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 from jaxtyping import Array, Float, Shaped
 
+from pkm_jax.console import warn_once
 from pkm_jax.memory.kernels.settings import is_on
 from pkm_jax.memory.kernels.tpu.rows import LANES, Interpret
 
@@ -47,7 +46,7 @@ def chosen(interpret: Interpret) -> Chip | None:
         return None
     found = INTERPRETED if interpret else chip()
     if found is None:
-        say_once('this device has no SparseCores; the TensorCore reads')
+        warn_once(__name__, '%s=1: this device has no SparseCores; the TensorCore reads.', SETTING)
     return found
 
 
@@ -60,12 +59,6 @@ def chip() -> Chip | None:
     except (RuntimeError, ValueError):      # a TPU without them; no TPU
         return None
     return Chip(info.num_cores, info.num_subcores, info.num_lanes, info.vmem_capacity_bytes)
-
-
-@functools.cache
-def say_once(what: str) -> None:
-    """Logs what becomes of SETTING."""
-    logging.getLogger(__name__).warning('%s=1: %s.', SETTING, what)
 
 
 def on_subcores(
