@@ -197,7 +197,10 @@ def merge(parts: SparseRows, n_slots: int, *, axes: Axes = OWN) -> SparseRows:
     stacked = jax.tree.map(lambda spec: P(None, *spec), rows)
 
     def add(parts):
-        return sparse_rows.merge(parts, n_slots, capacity)
+        size = n_slots // shards_in_use(axes).rows      # with as many places row i has place i
+        parts = parts._replace(ids=_in_shard(parts.ids, size, axes)[0])
+        merged = sparse_rows.merge(parts, size, capacity)
+        return merged._replace(ids=_in_table(merged.ids, size, n_slots, axes))
 
     return on_shards(add, (stacked,), rows, axes)(parts)
 
