@@ -3,7 +3,6 @@
 Triton, unless Mosaic GPU is asked for; and Mosaic GPU where jax has no Triton backend any more.
 """
 
-
 import jax
 import jax.extend
 import jax.numpy as jnp
@@ -31,7 +30,7 @@ def uses_mosaic(
     Raises:
       Refusal: SETTING is neither '1' nor '0'; or without Triton nothing can be interpreted.
     """
-    return _chosen(_reads_lack(values, slots), interpret)
+    return _chosen(interpret, _reads_lack, values, slots)
 
 
 def searches_by_mosaic(
@@ -42,24 +41,25 @@ def searches_by_mosaic(
     Raises:
       Refusal: as of reads.
     """
-    return _chosen(_search_lacks(query, codebooks), interpret)
+    return _chosen(interpret, _search_lacks, query, codebooks)
 
 
 def reads_lack(values: ShapeDtypeStruct, slots: ShapeDtypeStruct) -> str | None:
     """Why no backend that this jax has can make these reads; None if one can."""
-    return _without_triton(_reads_lack(values, slots))
+    return _without_triton(_reads_lack, values, slots)
 
 
 def search_lacks(query: ShapeDtypeStruct, codebooks: ShapeDtypeStruct) -> str | None:
     """The same of a search and of its gradients."""
-    return _without_triton(_search_lacks(query, codebooks))
+    return _without_triton(_search_lacks, query, codebooks)
 
 
-def _without_triton(reason):
-    return reason and f'{reason} by jax {jax.__version__}' if gpu.triton is None else None
+def _without_triton(lacks, *arrays):
+    reason = lacks(*arrays) if gpu.triton is None else None
+    return reason and f'{reason} by jax {jax.__version__}'
 
 
-def _chosen(reason, interpret):
+def _chosen(interpret, lacks, *arrays):
     if gpu.triton is None:      # then what Mosaic GPU lacks is unsupported
         if interpret:           # its interpreter has effects, which a choice of kernels has not
             raise Refusal(
@@ -70,6 +70,7 @@ def _chosen(reason, interpret):
         return True
     if interpret or not is_on(SETTING, 'Mosaic GPU search and read', 'Triton'):
         return False
+    reason = lacks(*arrays)
     if reason:
         warn_once(__name__, '%s=1 is not for %s: Triton has them.', SETTING, reason)
     return reason is None

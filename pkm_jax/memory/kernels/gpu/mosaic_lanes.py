@@ -64,6 +64,11 @@ def element(ref: ir.Value, index: ir.Value) -> ir.Value:
                                ir.MemRefType(ref.type).element_type)
 
 
+def loaded(ref: ir.Value, index: ir.Value) -> ir.Value:
+    """An element of a contiguous array."""
+    return llvm.load(ir.MemRefType(ref.type).element_type, element(ref, index))
+
+
 def row_of(ref: ir.Value, row: ir.Value) -> ir.Value:
     """Pointer to a row of a matrix whose rows are contiguous."""
     kind = ir.MemRefType(ref.type)
@@ -267,22 +272,19 @@ def fill_of_warp(
     first, length, warp = number_of(first), number_of(length), utils.warp_idx(sync=False)
     end = arith.subi(arith.addi(first, length), constant(1))
 
-    def fetch(ref, at):
-        return llvm.load(ir.MemRefType(ref.type).element_type, element(ref, at))
-
     def between(low, at, high):
         return arith.minsi(arith.maxsi(at, low), high)
 
     for block in range(0, steps, LANES):
         step = arith.addi(lane_index(), constant(block))
         at = between(constant(0), arith.minsi(arith.addi(first, step), end), constant(reads - 1))
-        read, here = fetch(order, at), fetch(slot, at)
-        before = fetch(slot, arith.maxsi(arith.subi(at, constant(1)), constant(0)))
+        read, here = loaded(order, at), loaded(slot, at)
+        before = loaded(slot, arith.maxsi(arith.subi(at, constant(1)), constant(0)))
         inside = arith.cmpi(arith.CmpIPredicate.slt, step, length)
         new = arith.ori(arith.cmpi(arith.CmpIPredicate.eq, step, constant(0)),
                         arith.cmpi(arith.CmpIPredicate.ne, here, before))
         new = arith.extui(step.type, arith.andi(inside, new))
-        weight = arith.select(inside, fetch(weights, read),
+        weight = arith.select(inside, loaded(weights, read),
                               arith.constant(ir.F32Type.get(), 0.0))
         place = arith.addi(arith.muli(step, constant(WARPS)), warp)
         for number, (ref, value) in enumerate(((plan, read), (plan, here), (plan, new))):
@@ -311,13 +313,13 @@ def add_segment(
     begin = arith.addi(arith.addi(chunk, constant(1)), utils.warp_idx(sync=False))
     loop = scf.ForOp(begin, stop, constant(WARPS * IN_FLIGHT), [nothing])
     with ir.InsertionPoint(loop.body):
-        loaded = []
+        pieces_here = []
         for number in range(IN_FLIGHT):
             at = arith.addi(loop.induction_variable, constant(number * WARPS))
             inside = arith.cmpi(arith.CmpIPredicate.slt, at, stop)
             there = llvm.load(four, piece(arith.select(inside, at, chunk), 0, columns))
-            loaded.append(arith.select(inside, there, nothing))
-        scf.yield_([functools.reduce(arith.addf, loaded, loop.inner_iter_args[0])])
+            pieces_here.append(arith.select(inside, there, nothing))
+        scf.yield_([functools.reduce(arith.addf, pieces_here, loop.inner_iter_args[0])])
     place = arith.addi(arith.muli(utils.warp_idx(sync=False), constant(COLUMNS)),
                        arith.muli(lane_index(), constant(WIDE)))
     utils.warpgroup_barrier()       # all have added what was there
@@ -327,7 +329,7 @@ def add_segment(
     total = llvm.load(kind.element_type, piece(chunk, 1, here))
     for warp in range(WARPS):
         at = arith.addi(utils.thread_idx(), constant(warp * COLUMNS))
-        total = arith.addf(total, llvm.load(kind.element_type, element(totals, at)))
+        total = arith.addf(total, loaded(totals, at))
     out = ir.MemRefType(rows.type).element_type
     number = total if isinstance(out, ir.F32Type) else arith.truncf(out, total)
     llvm.store(number, utils.getelementptr(row_of(rows, row), [here], out))
@@ -344,7 +346,7 @@ def clear(number: int, _: Any, rows: Any, row_slots: Any, first: Any) -> None:
     begin = arith.addi(number_of(first), arith.muli(utils.warp_idx(sync=False), constant(number)))
     places = [arith.minsi(arith.addi(begin, constant(n)), constant(n_slots - 1))
               for n in range(number)]
-    slots = [llvm.load(word, element(row_slots, place)) for place in places]
+    slots = [loaded(row_slots, place) for place in places]
     for place, slot in zip(places, slots):
         with utils.when(arith.cmpi(arith.CmpIPredicate.eq, slot, constant(n_slots))):
             at = utils.getelementptr(row_of(rows, place), [

@@ -17,6 +17,7 @@ from pkm_jax.memory.kernels.gpu.mosaic_lanes import (
     WIDE,
     constant,
     element,
+    loaded,
     number_of,
     row_of,
     splat,
@@ -53,7 +54,7 @@ def add_to_lists(size: int, _: Any, scores: Any, first: Any, index: Any, *lists:
     new = []
     for row in range(size):
         at = arith.muli(arith.addi(first, constant(row)), constant(scores.type.shape[1]))
-        new.append((_loaded(scores, arith.addi(at, thread)), arith.addi(index, constant(row))))
+        new.append((loaded(scores, arith.addi(at, thread)), arith.addi(index, constant(row))))
     old = list(zip(*(map(number_of, part) for part in (lists[:size], lists[size:]))))
     best = networks.best_of_two(old, networks.sort(new, NUMBERS), NUMBERS)
     return tuple(_array(number) for part in zip(*best) for number in part)
@@ -73,7 +74,7 @@ def best_pairs(
     """See `mosaic_retrieval._best_pairs`."""
     _, size, tokens = ir.MemRefType(best.type).shape
     token = arith.addi(number_of(first), utils.thread_idx())
-    halves = [[tuple(_loaded(ref, arith.addi(token, constant((part * size + rank) * tokens)))
+    halves = [[tuple(loaded(ref, arith.addi(token, constant((part * size + rank) * tokens)))
                      for ref in (best, sub_keys)) for rank in range(k)] for part in range(2)]
 
     def pair(i, j):
@@ -141,10 +142,6 @@ def _row(ref, token, k):
         vector = ir.VectorType.get((together,), kind.element_type)
         numbers = llvm.load(vector, utils.getelementptr(at, [first], kind.element_type))
         yield from (llvm.extractelement(numbers, constant(n)) for n in range(together))
-
-
-def _loaded(ref, at):
-    return llvm.load(ir.MemRefType(ref.type).element_type, element(ref, at))
 
 
 def _array(number):
