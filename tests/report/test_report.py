@@ -219,6 +219,6 @@ def test_the_report_needs_nothing_of_training():
     done = subprocess.run([sys.executable, '-c', code], capture_output=True, text=True, check=True)
     modules = done.stdout.split()
     packages = {name.split('.')[1] for name in modules if name.startswith('pkm_jax.')}
-    assert packages <= {'report', 'memory', 'optimizers', 'refusal', 'mesh', 'dispatch',
+    assert packages <= {'report', 'memory', 'optimizers', 'refusal', 'mesh', 'dispatch', 'console',
                         'fields', 'ops', 'data'}
     assert not {'grain', 'tensorflow_datasets', 'orbax'} & set(modules)
