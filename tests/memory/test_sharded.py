@@ -57,13 +57,13 @@ def sparse(values, slots, weights, direction, implementation=None):
     return read, SparseRows(touched.ids, rows, touched.count), by_weight
 
 
-def spread(rows):
+def spread(rows, slots=SLOTS):
     """A table of zeros with these rows."""
-    table = np.zeros((SLOTS + 1, WIDTH), np.float32)
+    table = np.zeros((slots + 1, WIDTH), np.float32)
     ids = np.asarray(rows.ids)
     table[ids] = rows.rows
-    assert len(set(ids[ids < SLOTS])) == np.sum(ids < SLOTS) == np.sum(rows.count)
-    return table[:SLOTS]
+    assert len(set(ids[ids < slots])) == np.sum(ids < slots) == np.sum(rows.count)
+    return table[:slots]
 
 
 @functools.cache
@@ -116,24 +116,31 @@ def test_both_exchanges_occur_in_these_tests():
             } == {'nothing', 'tokens', 'rows'}
 
 
-@pytest.mark.parametrize('shards', [Shards(2, 2, 2), Shards(4, 1, 2)])
-def test_rows_are_taken_put_and_merged_where_they_live(shards):
-    """Two memories with one table: SparseRows of different slots, added up."""
-    def run(values, slots, weights, direction):
-        parts = [sparse(values, (slots + shift) % SLOTS, weights, direction)[1]
-                 for shift in (0, 1)]
-        merged = sharded.merge(jax.tree.map(lambda *leaves: jnp.stack(leaves), *parts), SLOTS)
+@pytest.mark.parametrize('slots, parts, apart, shards', [
+    (32, 2, 1, Shards(2, 2, 2)), (32, 2, 8, Shards(2, 2, 2)),   # places for all rows, some in use
+    (512, 2, 5, Shards(1, 4, 2)), (512, 6, 8, Shards(2, 2, 2)), # few places, but all in the sum
+    (512, 2, 1, Shards(4, 1, 2)),                               # few places in the sum too
+], ids=str)
+def test_rows_are_taken_put_and_merged_where_they_live(slots, parts, apart, shards):
+    """Several reads of one table, of slots that lie so far apart: their SparseRows added up."""
+    arrays = draw()[1:]
+    values = np.random.default_rng(1).normal(size=(slots, WIDTH)).astype(np.float32)
+
+    def run(values, read, weights, direction):
+        each = [sparse(values, (read * apart + shift) % slots, weights, direction)[1]
+                for shift in range(parts)]
+        merged = sharded.merge(jax.tree.map(lambda *leaves: jnp.stack(leaves), *each), slots)
         taken = sharded.take_rows(values, merged.ids)
-        marks = sharded.put_rows(jnp.zeros(SLOTS), merged.ids, merged.ids.astype(jnp.float32))
-        return parts, merged, sharded.put_rows(values, merged.ids, taken + merged.rows), marks
+        marks = sharded.put_rows(jnp.zeros(slots), merged.ids, merged.ids.astype(jnp.float32))
+        return each, merged, sharded.put_rows(values, merged.ids, taken + merged.rows), marks
 
     with jax.set_mesh(make_mesh(shards)):
-        parts, merged, added, marks = jax.jit(run)(*draw())
-    total = spread(parts[0]) + spread(parts[1])
-    np.testing.assert_allclose(spread(merged), total, atol=1e-6)
-    np.testing.assert_allclose(added, draw()[0] + total, atol=1e-6)
+        each, merged, added, marks = jax.jit(run)(values, *arrays)
+    total = sum(spread(rows, slots) for rows in each)
+    np.testing.assert_allclose(spread(merged, slots), total, atol=1e-5)
+    np.testing.assert_allclose(added, values + total, atol=1e-5)
     ids = np.asarray(merged.ids)
-    np.testing.assert_array_equal(np.flatnonzero(marks), np.sort(ids[(ids > 0) & (ids < SLOTS)]))
+    np.testing.assert_array_equal(np.flatnonzero(marks), np.sort(ids[(ids > 0) & (ids < slots)]))
 
 
 @pytest.mark.parametrize('shards', [Shards(8, 1, 1), Shards(2, 2, 2)])
