@@ -49,48 +49,10 @@ def train_step(
     steps = jax.random.split(jax.random.key(seed))[1]    # the other drew the weights
     key, rounding = jax.random.split(jax.random.fold_in(steps, state.step))
     terms = jnp.maximum(task.terms(batch), 1)
-    deltas = _no_deltas(sites, task.real(batch).size // accumulation_steps) if sparse else {}
-
     tables = table_paths(sites)
-
-    def loss_of(params, deltas, batch_stats, batch, key):
-        model = nnx.merge(graph, gathered(params, tables), batch_stats)
-        outcome = task.outcome(model, batch, deterministic=False, rngs=key, deltas=deltas)
-        stats = nnx.to_pure_dict(nnx.state(model, nnx.BatchStat))
-        loss = outcome.loss / terms
-        return loss, ({'loss': outcome.loss, **outcome.sums}, outcome.reads, stats)
-
-    def micro_step(batch_stats, last_selected, batch, key):
-        differentiate = jax.grad(loss_of, (0, 1), has_aux=True)
-        (gradient, rows), (sums, reads, batch_stats) = differentiate(
-            state.params, deltas, batch_stats, batch, key)
-        rows = {name: SparseRows(reads[name].touched.ids, rows[name], reads[name].touched.count)
-                for name in rows}
-        gradient = _with_tables(gradient, sites, dict.fromkeys(_owners(sites)) if sparse else {})
-        if not sparse:      # else below, by the rows alone
-            last_selected = {name: mark_selected(last, reads[name], task.real(batch), state.step)
-                             for name, last in last_selected.items()}
-        return (gradient, sums), rows, batch_stats, last_selected
-
-    if accumulation_steps == 1:
-        (gradient, sums), rows, batch_stats, last_selected = micro_step(
-            state.batch_stats, state.last_selected, batch, key)
-        rows = jax.tree.map(lambda leaf: leaf[None], rows)
-    else:
-        def add_micro_step(carry, inputs):
-            totals, *rest = carry
-            new, rows, *rest = micro_step(*rest, *inputs)
-            return (jax.tree.map(jnp.add, totals, new), *rest), rows
-
-        micro_batches = jax.tree.map(
-            lambda a: rearrange(a, '(b n) ... -> n b ...', n=accumulation_steps), batch)
-        inputs = micro_batches, jax.random.split(key, accumulation_steps)
-        _, (sums, *_) = jax.eval_shape(loss_of, state.params, deltas, state.batch_stats,
-                                       *jax.tree.map(lambda a: a[0], inputs))
-        start = _with_tables(state.params, sites, dict.fromkeys(_owners(sites)) if sparse else {})
-        start = jax.tree.map(lambda a: jnp.zeros(a.shape, a.dtype), (start, sums))
-        ((gradient, sums), batch_stats, last_selected), rows = jax.lax.scan(
-            add_micro_step, (start, state.batch_stats, state.last_selected), inputs)
+    gradient, sums, rows, batch_stats, last_selected = _differentiate(
+        state, batch, key, terms, task=task, graph=graph, sites=sites,
+        accumulation_steps=accumulation_steps, sparse=sparse)
 
     with jax.named_scope('update'):
         gradient = _with_tables(gradient, sites, _summed(rows, sites, state.params))
@@ -113,6 +75,54 @@ def train_step(
             state.step + 1, params_if(sound, updates, params, state.params),
             state_if(sound, batch_stats, state.batch_stats),
             state_if(sound, optimizer_state, state.optimizer), last_selected), metrics
+
+
+def _differentiate(state, batch, key, terms, *, task, graph, sites, accumulation_steps, sparse):
+    """Of the sum of losses over `terms`: the gradient, without tables where these are `sparse`; the
+    task's sums; by memory the SparseRows of each micro-batch; running statistics; and marks of
+    selected slots, which sparse rows give later, by themselves."""
+    tables = table_paths(sites)
+    deltas = _no_deltas(sites, task.real(batch).size // accumulation_steps) if sparse else {}
+
+    def loss_of(params, deltas, batch_stats, batch, key):
+        model = nnx.merge(graph, gathered(params, tables), batch_stats)
+        outcome = task.outcome(model, batch, deterministic=False, rngs=key, deltas=deltas)
+        stats = nnx.to_pure_dict(nnx.state(model, nnx.BatchStat))
+        loss = outcome.loss / terms
+        return loss, ({'loss': outcome.loss, **outcome.sums}, outcome.reads, stats)
+
+    def without_tables(tree):
+        return _with_tables(tree, sites, dict.fromkeys(_owners(sites)) if sparse else {})
+
+    def micro_step(batch_stats, last_selected, batch, key):
+        (gradient, rows), (sums, reads, batch_stats) = jax.grad(loss_of, (0, 1), has_aux=True)(
+            state.params, deltas, batch_stats, batch, key)
+        rows = {name: SparseRows(reads[name].touched.ids, rows[name], reads[name].touched.count)
+                for name in rows}
+        if not sparse:
+            last_selected = {name: mark_selected(last, reads[name], task.real(batch), state.step)
+                             for name, last in last_selected.items()}
+        return (without_tables(gradient), sums), rows, batch_stats, last_selected
+
+    of_before = state.batch_stats, state.last_selected
+    if accumulation_steps == 1:
+        totals, rows, *rest = micro_step(*of_before, batch, key)
+        return *totals, jax.tree.map(lambda leaf: leaf[None], rows), *rest
+
+    inputs = (jax.tree.map(lambda a: rearrange(a, '(b n) ... -> n b ...', n=accumulation_steps),
+                           batch), jax.random.split(key, accumulation_steps))
+    _, (sums, *_) = jax.eval_shape(loss_of, state.params, deltas, state.batch_stats,
+                                   *jax.tree.map(lambda a: a[0], inputs))
+    zeros = jax.tree.map(lambda a: jnp.zeros(a.shape, a.dtype),
+                         (without_tables(state.params), sums))
+
+    def add_micro_step(carry, inputs):
+        totals, *rest = carry
+        new, rows, *rest = micro_step(*rest, *inputs)
+        return (jax.tree.map(jnp.add, totals, new), *rest), rows
+
+    (totals, *rest), rows = jax.lax.scan(add_micro_step, (zeros, *of_before), inputs)
+    return *totals, rows, *rest
 
 
 def eval_step(
