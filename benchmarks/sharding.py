@@ -192,15 +192,8 @@ def compiling(cases: Iterable[Case], pool: Executor) -> list[tuple[Case, Future]
     return [(case, pool.submit(case.compiled)) for case in cases]
 
 
-def timed(programs: list[tuple[Case, Future]], small: bool,
-          ) -> Iterator[tuple[Case, float | Exception]]:
-    """Seconds of the steps; of one that cannot be compiled or run, why."""
-    while programs:
-        case, future = programs.pop(0)      # so that each program can go when it was timed
-        yield case, _seconds(future, case, small)
-
-
 def _seconds(future: Future, case: Case, small: bool) -> float | Exception:
+    """Of a step; of one that cannot be compiled or run, why."""
     try:
         return seconds_of_step(future.result(), random_batch(case.run), *(
             (1, 1) if small else (CALLS, RUNS)))
@@ -228,7 +221,9 @@ def print_times(programs: list[tuple[Case, Future]], small: bool) -> None:
     print('| model | options | GPUs | layout | ms | tokens/s | weak scaling | target |\n'
           + '| --- ' * 8 + '|', flush=True)
     alone: dict[str, float] = {}
-    for case, seconds in timed(programs, small):
+    while programs:
+        case, future = programs.pop(0)      # so that each program can go when it was timed
+        seconds = _seconds(future, case, small)
         if case.devices == 1 and not isinstance(seconds, Exception):
             alone[case.model] = seconds
         report(case, seconds, alone)

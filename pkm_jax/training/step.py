@@ -121,7 +121,8 @@ def _differentiate(state, batch, key, terms, *, task, graph, sites, accumulation
         new, rows, *rest = micro_step(*rest, *inputs)
         return (jax.tree.map(jnp.add, totals, new), *rest), rows
 
-    (totals, *rest), rows = jax.lax.scan(add_micro_step, (zeros, *of_before), inputs)
+    carry, rows = jax.lax.scan(add_micro_step, (zeros, *of_before), inputs)
+    totals, *rest = carry
     return *totals, rows, *rest
 
 
