@@ -118,6 +118,30 @@ def test_the_kernel_of_few_rows_changes_them_as_plain_jnp_does(name, dtype, by_k
     check_same(steps(name, dtype, given), want)
 
 
+@pytest.mark.parametrize('name, sets', fast_are(
+    [('rowwise_adam', 'few')], [(name, sets) for name in OPTIMIZERS for sets in ('all', 'few')]))
+def test_what_is_not_finite_stays_in_its_row(name, sets, by_kernels):
+    """A row of the table and one of the gradients, each beside a row that is updated with it."""
+    used, places = {'all': (ALL, SLOTS), 'few': (FEW, PLACES)}[sets]
+    given, (of_table, of_gradient) = list(gradients(256, used, places)), (2, 11)
+
+    def spoil(tree):
+        if isinstance(tree, SparseRows):
+            return tree._replace(rows=jnp.where(
+                (tree.ids == of_gradient)[:, None], jnp.nan, tree.rows))
+        return {'values': tree['values'].at[of_table].set(jnp.inf)}
+
+    by_kernels()
+    clean = steps(name, 'bfloat16', given)
+    for ours, theirs in zip(steps(name, 'bfloat16', given, place=spoil), clean, strict=True):
+        for one, other in zip(*map(jax.tree.leaves, (ours[:2], theirs[:2])), strict=True):
+            one, other = map(np.atleast_1d, (one, other))
+            rows = np.setdiff1d(np.arange(len(one)), (of_table, of_gradient))
+            np.testing.assert_array_equal(one[rows], other[rows])
+    table = np.asarray(ours[0]['values'], np.float32)
+    assert np.isinf(table[of_table]).all() and np.isnan(table[of_gradient]).all()
+
+
 @pytest.mark.parametrize('name, sets, dtype', fast_are(
     [('rowwise_adagrad', 'all', 'bfloat16'), ('rowwise_adam', 'few', 'bfloat16')],
     [(name, sets, dtype) for name in OPTIMIZERS for sets in ('all', 'few')
