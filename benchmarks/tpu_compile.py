@@ -36,6 +36,7 @@ from pkm_jax.memory.kernels.tpu import (
     retrieval,
 )
 from pkm_jax.optimizers import rules, tpu_few_rows, tpu_rows
+from pkm_jax.training.start import uncached
 
 CHIPS = flags.DEFINE_list('chips', ['v4', 'v5e', 'v5p', 'v6e', 'tpu7x'],
                           'See pkm_jax.accelerators.')
@@ -232,7 +233,8 @@ def compile_seconds(case: Case, chip: str) -> float:
     whole = SingleDeviceSharding(device(chip))
     arguments = [jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=whole) for a in case.compiled]
     start = time.perf_counter()
-    jax.jit(case.run, out_shardings=whole).lower(*arguments).compile()
+    with uncached():
+        jax.jit(case.run, out_shardings=whole).lower(*arguments).compile()
     return time.perf_counter() - start
 
 

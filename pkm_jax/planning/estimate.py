@@ -7,7 +7,6 @@ from typing import NamedTuple
 
 import jax
 import numpy as np
-from jax.experimental.compilation_cache import compilation_cache
 
 from pkm_jax.configuration.run import Run
 from pkm_jax.memory.embedding_bag import even_passes
@@ -20,7 +19,7 @@ from pkm_jax.planning.hlo import Collective
 from pkm_jax.planning.traffic import Traffic
 from pkm_jax.training.layout import Layout, lay_out, tables_of
 from pkm_jax.training.program import abstract_batch, make_program
-from pkm_jax.training.start import compilation_cache as compilation_cache_folder
+from pkm_jax.training.start import uncached
 
 STEP, NORMS, FIRST, EVALUATION = 'step', 'step with norms', 'first state', 'evaluation'
 
@@ -182,19 +181,9 @@ def _own_reads(run, layout):
 
 
 def _compile(lowered):
-    """What becomes of each program, side by side.
-
-    Without JAX's cache: programs for other machines cannot be read back from it.
-    """
-    cache = compilation_cache_folder()
-    jax.config.update('jax_compilation_cache_dir', None)
-    compilation_cache.reset_cache()
-    try:
-        with ThreadPoolExecutor(len(lowered)) as pool:
-            return dict(zip(lowered, pool.map(_compile_one, lowered.values())))
-    finally:
-        jax.config.update('jax_compilation_cache_dir', cache)
-        compilation_cache.reset_cache()
+    """What becomes of each program, side by side."""
+    with uncached(), ThreadPoolExecutor(len(lowered)) as pool:
+        return dict(zip(lowered, pool.map(_compile_one, lowered.values())))
 
 
 def _compile_one(lowered):

@@ -5,6 +5,7 @@ import time
 from collections.abc import Iterator
 
 import jax
+from jax.experimental.compilation_cache import compilation_cache as cache_of_jax
 from jax.sharding import Mesh
 
 from pkm_jax.configuration.run import Run
@@ -20,6 +21,19 @@ def use_compilation_cache(folder: str) -> None:
     """Keeps compiled programs in a folder, unless JAX was given one already."""
     if folder and compilation_cache() is None:
         jax.config.update('jax_compilation_cache_dir', folder)
+
+
+@contextlib.contextmanager
+def uncached() -> Iterator[None]:
+    """Without JAX's cache: programs for other machines cannot be read back from it."""
+    cache = compilation_cache()
+    jax.config.update('jax_compilation_cache_dir', None)
+    cache_of_jax.reset_cache()
+    try:
+        yield
+    finally:
+        jax.config.update('jax_compilation_cache_dir', cache)
+        cache_of_jax.reset_cache()
 
 
 @contextlib.contextmanager
