@@ -198,7 +198,7 @@ def _seconds(future: Future, case: Case, small: bool) -> float | Exception:
         return seconds_of_step(future.result(), random_batch(case.run), *(
             (1, 1) if small else (CALLS, RUNS)))
     except (RuntimeError, ValueError) as error:     # JaxRuntimeError is one
-        return error
+        return error.with_traceback(None)           # whose frames hold the state
 
 
 def report(case: Case, seconds: float | Exception, alone: dict[str, float]) -> None:

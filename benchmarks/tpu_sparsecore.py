@@ -29,6 +29,7 @@ from pkm_jax.memory.kernels.tpu import (
     sparsecore_forward,
 )
 from pkm_jax.planning import chips
+from pkm_jax.training.start import uncached
 
 TOKENS, HEADS, SLOTS = 16_384, 4, 2 ** 18
 WIDTHS, TOP_K = (384, 768, 1024, 4096), (8, 32)
@@ -105,7 +106,7 @@ def device(name: str) -> jax.Device:
 def compiled(case: Case, name: str) -> Compiled:
     """The kernel for one chip, as the TPU's compiler takes it."""
     mesh = Mesh(np.array([device(name)]), ('chip',))
-    with jax.set_mesh(mesh):
+    with uncached(), jax.set_mesh(mesh):
         chip = sparsecore.chip()
         assert chip, f'{name} has no SparseCores'
         run = functools.partial(case.run, chip=chip, interpret=False)

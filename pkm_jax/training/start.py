@@ -1,11 +1,12 @@
-"""What a person sees before the first step: each phase with its time, and what will run."""
+"""What a person sees before the first step: each phase with its time, and what will run; and where
+compiled programs are kept."""
 
 import contextlib
 import time
 from collections.abc import Iterator
 
 import jax
-from jax.experimental.compilation_cache import compilation_cache as cache_of_jax
+from jax.experimental.compilation_cache import compilation_cache as jax_cache
 from jax.sharding import Mesh
 
 from pkm_jax.configuration.run import Run
@@ -25,15 +26,16 @@ def use_compilation_cache(folder: str) -> None:
 
 @contextlib.contextmanager
 def uncached() -> Iterator[None]:
-    """Without JAX's cache: programs for other machines cannot be read back from it."""
+    """Keeps JAX's cache from being read or written, in all threads: programs for other machines
+    cannot be read back from it."""
     cache = compilation_cache()
     jax.config.update('jax_compilation_cache_dir', None)
-    cache_of_jax.reset_cache()
+    jax_cache.reset_cache()
     try:
         yield
     finally:
         jax.config.update('jax_compilation_cache_dir', cache)
-        cache_of_jax.reset_cache()
+        jax_cache.reset_cache()
 
 
 @contextlib.contextmanager

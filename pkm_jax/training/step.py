@@ -79,8 +79,8 @@ def train_step(
 
 def _differentiate(state, batch, key, terms, *, task, graph, sites, accumulation_steps, sparse):
     """Of the sum of losses over `terms`: the gradient, without tables where these are `sparse`; the
-    task's sums; by memory the SparseRows of each micro-batch; running statistics; and marks of
-    selected slots, which sparse rows give later, by themselves."""
+    task's sums; by memory the SparseRows of each micro-batch, stacked, of one too; running
+    statistics; and marks of selected slots, where `sparse` those of before: rows mark later."""
     tables = table_paths(sites)
     deltas = _no_deltas(sites, task.real(batch).size // accumulation_steps) if sparse else {}
 
@@ -92,6 +92,7 @@ def _differentiate(state, batch, key, terms, *, task, graph, sites, accumulation
         return loss, ({'loss': outcome.loss, **outcome.sums}, outcome.reads, stats)
 
     def without_tables(tree):
+        """With nothing in the place of tables whose gradients are rows."""
         return _with_tables(tree, sites, dict.fromkeys(_owners(sites)) if sparse else {})
 
     def micro_step(batch_stats, last_selected, batch, key):
@@ -104,9 +105,9 @@ def _differentiate(state, batch, key, terms, *, task, graph, sites, accumulation
                              for name, last in last_selected.items()}
         return (without_tables(gradient), sums), rows, batch_stats, last_selected
 
-    of_before = state.batch_stats, state.last_selected
+    before = state.batch_stats, state.last_selected
     if accumulation_steps == 1:
-        totals, rows, *rest = micro_step(*of_before, batch, key)
+        totals, rows, *rest = micro_step(*before, batch, key)
         return *totals, jax.tree.map(lambda leaf: leaf[None], rows), *rest
 
     inputs = (jax.tree.map(lambda a: rearrange(a, '(b n) ... -> n b ...', n=accumulation_steps),
@@ -121,7 +122,7 @@ def _differentiate(state, batch, key, terms, *, task, graph, sites, accumulation
         new, rows, *rest = micro_step(*rest, *inputs)
         return (jax.tree.map(jnp.add, totals, new), *rest), rows
 
-    carry, rows = jax.lax.scan(add_micro_step, (zeros, *of_before), inputs)
+    carry, rows = jax.lax.scan(add_micro_step, (zeros, *before), inputs)
     totals, *rest = carry
     return *totals, rows, *rest
 

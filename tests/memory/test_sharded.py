@@ -117,17 +117,20 @@ def test_both_exchanges_occur_in_these_tests():
 
 
 @pytest.mark.parametrize('slots, parts, apart, shards', [
-    (32, 2, 1, Shards(2, 2, 2)), (32, 2, 8, Shards(2, 2, 2)),   # places for all rows, some in use
-    (512, 2, 5, Shards(1, 4, 2)), (512, 6, 8, Shards(2, 2, 2)), # few places, but all in the sum
-    (512, 2, 1, Shards(4, 1, 2)),                               # few places in the sum too
+    (32, 2, 1, Shards(2, 2, 2)),        # a place for each row of a part, nearly all in use
+    (32, 2, 8, Shards(2, 2, 2)),        # the same, few in use
+    (512, 2, 16, Shards(1, 4, 2)),      # fewer places in each read, one for each row in the sum
+    (512, 6, 16, Shards(2, 2, 2)),
+    (512, 2, 16, Shards(1, 2, 4)),      # fewer in the sum too
+    (512, 2, 1, Shards(4, 1, 2)),
 ], ids=str)
 def test_rows_are_taken_put_and_merged_where_they_live(slots, parts, apart, shards):
     """Several reads of one table, of slots that lie so far apart: their SparseRows added up."""
     arrays = draw()[1:]
     values = np.random.default_rng(1).normal(size=(slots, WIDTH)).astype(np.float32)
 
-    def run(values, read, weights, direction):
-        each = [sparse(values, (read * apart + shift) % slots, weights, direction)[1]
+    def run(values, first, weights, direction):
+        each = [sparse(values, (first * apart + shift) % slots, weights, direction)[1]
                 for shift in range(parts)]
         merged = sharded.merge(jax.tree.map(lambda *leaves: jnp.stack(leaves), *each), slots)
         taken = sharded.take_rows(values, merged.ids)
@@ -137,8 +140,8 @@ def test_rows_are_taken_put_and_merged_where_they_live(slots, parts, apart, shar
     with jax.set_mesh(make_mesh(shards)):
         each, merged, added, marks = jax.jit(run)(values, *arrays)
     total = sum(spread(rows, slots) for rows in each)
-    np.testing.assert_allclose(spread(merged, slots), total, atol=1e-5)
-    np.testing.assert_allclose(added, values + total, atol=1e-5)
+    np.testing.assert_allclose(spread(merged, slots), total, atol=1e-6)
+    np.testing.assert_allclose(added, values + total, atol=1e-6)
     ids = np.asarray(merged.ids)
     np.testing.assert_array_equal(np.flatnonzero(marks), np.sort(ids[(ids > 0) & (ids < slots)]))
 

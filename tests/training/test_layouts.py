@@ -125,7 +125,7 @@ def test_sparse_steps_over_rows_columns_and_replicas():
 
 @pytest.mark.slow
 def test_sparse_steps_of_a_shared_table_in_parts_and_rematerialised():
-    check(Shards(4, 1, 2), sparse=True, accumulation_steps=2, model=SHARED)
+    check(Shards(2, 2, 2), sparse=True, accumulation_steps=2, model=SHARED)
 
 
 @pytest.mark.parametrize('shards', [ONE, Shards(2, 2, 2)], ids=['one', 'eight'])

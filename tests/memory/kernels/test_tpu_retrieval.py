@@ -11,7 +11,7 @@ from pkm_jax.memory.product_keys import top_k_product_keys
 from tests.memory.kernels.searches import check_best, check_gradients, check_ties, make
 
 search = functools.partial(top_k_product_keys, implementation='tpu')
-# The compiler for CPUs would work out a network's wires anew for each of their readers: 24 GB for 32.
+# Fused, CPUs' compiler works out a network anew for each reader of its wires: over 24 GB for K = 32.
 unfused = jax.jit(search, static_argnums=2, compiler_options={'xla_disable_hlo_passes': 'fusion'})
 # Two tiles of tokens, the second of which is filled up.
 MANY = 1030

@@ -22,6 +22,7 @@ from pkm_jax.memory.kernels.tpu import (
     sparsecore_forward,
     sparsecore_shares,
 )
+from pkm_jax.training.start import uncached
 from tests.memory.kernels.test_tpu_embedding_bag import LIMIT, error, make, random_slots
 from tests.planning.tiny import needs_tpu_compiler
 
@@ -201,7 +202,8 @@ def test_the_compiler_takes_all_of_it(owners, width, monkeypatch):
     arguments = [jax.ShapeDtypeStruct(*one) for one in (
         ((slots, width), jnp.bfloat16), ((128, 32), jnp.int32), ((128, 32), jnp.float32),
         ((128, width), jnp.bfloat16), ((), jnp.int32))]
-    with jax.set_mesh(Mesh(np.array([tpu_sparsecore.device('v6e')]), ('chip',))):
+    mesh = Mesh(np.array([tpu_sparsecore.device('v6e')]), ('chip',))
+    with uncached(), jax.set_mesh(mesh):
         program = jax.jit(lambda *arrays: embedding_bag.compact_backward(
             *arrays, owners=owners, tokens=128, interpret=False)).lower(*arguments).compile()
     assert 'read_backward_on_sparsecores' in program.as_text()
