@@ -57,7 +57,7 @@ def command(folder: Path, corpus, cache):
             '--config=configs/ablation.py:init=scratch,placement=add,scale=small',
             f'--config.workdir={folder}', f'--config.data.corpus={corpus}',
             f'--config.data.cache={cache}', '--config.data.vocab_size=120',
-            '--config.data.length=16', '--config.data.max_predictions=3',
+            '--config.data.length=16', '--config.data.max_predictions=5',
             '--config.data.validation_fraction=0.1', '--config.train.batch=16',
             '--config.train.steps=300', '--config.log.eval_every=1000',
             '--config.model.dropout=0.1', '--config.log.checkpoint_every=20']
