@@ -35,7 +35,7 @@ def kernels(function, *arguments, platforms=('cuda',)):
 
 
 @pytest.fixture
-def said(monkeypatch, caplog):
+def said(caplog):
     warn_once.cache_clear()
     return caplog
 

@@ -64,7 +64,7 @@ def test_axes_that_a_layer_uses(names, sizes, axes, found):
         assert axes_of(axes) == found
 
 
-def test_a_foreign_mesh_is_named_in_one_logged_line(monkeypatch, caplog):
+def test_a_foreign_mesh_is_named_in_one_logged_line(caplog):
     warn_once.cache_clear()
     for names in (('a', 'b'), ('a', 'b'), ('c', 'd')):
         with jax.set_mesh(jax.make_mesh((4, 2), names, axis_types=(AxisType.Auto,) * 2)):
