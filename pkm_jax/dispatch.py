@@ -57,6 +57,7 @@ class Choice:
     def __call__(self, implementation: Implementation | None, *arrays: Any, **static: Any) -> Any:
         check_implementation(implementation)
         if implementation == 'xla':
+            _record(self.operation, 'plain XLA, as asked')
             return self.reference(*arrays, **static)
         if implementation is not None:
             reason = self.kernel(implementation).unsupported(*_shapes(arrays), **static)
@@ -185,7 +186,8 @@ _kernels_off: list[bool] = []
 
 @contextlib.contextmanager
 def recorded() -> Iterator[dict[str, str]]:
-    """What each operation is lowered as while this is entered, by its name."""
+    """What each operation is lowered as while this is entered, by its name; where a program has it
+    several times, each way that there is."""
     found: dict[str, str] = {}
     _records.append(found)
     try:
@@ -199,7 +201,9 @@ _records: list[dict[str, str]] = []
 
 def _record(operation, implementation):
     for found in _records:
-        found[operation] = implementation
+        ways = found[operation].split('; ') if operation in found else []
+        if implementation not in ways:
+            found[operation] = '; '.join([*ways, implementation])
 
 
 def _supported(choice, platform, arrays, static, batched):

@@ -121,9 +121,10 @@ def shards_in_use(axes: Axes = OWN) -> Shards:
 def axes_of(axes: Axes | None) -> tuple[Axes, bool]:
     """The axes that a layer splits its arrays over, and whether XLA is to split them instead.
 
-    `axes` that are given are used. With None it depends on the mesh in use (`jax.set_mesh`):
+    `axes` that are given are used: NONE leaves it all to XLA. With None it depends on the mesh in
+    use (`jax.set_mesh`):
 
-    * without a mesh, nothing is split;
+    * without a mesh, or in one of one device, nothing is split, whatever the axes;
     * in a mesh with the axes 'data', 'rows' and 'columns' (`make_mesh`), these split;
     * in any other mesh, every device has the whole table, and XLA's partitioner splits the tokens.
       It cannot split kernels, so that they are not used. That is logged once for each mesh.
@@ -132,7 +133,7 @@ def axes_of(axes: Axes | None) -> tuple[Axes, bool]:
       Refusal: the mesh lacks one of the axes.
     """
     mesh = mesh_in_use()
-    if mesh is None or mesh.size == 1 and axes is None:
+    if mesh is None or mesh.size == 1 and axes in (None, NONE):
         return NONE, False
     if axes is not None:
         shards_in_use(axes)

@@ -18,6 +18,7 @@ from pkm_jax.dispatch import Choice, Kernel, check_implementation
 from pkm_jax.memory.embedding_bag import embedding_bag
 from pkm_jax.memory.layer import MemoryConfig, ProductKeyMemory
 from pkm_jax.memory.product_keys import top_k_product_keys
+from pkm_jax.mesh import Shards, make_mesh
 from pkm_jax.refusal import Refusal
 
 # jax 0.12 says so where it lowers a kernel for the Triton backend.
@@ -179,6 +180,24 @@ traced.lower(lowering_platforms=('cuda',))
     assert done.stderr.count('The kernel of the embedding bag does not support Mosaic GPU by jax') == 1
 
 
+@pytest.mark.parametrize('platform', ['cuda', 'tpu'])
+@pytest.mark.parametrize('sparse', [False, True])
+def test_a_layer_in_a_mesh_of_one_device_has_its_kernels(sparse, platform):
+    """Those of the search and of the read, and no other way to make either."""
+    memory = ProductKeyMemory(MemoryConfig(sub_keys=128, heads=2, top_k=8, query_width=256), 128,
+                              rngs=nnx.Rngs(0))
+    x = jnp.ones((8, 16, 128))
+
+    def loss_of(x):
+        delta = memory.no_delta(128) if sparse else None
+        return jnp.sum(memory.read(x, delta=delta)[0])
+
+    with jax.set_mesh(make_mesh(Shards(), jax.devices()[:1])), dispatch.recorded() as how:
+        jax.jit(jax.grad(loss_of)).trace(x).lower(lowering_platforms=(platform,))
+    kernel = {'cuda': 'a GPU kernel', 'tpu': 'a TPU kernel'}[platform]
+    assert how == {'retrieval': kernel, 'embedding bag': kernel}
+
+
 def test_what_was_chosen_is_recorded():
     """For the platform of the lowering, with the reason where it is no kernel."""
     values, slots = jnp.ones((8, 128)), jnp.zeros((4, 2), jnp.int32)
@@ -195,3 +214,18 @@ def test_what_was_chosen_is_recorded():
     assert 'no kernel for values of float16' in chosen(
         values.astype(jnp.float16), 'tpu')['embedding bag']
     assert 'no kernel for a value width of 96' in chosen(values[:, :96], 'cuda')['embedding bag']
+
+
+def test_all_ways_in_which_an_operation_is_made_are_recorded():
+    values, slots, weights = jnp.ones((8, 128)), jnp.zeros((4, 2), jnp.int32), jnp.ones((4, 2))
+
+    def reads(values):
+        plain = embedding_bag(values, slots, weights, implementation='xla')
+        return plain + 2 * embedding_bag(values, slots, weights), embedding_bag(
+            values[:, :96], slots, weights)
+
+    with use_abstract_mesh(H100), dispatch.recorded() as found:
+        jax.jit(reads).trace(values).lower(lowering_platforms=('cuda',))
+    asked, kernel, lacking = found['embedding bag'].split('; ')
+    assert (asked, kernel) == ('plain XLA, as asked', 'a GPU kernel')
+    assert 'a value width of 96' in lacking

@@ -55,6 +55,8 @@ def test_shards_in_use_are_those_of_the_named_axes():
     (('dp', 'tp'), (4, 2), Axes(('dp',), (), ('tp',)), (Axes(('dp',), (), ('tp',)), False)),
     ((*OWN.names, 'more'), (2, 2, 1, 2), None, (OWN, False)),
     (OWN.names, (2, 2, 2), NONE, (NONE, True)),
+    (OWN.names, (1, 1, 1), None, (NONE, False)),
+    (OWN.names, (1, 1, 1), NONE, (NONE, False)),    # as a layer passes on what it found above
 ])
 def test_axes_that_a_layer_uses(names, sizes, axes, found):
     assert axes_of(axes) == (NONE, False)       # without a mesh
