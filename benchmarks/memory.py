@@ -26,6 +26,7 @@ import numpy as np
 from benchmarks import memory_peers
 from pkm_jax.memory import layer
 from pkm_jax.memory.embedding_bag import compact_gradients, embedding_bag
+from pkm_jax.memory.kernels.gpu.backend import uses_mosaic
 from pkm_jax.memory.product_keys import top_k_product_keys
 
 TOKENS, HEADS, TOP_K, HALF = 16384, 4, 32, 128
@@ -101,8 +102,11 @@ def read_dense(bag):
 
 @jax.jit
 def read_compact(values, slots, weights, gradient):
-    return (kernel_bag(values, slots, weights),
-            kernel_compact(values, slots, weights, gradient))
+    """The kernels alone: a step widens the rows where it uses them, not in a pass of its own."""
+    from pkm_jax.memory.kernels.gpu.embedding_bag_backward import rows_that_were_read
+    mosaic = uses_mosaic(values, slots, interpret=False)
+    return kernel_bag(values, slots, weights), rows_that_were_read(
+        values, slots, weights, gradient, mosaic=mosaic, interpret=False)
 
 
 def whole_layer(memory):

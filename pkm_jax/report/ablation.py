@@ -82,7 +82,8 @@ def _definitions() -> str:
         'memory.dead_after steps. Drift of a slot: 1 − the correlation of its scores now with '
         f'those when its value was last updated; outdated: above {OUTDATED:g}. Loss off by '
         'refreshing: what the validation loss falls by when values move to what their readers ask '
-        'for. docs/method.md, section 4, has all of it.')
+        'for; up without memories: what it rises by when what they read is zeros. docs/method.md, '
+        'section 4, has all of it.')
 
 
 def _figures(done: Sequence[Cell], target: Path) -> list[str]:

@@ -81,6 +81,7 @@ def model_table(cells: Sequence[Cell], by: Callable[[Cell], str]) -> Table:
         Column('tokens/s', _speed, thousands),
         Column('device hours', lambda cell: cell.device_hours, '{:.2f}'.format),
         Column('loss off by refreshing (mnats)', _refreshed, '{:.2f}'.format),
+        Column('loss up without memories (mnats)', _unread, '{:.2f}'.format),
         *(Column(f'{task} ({_metric(cells, task)})', _score(task), '{:.4f}'.format)
           for task in tasks)]
     return _table(('cell',), columns, [((by(cell),), (cell,)) for cell in cells])
@@ -98,8 +99,9 @@ def memory_table(cells: Sequence[Cell], by: Callable[[Cell], str]) -> Table:
         Column('dead', _memory('dead'), _percent),
         Column('outdated', _memory('outdated'), _percent),
         Column('mean drift', _memory('drift'), '{:.3f}'.format),
-        Column('loss off by refreshing (mnats)', _fall('fall'), '{:.2f}'.format),
-        Column('of it outdated (mnats)', _fall('outdated'), '{:.2f}'.format)]
+        Column('loss up without it (mnats)', _refresh('rise'), '{:.2f}'.format),
+        Column('loss off by refreshing (mnats)', _refresh('fall'), '{:.2f}'.format),
+        Column('of it outdated (mnats)', _refresh('outdated'), '{:.2f}'.format)]
     rows = [((by(cell), layer), (cell, layer)) for cell in cells for layer in cell.run.layers]
     return _table(('cell', 'memory'), columns, rows)
 
@@ -124,7 +126,7 @@ def _memory(key):
     return lambda cell, layer: cell.run.memory_evals[-1]['memory'][layer].get(key)
 
 
-def _fall(key):
+def _refresh(key):
     def of(cell, layer):
         found = cell.described.get('refreshed', {}).get('memories', {}).get(layer, {}).get(key)
         return None if found is None else 1e3 * found
@@ -134,6 +136,11 @@ def _fall(key):
 def _refreshed(cell):
     found = cell.described.get('refreshed')
     return 1e3 * (found['before'] - found['after']) if found else None
+
+
+def _unread(cell):
+    found = cell.described.get('refreshed', {}).get('rise')     # cells of before have none
+    return None if found is None else 1e3 * found
 
 
 def _speed(cell):

@@ -1,4 +1,5 @@
-"""What the loss of a trained run falls by when its values are refreshed (docs/method.md, 4)."""
+"""What the values of a trained run are worth: by how much its loss falls when they are refreshed, and
+rises when they are not read (docs/method.md, 4)."""
 
 import functools
 from collections.abc import Callable, Iterable
@@ -48,7 +49,9 @@ def refresh(run: Run, layout: Layout, batches: int) -> dict[str, Any]:
 
     Returns the losses over the validation text 'before' and 'after', the 'step' α, and for each
     of 'memories' the share of the fall that its slots took off ('fall', see `fall_by_slot`), and of
-    it, where drift was measured, what 'outdated' ones did. Writes FOLDER/slot_fall_MEMORY.npy [S].
+    it, where drift was measured, what 'outdated' ones did. 'rise' is what the loss before rises by
+    where reads are zeros: those of one memory's table, and of all. Writes
+    FOLDER/slot_fall_MEMORY.npy [S].
     """
     data = prepared(run)
     run = run.with_vocabulary(data.vocab_size)
@@ -90,15 +93,23 @@ def refresh(run: Run, layout: Layout, batches: int) -> dict[str, Any]:
             for batch in chosen_by))
         before, midway, after = (summed(moved(part * step), _validation_batches(run, data))
                                  for part in (0, .5, 1))
+        zeros = jax.tree.map(jnp.zeros_like, tables)
+
+        def rise(unread):
+            found = [loss({**tables, **unread}, params, batch_stats, to_devices(batch, mesh))
+                     for batch in _validation_batches(run, data)]
+            return float(sum(one for one, _ in found) / before.terms - before.loss / before.terms)
+
         by_slot = on_every_host(fall_by_slot)
         memories = {}
         for name in tables:
             fall = np.asarray(by_slot(
                 *(one.gradient[name] / one.terms for one in (before, midway, after)),
                 step * change[name]))
-            memories[str(name)] = _described(run, name, fall)
+            memories[str(name)] = {'rise': rise({name: zeros[name]}),
+                                   **_described(run, name, fall)}
     return {'before': float(before.loss / before.terms), 'after': float(after.loss / after.terms),
-            'step': step, 'batches': batches, 'memories': memories}
+            'rise': rise(zeros), 'step': step, 'batches': batches, 'memories': memories}
 
 
 def _described(run: Run, name: Any, fall: Float[np.ndarray, 'S']) -> dict[str, float]:

@@ -49,8 +49,9 @@ def test_drift_needs_to_know_when_slots_were_read(config):
 
 
 @pytest.mark.slow
-def test_refreshing_values_takes_off_loss(config):
-    """What the slots took off adds up to the fall, here of a loss that is near quadratic."""
+def test_refreshing_values_takes_off_loss_and_zeros_add_to_it(config, tmp_path):
+    """What the slots took off adds up to the fall, here of a loss that is near quadratic; with zeros
+    for values the loss is that of a model without the memory."""
     config.memory.update(drift_tokens=40)
     config.train.learning_rate = .003
     run, = runs_of(config)
@@ -66,6 +67,14 @@ def test_refreshing_values_takes_off_loss(config):
     assert found['memories']['1']['fall'] == pytest.approx(slots.sum()) == pytest.approx(fall, rel=.1)
     outdated = np.load(folder / 'slot_drift_1.npy') > .5
     assert found['memories']['1']['outdated'] == pytest.approx(slots[outdated].sum(), abs=1e-7)
+    assert found['memories']['1']['rise'] == found['rise'] != 0
+
+    config.init_from, config.workdir = str(folder), str(tmp_path / 'plain')     # of the same weights
+    config.memory.update(placement='none', layers=(), drift_tokens=0, dead_after=0)
+    config.log.eval_at_start = True
+    lines = map(json.loads, (train(config) / 'metrics.jsonl').read_text().splitlines())
+    unread = next(line['loss'] for line in lines if line['kind'] == 'eval')
+    assert found['rise'] == pytest.approx(unread - found['before'], rel=1e-3)
 
 
 def test_the_step_is_where_the_loss_is_least():
