@@ -57,7 +57,7 @@ class Choice:
     def __call__(self, implementation: Implementation | None, *arrays: Any, **static: Any) -> Any:
         check_implementation(implementation)
         if implementation == 'xla':
-            _record(self.operation, 'plain XLA, as asked')
+            _record(self.operation, 'plain XLA')
             return self.reference(*arrays, **static)
         if implementation is not None:
             reason = self.kernel(implementation).unsupported(*_shapes(arrays), **static)
@@ -185,10 +185,10 @@ _kernels_off: list[bool] = []
 
 
 @contextlib.contextmanager
-def recorded() -> Iterator[dict[str, str]]:
-    """What each operation is lowered as while this is entered, by its name; where a program has it
-    several times, each way that there is."""
-    found: dict[str, str] = {}
+def recorded() -> Iterator[dict[str, list[str]]]:
+    """The ways in which each operation is made in what is traced and lowered while this is entered,
+    by its name: 'plain XLA', 'a GPU kernel' and so on, each once."""
+    found: dict[str, list[str]] = {}
     _records.append(found)
     try:
         yield found
@@ -196,14 +196,14 @@ def recorded() -> Iterator[dict[str, str]]:
         _records.remove(found)
 
 
-_records: list[dict[str, str]] = []
+_records: list[dict[str, list[str]]] = []
 
 
 def _record(operation, implementation):
     for found in _records:
-        ways = found[operation].split('; ') if operation in found else []
+        ways = found.setdefault(operation, [])
         if implementation not in ways:
-            found[operation] = '; '.join([*ways, implementation])
+            ways.append(implementation)
 
 
 def _supported(choice, platform, arrays, static, batched):

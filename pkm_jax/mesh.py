@@ -121,10 +121,10 @@ def shards_in_use(axes: Axes = OWN) -> Shards:
 def axes_of(axes: Axes | None) -> tuple[Axes, bool]:
     """The axes that a layer splits its arrays over, and whether XLA is to split them instead.
 
-    `axes` that are given are used: NONE leaves it all to XLA. With None it depends on the mesh in
-    use (`jax.set_mesh`):
+    `axes` that are given are used; NONE leaves several devices to XLA. With None it depends on the
+    mesh in use (`jax.set_mesh`):
 
-    * without a mesh, or in one of one device, nothing is split, whatever the axes;
+    * without a mesh, or in one of a single device, nothing is split;
     * in a mesh with the axes 'data', 'rows' and 'columns' (`make_mesh`), these split;
     * in any other mesh, every device has the whole table, and XLA's partitioner splits the tokens.
       It cannot split kernels, so that they are not used. That is logged once for each mesh.

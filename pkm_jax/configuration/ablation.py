@@ -26,7 +26,8 @@ class Ablation:
         choices=('own', 'steps', 'compute'))
     refresh_batches: int = setting(
         0, 'training batches by which the values of a finished cell are refreshed, to measure what '
-        'outdated slots cost, and as many to choose the step; 0: that is not measured', least=0)
+        'outdated slots cost, and as many to choose the step; then what its loss rises by without '
+        'reads; 0: none is measured', least=0)
 
     def __post_init__(self) -> None:
         check_settings(self, 'ablation')

@@ -31,7 +31,7 @@ class Programs:
         self._seed = np.uint32(run.seed)
         self._compiled: dict[Any, Future[Compiled | None]] = {}
         self._closed = False
-        self.operations: dict[str, str] = {}    # what each is lowered as in the step, by its name
+        self.operations: dict[str, list[str]] = {}  # the ways in which each is made in the step
         batches = {length: abstract_batch(run, mesh, length) for length in run.task.buckets}
         self.lengths = {shapes_of(batch): length        # tokens of a row
                         for length, batch in batches.items()}
@@ -88,7 +88,9 @@ class Programs:
         with dispatch.recorded() as operations:
             lowered = program.take_step.lower(program.abstract, batch, self._seed,
                                               all_norms=all_norms)
-        self.operations |= operations
+        for name, ways in operations.items():
+            known = self.operations.setdefault(name, [])
+            known += [way for way in ways if way not in known]
         return lowered
 
 

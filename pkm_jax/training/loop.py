@@ -115,7 +115,8 @@ def _train(run: Run, layout: Layout, changed: str, data: Data | None,
         requests = closing.enter_context(StopRequests(mesh))
         with start.phase('compiling the programs'), log.pause():
             programs.wait()
-        log.say('\n'.join(f'{name}: {how}' for name, how in programs.operations.items()))
+        log.say('\n'.join(f'{name}: {"; ".join(ways)}'
+                           for name, ways in programs.operations.items()))
         best = closing.enter_context(contextlib.closing(
             Checkpoints(run.folder / 'best', 1, still_ours))) if run.train.best else None
         watch = closing.enter_context(Watch(run.folder, jax.process_index(), run.log.hang_exit))

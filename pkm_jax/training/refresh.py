@@ -1,5 +1,5 @@
-"""What the values of a trained run are worth: by how much its loss falls when they are refreshed, and
-rises when they are not read (docs/method.md, 4)."""
+"""What the loss of a trained run falls by when its values are refreshed, and rises by when they are
+not read (docs/method.md, 4)."""
 
 import functools
 from collections.abc import Callable, Iterable
@@ -88,28 +88,25 @@ def refresh(run: Run, layout: Layout, batches: int) -> dict[str, Any]:
             return {name: (tables[name] + step * change[name]).astype(tables[name].dtype)
                     for name in tables}
 
-        step = _best_step(lambda step: sum(
-            float(loss(moved(step), params, batch_stats, to_devices(batch, mesh))[0])
-            for batch in chosen_by))
+        def total_loss(tables, chosen):
+            return sum(float(loss(tables, params, batch_stats, to_devices(batch, mesh))[0])
+                       for batch in chosen)
+
+        step = _best_step(lambda step: total_loss(moved(step), chosen_by))
+        unread = _unread(tables, lambda some: total_loss(some, _validation_batches(run, data)))
         before, midway, after = (summed(moved(part * step), _validation_batches(run, data))
                                  for part in (0, .5, 1))
-        zeros = jax.tree.map(jnp.zeros_like, tables)
-
-        def rise(unread):
-            found = [loss({**tables, **unread}, params, batch_stats, to_devices(batch, mesh))
-                     for batch in _validation_batches(run, data)]
-            return float(sum(one for one, _ in found) / before.terms - before.loss / before.terms)
-
+        rise = {names: float((total - before.loss) / before.terms)
+                for names, total in unread.items()}
         by_slot = on_every_host(fall_by_slot)
         memories = {}
         for name in tables:
             fall = np.asarray(by_slot(
                 *(one.gradient[name] / one.terms for one in (before, midway, after)),
                 step * change[name]))
-            memories[str(name)] = {'rise': rise({name: zeros[name]}),
-                                   **_described(run, name, fall)}
+            memories[str(name)] = {'rise': rise[name,], **_described(run, name, fall)}
     return {'before': float(before.loss / before.terms), 'after': float(after.loss / after.terms),
-            'rise': rise(zeros), 'step': step, 'batches': batches, 'memories': memories}
+            'rise': rise[*tables,], 'step': step, 'batches': batches, 'memories': memories}
 
 
 def _described(run: Run, name: Any, fall: Float[np.ndarray, 'S']) -> dict[str, float]:
@@ -119,6 +116,18 @@ def _described(run: Run, name: Any, fall: Float[np.ndarray, 'S']) -> dict[str, f
     found = {'fall': float(fall.sum())}
     if drift.exists():
         found['outdated'] = float(fall[np.load(drift) > OUTDATED].sum())
+    return found
+
+
+def _unread(
+    tables: Tables, loss_of: Callable[[Tables], float],
+) -> dict[tuple[Any, ...], float]:
+    """The loss with zeros in the place of some tables, by their names: all, and each alone."""
+    found = {}
+    for names in [tuple(tables), *((name,) for name in tables)]:
+        zeros = {name: jnp.zeros_like(tables[name], device=tables[name].sharding)
+                 for name in names}
+        found[names] = loss_of({**tables, **zeros})
     return found
 
 

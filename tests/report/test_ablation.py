@@ -37,7 +37,8 @@ def grid(tmp_path):
                  seed=seed, tokens=256, init_from=str(folder / 'pretrain'))
         edit_evals(folder / name, lambda line: line | {'loss': round(line['loss'], 1)})
         make_cell(folder, name, 'add_100%', before='pretrain',
-                  refreshed={'before': 5., 'after': 4.99, 'memories': {'2': {'fall': .01 * seed}}},
+                  refreshed={'before': 5., 'after': 4.99, 'rise': .25, 'memories': {
+                      '2': {'fall': .01 * seed, 'rise': .1 * seed}}},
                   finetuned={'tasks': {'cola': {'metric': 'matthews_correlation', 'mean': .4 + .1 * seed}}})
     make_run(folder / 'half', planned=200, tokens=256)
     (folder / 'ill').mkdir()
@@ -59,11 +60,13 @@ def test_tables_have_every_seed_of_a_group(grid):
     assert values['steps in all'] == [200, 200] and values['PFLOP in all'] == [4, 4]
     assert values['tokens in all'] == [2 * 2048 * 100] * 2
     assert values['device hours'] == [4, 4]
+    assert values['loss up without memories (mnats)'] == [250, 250]
     assert values['cola (Matthews correlation)'] == pytest.approx([.5, .6])
     names, values = by_title(memory_table(done, lambda cell: cell.group), 0)
     assert names == ('add_100%', '2')
     assert values['top-1'] == [usage(grid, f'add_100%-seed{seed}') for seed in (1, 2)]
     assert values['loss off by refreshing (mnats)'] == pytest.approx([10, 20])
+    assert values['loss up without it (mnats)'] == pytest.approx([100, 200])
     assert 'dead' not in values     # which these runs have not
 
 

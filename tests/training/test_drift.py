@@ -67,14 +67,14 @@ def test_refreshing_values_takes_off_loss_and_zeros_add_to_it(config, tmp_path):
     assert found['memories']['1']['fall'] == pytest.approx(slots.sum()) == pytest.approx(fall, rel=.1)
     outdated = np.load(folder / 'slot_drift_1.npy') > .5
     assert found['memories']['1']['outdated'] == pytest.approx(slots[outdated].sum(), abs=1e-7)
-    assert found['memories']['1']['rise'] == found['rise'] != 0
+    assert found['memories']['1']['rise'] == found['rise'] > 0
 
     config.init_from, config.workdir = str(folder), str(tmp_path / 'plain')     # of the same weights
     config.memory.update(placement='none', layers=(), drift_tokens=0, dead_after=0)
     config.log.eval_at_start = True
     lines = map(json.loads, (train(config) / 'metrics.jsonl').read_text().splitlines())
     unread = next(line['loss'] for line in lines if line['kind'] == 'eval')
-    assert found['rise'] == pytest.approx(unread - found['before'], rel=1e-3)
+    assert found['rise'] == pytest.approx(unread - found['before'], rel=1e-3, abs=1e-5)
 
 
 def test_the_step_is_where_the_loss_is_least():
