@@ -148,7 +148,9 @@ def _factors(scale, config):
         **{name: dict(init_from='pretrain', memory=change) for name, change in changes.items()},
         **{f'values_rate_{name}': dict(init_from='pretrain', train=dict(
             values_learning_rate=rate))
-           for name, rate in (('tenth', usual / 10), ('tenfold', usual * 10))}}
+           for name, rate in (('tenth', usual / 10), ('tenfold', usual * 10))},
+        **{f'values_epsilon_{epsilon:g}': dict(init_from='pretrain', train=dict(
+            values_epsilon=epsilon)) for epsilon in (1e-8, 1e-10)}}
 
 
 def _finetuning(tasks, scale):

@@ -21,7 +21,7 @@ FREE = ('log', 'workdir', 'compilation_cache', 'distributed', 'memory.shards', '
 RENAMED = {'model': {'heads': 'output_heads'},
            'train': {'accumulate': 'gradient_accumulation_steps', 'split_backbone': 'fsdp'}}
 # Fields that came later, and what runs of before did.
-ADDED = {'train.skip_loss_spikes': 0., 'memory.drift_tokens': 0}
+ADDED = {'train.skip_loss_spikes': 0., 'train.values_epsilon': 0., 'memory.drift_tokens': 0}
 SECTIONS = ('model', 'memory', 'data', 'train', 'log')
 OPTIONAL = ('data', 'train', 'log')     # what was converted has none of these
 REMEDY = ('restore it from a copy, or remove it: the same command then goes on from the '

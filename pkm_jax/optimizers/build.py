@@ -105,6 +105,9 @@ class OptimizerConfig:
     beta1: float = setting(0.9, 'decay of the first moment', least=0., below=1.)
     beta2: float = setting(0.999, 'decay of the second moment', least=0., below=1.)
     epsilon: float = setting(1e-6, 'added to the root of the second moment', above=0.)
+    values_epsilon: float = setting(
+        0., 'the same of value tables, whose gradients are far smaller (docs/method.md, 5); '
+        '0: train.epsilon', least=0.)
     clip: float = setting(1.0, 'largest global norm of the gradient; 0: no clipping', least=0.)
     skip_loss_spikes: float = setting(
         0., 'skip steps whose loss is above this multiple of its running mean (of some 100 steps), '
@@ -203,4 +206,5 @@ def _values_optimizer(config, rate, sparse):
         raise Refusal(f'train.values_optimizer = {config.values_optimizer!r} is none of {names}, '
                       f'which {kinds[0]} updates of value tables have: choose one of these, or set '
                       f'memory.updates = {kinds[1]!r}.')
+    config = dataclasses.replace(config, epsilon=config.values_epsilon or config.epsilon)
     return (SPARSE_VALUES if sparse else DENSE_VALUES)[config.values_optimizer](config, rate)

@@ -94,11 +94,13 @@ def test_no_backbone_optimizers_are_the_same():
             assert np.max(np.abs(kernel - other)) > 1e-3
 
 
-@pytest.mark.parametrize('name', ['adam', 'sgd'])
-def test_dense_values_are_updated_as_by_optax(name):
+@pytest.mark.parametrize('name, epsilon', [('adam', 0.), ('adam', .5), ('sgd', 0.)])
+def test_dense_values_are_updated_as_by_optax(name, epsilon):
     rate, params = schedule(.02, 2, STEPS), parameters()
-    optimizer = {'adam': lambda: optax.adam(rate, *BETAS), 'sgd': lambda: optax.sgd(rate)}[name]()
-    ours = after_steps(make_optimizer(config(values_optimizer=name), STEPS, *PARTS), params)
+    optimizer = {'adam': lambda: optax.adam(rate, *BETAS[:2], epsilon or BETAS[2]),
+                 'sgd': lambda: optax.sgd(rate)}[name]()
+    settings = config(values_optimizer=name, values_epsilon=epsilon)
+    ours = after_steps(make_optimizer(settings, STEPS, *PARTS), params)
     table = params['layers'][0]['memory']['values']
     np.testing.assert_array_equal(ours['layers'][0]['memory']['values'],
                                   after_steps(optimizer, table))
@@ -119,6 +121,24 @@ def test_sparse_values_are_changed_where_they_were_read(name):
     assert loss(new) < loss(old)
     changed = np.flatnonzero(np.any(np.asarray(new != old), axis=1))
     np.testing.assert_array_equal(changed, read)
+
+
+@pytest.mark.parametrize('name', sorted({*values_optimizers(True)} - {'sgd'}))
+def test_sparse_values_have_their_own_epsilon(name):
+    """An epsilon that is far above the gradient takes nearly all of the update."""
+    params = parameters()
+    gradient = jax.grad(loss)(params)
+    memory = gradient['layers'][0]['memory']
+    read = jnp.arange(len(memory['values']), dtype=jnp.int32)
+    memory['values'] = SparseRows(read, memory['values'], jnp.asarray([len(read)]))
+
+    def moved(**epsilons):
+        optimizer = make_optimizer(config(values_optimizer=name, warmup=0, **epsilons), STEPS,
+                                   *PARTS, sparse=True)
+        updates, _ = jax.jit(optimizer.update)(gradient, optimizer.init(params), params)
+        return np.linalg.norm(updates['layers'][0]['memory']['values'].rows)
+
+    assert moved(epsilon=1e3, values_epsilon=1e-8) == moved(epsilon=1e-8) > 1e6 * moved(epsilon=1e9)
 
 
 def test_first_update_by_hand():

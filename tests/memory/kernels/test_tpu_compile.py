@@ -15,12 +15,18 @@ from tests.planning.tiny import needs_tpu_compiler
 BF16, F32 = jnp.dtype('bfloat16'), jnp.dtype('float32')
 
 
+KERNELS = [
+    pytest.param(tpu_compile.reads(BF16, 768, 8), id='reads', marks=pytest.mark.slow),
+    pytest.param(tpu_compile.searches(F32, 128, 8), id='searches'),
+    pytest.param(tpu_compile.updates(BF16, 768, 'rowwise Adam'), id='updates')]
+
+
 @needs_tpu_compiler
+@pytest.mark.parametrize('kernels', KERNELS)
 @pytest.mark.parametrize('chip', ['v5e', *(pytest.param(chip, marks=pytest.mark.slow)
                                            for chip in ('v4', 'v5p', 'v6e', 'tpu7x'))])
-def test_the_compiler_takes_every_kernel(chip):
-    for case in (tpu_compile.reads(BF16, 768, 8) + tpu_compile.searches(F32, 128, 8)
-                 + tpu_compile.updates(BF16, 768, 'rowwise Adam')):
+def test_the_compiler_takes_every_kernel(chip, kernels):
+    for case in kernels:
         assert tpu_compile.compile_seconds(case, chip) > 0
 
 
