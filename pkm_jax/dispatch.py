@@ -185,10 +185,10 @@ _kernels_off: list[bool] = []
 
 
 @contextlib.contextmanager
-def recorded() -> Iterator[dict[str, list[str]]]:
+def recorded(before: dict[str, list[str]] | None = None) -> Iterator[dict[str, list[str]]]:
     """The ways in which each operation is made in what is traced and lowered while this is entered,
-    by its name: 'plain XLA', 'a GPU kernel' and so on, each once."""
-    found: dict[str, list[str]] = {}
+    by its name: 'plain XLA', 'a GPU kernel' and so on, each once; added to those of `before`."""
+    found = {} if before is None else before
     _records.append(found)
     try:
         yield found

@@ -85,13 +85,9 @@ class Programs:
         return program
 
     def _lowered_step(self, program, batch, all_norms):
-        with dispatch.recorded() as operations:
-            lowered = program.take_step.lower(program.abstract, batch, self._seed,
-                                              all_norms=all_norms)
-        for name, ways in operations.items():
-            known = self.operations.setdefault(name, [])
-            known += [way for way in ways if way not in known]
-        return lowered
+        with dispatch.recorded(self.operations):
+            return program.take_step.lower(program.abstract, batch, self._seed,
+                                           all_norms=all_norms)
 
 
 def shapes_of(batch: dict[str, Any]) -> Shapes:

@@ -124,7 +124,7 @@ def _unread(
 ) -> dict[tuple[Any, ...], float]:
     """The loss with zeros in the place of some tables, by their names: all, and each alone."""
     found = {}
-    for names in [tuple(tables), *((name,) for name in tables)]:
+    for names in dict.fromkeys([tuple(tables), *((name,) for name in tables)]):
         zeros = {name: jnp.zeros_like(tables[name], device=tables[name].sharding)
                  for name in names}
         found[names] = loss_of({**tables, **zeros})

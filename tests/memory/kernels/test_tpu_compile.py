@@ -13,8 +13,6 @@ from tests.memory.layers import check_same
 from tests.planning.tiny import needs_tpu_compiler
 
 BF16, F32 = jnp.dtype('bfloat16'), jnp.dtype('float32')
-
-
 KERNELS = [
     pytest.param(tpu_compile.reads(BF16, 768, 8), id='reads', marks=pytest.mark.slow),
     pytest.param(tpu_compile.searches(F32, 128, 8), id='searches'),
