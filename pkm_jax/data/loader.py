@@ -14,6 +14,7 @@ import signal
 import sys
 import threading
 from collections.abc import Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor, wait
 from typing import Protocol, runtime_checkable
 
 import grain
@@ -125,19 +126,29 @@ class BatchStream:
                           'batch_size': batch_size, **examples.identity}
         self._returned = 0
         self._iterator: grain.DatasetIterator | None = None
+        self._first: Future[Batch] | None = None    # of `begin`
 
     def __iter__(self) -> Iterator[Batch]:
         return self
 
     def __next__(self) -> Batch:
+        first, self._first = self._first, None
         try:
-            batch = self._next()
+            batch = first.result() if first else self._next()
         except LoaderDied as died:      # the place is known: others go on there, once
             logging.warning('%s; its work is begun again', died)
             self.close()
             batch = self._next()
         self._returned += 1
         return batch
+
+    def begin(self) -> None:
+        """Has batches made from now on, in a thread or by the workers, not from when the first is
+        asked for. (Grain's `start_prefetch` starts no workers.)"""
+        if self._iterator is None and self._first is None:
+            thread = ThreadPoolExecutor(1)
+            self._first = thread.submit(self._next)
+            thread.shutdown(wait=False)
 
     def _next(self):
         if self._iterator is None:
@@ -178,6 +189,9 @@ class BatchStream:
 
     def close(self) -> None:
         """Ends threads and worker processes; the stream can go on after it."""
+        if self._first is not None:
+            wait([self._first])
+            self._first = None
         if self._iterator is not None:
             self._iterator.close()
             self._iterator = None

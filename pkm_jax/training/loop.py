@@ -89,6 +89,9 @@ def _train(run: Run, layout: Layout, changed: str, data: Data | None,
         closing.callback(programs.close)
         if found:
             stream.set_state(saved['data'])
+        if step < run.train.steps and not progress.stopped:
+            stream.begin()
+        if found:
             with start.phase('reading the checkpoint'):
                 state = checkpoints.restore(step, program.abstract)
             if jax.process_index() == 0:

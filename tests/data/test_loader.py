@@ -7,6 +7,7 @@ import re
 import signal
 import subprocess
 import sys
+import threading
 import time
 from pathlib import Path
 
@@ -118,6 +119,42 @@ def test_worker_processes_do_not_change_the_stream(prepared):
     with_workers.close()
 
 
+@pytest.mark.parametrize('workers', [0, 1])
+def test_what_is_begun_early_is_the_same_stream(prepared, workers):
+    """A place counts what was returned; what was begun is left where the place is set."""
+    whole, stream = take(stream_of(prepared), 7), stream_of(prepared, workers=workers)
+    stream.begin()
+    stream.begin()
+    assert stream.get_state() == stream_of(prepared).get_state()
+    assert_same(take(stream, 3), whole[:3])
+    state = stream.get_state()
+    take(stream, 1)
+    stream.set_state(state)
+    stream.begin()
+    stream.set_state(state)
+    stream.begin()
+    assert_same(take(stream, 4), whole[3:])
+    stream.begin()
+    stream.close()
+    assert not multiprocessing.active_children()
+
+
+def test_the_first_batch_is_made_before_it_is_asked_for(prepared):
+    made = threading.Event()
+
+    def examples(*record):
+        made.set()
+        return real(*record)
+
+    real = masked(prepared, 3)
+    examples.arrays, examples.identity = real.arrays, real.identity
+    stream = BatchStream(prepared, 'train', examples, **OPTIONS)
+    assert not made.wait(.2)
+    stream.begin()
+    assert made.wait(60)
+    stream.close()
+
+
 def test_workers_leave_signals_to_their_parent(prepared):
     """Ctrl-C reaches them too, and the parent wants more batches before it stops."""
     stream = stream_of(prepared, workers=2)
@@ -156,9 +193,12 @@ def test_a_worker_that_dies_is_named_and_replaced(prepared, caplog):
 
 
 @pytest.mark.slow
-def test_a_worker_that_dies_again_at_the_same_batch_ends_the_stream(prepared, monkeypatch):
+@pytest.mark.parametrize('early', [False, True])
+def test_a_worker_that_dies_again_at_the_same_batch_ends_the_stream(prepared, monkeypatch, early):
     stream = stream_of(prepared, workers=1)
     monkeypatch.setattr(loader, '_leave_signals_to_parent', end_at_once)
+    if early:
+        stream.begin()
     with pytest.raises(loader.LoaderDied, match='ended with status 3 before batch 1'):
         next(stream)
 
