@@ -72,7 +72,7 @@ SCALES = {
                     dead_after=500, drift_tokens=256),
         data=dict(vocab_size=16_384, length=128, validation_fraction=0.02),
         train=dict(steps=3_200, batch=512, warmup=500, learning_rate=4e-4,
-                   values_learning_rate=1e-3),
+                   values_learning_rate=1e-2),
         log=dict(every=50, norms_every=0, eval_every=400, eval_batches=20, checkpoint_every=1600,
                  keep=1),
         pretrain_steps=9_200, wide=3072, layers=((2,), (5,), (6, 7), (1, 3, 5)),
@@ -150,7 +150,7 @@ def _factors(scale, config):
             values_learning_rate=rate))
            for name, rate in (('tenth', usual / 10), ('tenfold', usual * 10))},
         **{f'values_epsilon_{epsilon:g}': dict(init_from='pretrain', train=dict(
-            values_epsilon=epsilon)) for epsilon in (1e-8, 1e-10)}}
+            values_epsilon=epsilon)) for epsilon in (1e-6, 1e-8)}}
 
 
 def _finetuning(tasks, scale):

@@ -106,7 +106,7 @@ class OptimizerConfig:
     beta2: float = setting(0.999, 'decay of the second moment', least=0., below=1.)
     epsilon: float = setting(1e-6, 'added to the root of the second moment', above=0.)
     values_epsilon: float = setting(
-        0., 'the same of value tables, whose gradients are far smaller (docs/method.md, 5); '
+        1e-10, 'the same of value tables, whose gradients are far smaller (docs/method.md, 5); '
         '0: train.epsilon', least=0.)
     clip: float = setting(1.0, 'largest global norm of the gradient; 0: no clipping', least=0.)
     skip_loss_spikes: float = setting(

@@ -84,7 +84,7 @@ def test_it_is_a_groups_in_training(table):
     params = {'memory': {'values': table}, 'bias': jnp.ones(3)}
     optimizer = make_optimizer(
         OptimizerConfig(warmup=0, values_optimizer='adam_bf16', values_learning_rate=.01, clip=1e9,
-                        skip_loss_spikes=2., epsilon=1e-8), 10**9, {'memory/values'},
+                        skip_loss_spikes=2., values_epsilon=1e-8), 10**9, {'memory/values'},
         lambda path: False)
 
     @functools.partial(jax.jit, donate_argnums=0)
