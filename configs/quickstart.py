@@ -24,9 +24,9 @@ def get_config():
     config.memory.update(layers=(1,), sub_keys=64, top_k=8, query_width=64, dead_after=100)
     config.data.update(corpus='state-of-the-union', vocab_size=1024, length=16, mask_rate=0.3,
                        max_predictions=5, validation_fraction=0.04, workers=0)
-    config.train.update(steps=600, batch=64, warmup=50, optimizer='muon', learning_rate=4e-3,
+    config.train.update(steps=720, batch=64, warmup=50, optimizer='muon', learning_rate=4e-3,
                         values_learning_rate=1e-2)
-    config.log.update(every=25, norms_every=0, eval_every=150, eval_batches=32,
+    config.log.update(every=25, norms_every=0, eval_every=180, eval_batches=32,
                       checkpoint_every=1000, keep=1)
     config.runs.update(
         pretrain=dict(memory=dict(placement='none', layers=()), train=dict(steps=1000)),

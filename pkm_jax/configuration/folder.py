@@ -82,8 +82,8 @@ def check_same_run(run: Run) -> str:
     if changed:
         differences = '; '.join(f'{name}: {there!r} there, {now!r} here'
                                 for name, (there, now) in changed.items())
-        raise Refusal(f'{run.folder} holds the run of another configuration: {differences}. Choose '
-                      f'another --config.workdir, or remove that folder.')
+        raise Refusal(f'{run.folder} holds the run of another configuration: {differences}. Set '
+                      f'what it has, choose another --config.workdir, or remove that folder.')
     said = []
     if longer:
         said.append(f'train.steps is raised from {longer[0]:,} to {longer[1]:,}: the learning rate '

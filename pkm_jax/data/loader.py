@@ -13,9 +13,9 @@ import re
 import signal
 import sys
 import threading
-from collections.abc import Iterator, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor, wait
-from typing import Protocol, runtime_checkable
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import Future, wait
+from typing import Any, Protocol, runtime_checkable
 
 import grain
 import numpy as np
@@ -27,6 +27,7 @@ from pkm_jax.data.labelled import ByLength, Places
 from pkm_jax.refusal import Refusal
 
 Batch = dict[str, np.ndarray]
+PATIENCE = 30.     # seconds that closing waits for a first batch that is being made
 FILLER = -1   # instead of a record's number, in the last batch of an evaluation
 
 
@@ -132,9 +133,8 @@ class BatchStream:
         return self
 
     def __next__(self) -> Batch:
-        first, self._first = self._first, None
         try:
-            batch = first.result() if first else self._next()
+            batch = self._taken()
         except LoaderDied as died:      # the place is known: others go on there, once
             logging.warning('%s; its work is begun again', died)
             self.close()
@@ -143,12 +143,18 @@ class BatchStream:
         return batch
 
     def begin(self) -> None:
-        """Has batches made from now on, in a thread or by the workers, not from when the first is
-        asked for. (Grain's `start_prefetch` starts no workers.)"""
-        if self._iterator is None and self._first is None:
-            thread = ThreadPoolExecutor(1)
-            self._first = thread.submit(self._next)
-            thread.shutdown(wait=False)
+        """Has the workers start now, not when the first batch is asked for. (Grain's
+        `start_prefetch` starts none.)"""
+        if self._workers and self._iterator is None and self._first is None:
+            self._first = Future()
+            threading.Thread(target=_fulfil, args=(self._first, self._next), daemon=True).start()
+
+    def _taken(self):
+        if self._first is None:
+            return self._next()
+        batch = self._first.result()
+        self._first = None      # not if that was interrupted: `close` waits for the thread
+        return batch
 
     def _next(self):
         if self._iterator is None:
@@ -189,12 +195,14 @@ class BatchStream:
 
     def close(self) -> None:
         """Ends threads and worker processes; the stream can go on after it."""
-        if self._first is not None:
-            wait([self._first])
+        try:
+            if self._first is not None:
+                wait([self._first], PATIENCE)
+        finally:
             self._first = None
-        if self._iterator is not None:
-            self._iterator.close()
-            self._iterator = None
+            if self._iterator is not None:
+                self._iterator.close()
+                self._iterator = None
 
 
 def evaluation_batches(
@@ -220,6 +228,13 @@ def evaluation_batches(
         places = range(first + process_index * rows, first + (process_index + 1) * rows)
         numbers = np.array([order[place] if place < size else FILLER for place in places])
         yield collate(Places(np.zeros_like(numbers), numbers, length=0))
+
+
+def _fulfil(promise: Future, make: Callable[[], Any]) -> None:
+    try:
+        promise.set_result(make())
+    except BaseException as error:      # raised where the result is asked for
+        promise.set_exception(error)
 
 
 def _part(places: Places, own: slice) -> Places:

@@ -1,3 +1,4 @@
+import dataclasses
 import itertools
 import json
 import multiprocessing
@@ -7,7 +8,6 @@ import re
 import signal
 import subprocess
 import sys
-import threading
 import time
 from pathlib import Path
 
@@ -139,20 +139,45 @@ def test_what_is_begun_early_is_the_same_stream(prepared, workers):
     assert not multiprocessing.active_children()
 
 
-def test_the_first_batch_is_made_before_it_is_asked_for(prepared):
-    made = threading.Event()
+@dataclasses.dataclass(frozen=True)
+class Marking:
+    """Examples that make a file."""
+    real: MaskedExamples
+    path: Path
 
-    def examples(*record):
-        made.set()
-        return real(*record)
+    def __call__(self, *record):
+        self.path.touch()
+        return self.real(*record)
 
-    real = masked(prepared, 3)
-    examples.arrays, examples.identity = real.arrays, real.identity
-    stream = BatchStream(prepared, 'train', examples, **OPTIONS)
-    assert not made.wait(.2)
+    def __getattr__(self, name):
+        return getattr(super().__getattribute__('real'), name)
+
+
+def test_workers_start_before_the_first_batch_is_asked_for(prepared, tmp_path):
+    mark = tmp_path / 'made'
+    stream = BatchStream(prepared, 'train', Marking(masked(prepared, 3), mark), workers=1,
+                         **OPTIONS)
     stream.begin()
-    assert made.wait(60)
+    end = time.monotonic() + 60
+    while not mark.exists():
+        assert time.monotonic() < end
+        time.sleep(.1)
     stream.close()
+    assert not multiprocessing.active_children()
+
+
+def test_what_is_begun_is_ended_where_waiting_for_it_is_interrupted(prepared, monkeypatch):
+    stream = stream_of(prepared, workers=1)
+    stream.begin()
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(type(stream._first), 'result', interrupted)
+        next(stream)
+    stream.close()
+    assert not multiprocessing.active_children()
+
+
+def interrupted(future, timeout=None):
+    raise KeyboardInterrupt
 
 
 def test_workers_leave_signals_to_their_parent(prepared):
