@@ -57,6 +57,15 @@ def test_runs_of_before_go_on(run):
             in folder.check_same_run(run))
 
 
+def test_a_run_from_before_values_had_an_epsilon_goes_on_with_the_one_it_had(run):
+    before = described(run)
+    del before['train']['values_epsilon']
+    (run.folder / 'config.json').write_text(json.dumps(before))
+    with pytest.raises(Refusal, match=r'train.values_epsilon: 0.0 there, 1e-10 here. Set what it'):
+        folder.check_same_run(run)
+    assert folder.check_same_run(changed(run, values_epsilon=0.)) == ''
+
+
 @pytest.mark.parametrize('content', ['{"model": {', '[1, 2]', '\x00\x01', '{"model": {}, "memory": 3}'])
 def test_a_damaged_description_is_named(run, content):
     (run.folder / 'config.json').write_text(content)
