@@ -9,8 +9,8 @@ product-key memory in the place of a feed-forward layer (`replace`) or beside it
 compares them, runs/quickstart/report/report.html, and `pretrained_add` fills three masks.
 
 Some eight minutes on two idle cores, installation included. Loss and top-1 usage, one run each:
-`pretrain` 4.76; `scratch_replace` 5.31, 66 %; `scratch_add` 5.37, 69 %; `pretrained_replace` 3.41,
-88 %; `pretrained_add` 3.41, 92 % (docs/results.md).
+`pretrain` 4.76; `scratch_replace` 5.42, 61 %; `scratch_add` 5.43, 59 %; `pretrained_replace` 3.46,
+87 %; `pretrained_add` 3.46, 90 % (docs/results.md).
 """
 
 from pkm_jax.configs import bert_base_pkm
