@@ -18,6 +18,7 @@ from flax import nnx
 from hypothesis import HealthCheck, settings
 
 from configs import bert_base_pkm
+from pkm_jax.console import warn_once
 from pkm_jax.convert import huggingface
 from pkm_jax.data import vocabulary
 from pkm_jax.models.bert import BertConfig
@@ -100,8 +101,9 @@ def tiny_bert(tmp_path_factory):
 
 @pytest.fixture(autouse=True)
 def heard():
-    """What a program asked of absl's log, in a test or a fixture, does not silence the next test."""
+    """What a program asked of absl's log, or has warned of, does not silence the next test."""
     logging.set_verbosity(VERBOSITY)
+    warn_once.cache_clear()
 
 
 @pytest.fixture(scope='session')

@@ -13,7 +13,6 @@ from flax import nnx
 from jax.sharding import AbstractDevice, AbstractMesh, AxisType, use_abstract_mesh
 
 from pkm_jax import dispatch
-from pkm_jax.console import warn_once
 from pkm_jax.dispatch import Choice, Kernel, check_implementation
 from pkm_jax.memory.embedding_bag import embedding_bag
 from pkm_jax.memory.layer import MemoryConfig, ProductKeyMemory
@@ -33,12 +32,6 @@ def kernels(function, *arguments, platforms=('cuda',)):
         text = jax.jit(function).trace(*arguments).lower(lowering_platforms=platforms).as_text()
     assert len(re.findall('custom_call @.*triton', text)) == len(re.findall(' name = "', text))
     return set(re.findall(' (?:kernel_)?name = "([a-z_]+)"', text))
-
-
-@pytest.fixture
-def said(caplog):
-    warn_once.cache_clear()
-    return caplog
 
 
 def double(x, *, factor=2):
@@ -93,42 +86,42 @@ def test_other_implementations_are_refused_by_name():
         check_implementation('cuda')
 
 
-def test_what_a_kernel_cannot_take_is_logged_once_or_refused(said):
+def test_what_a_kernel_cannot_take_is_logged_once_or_refused(caplog):
     run = functools.partial(choice('a size of 3'), None, factor=.5)
-    assert constants(run, ('cpu',)) == .5 and not said.records
+    assert constants(run, ('cpu',)) == .5 and not caplog.records
     for _ in range(2):
         assert constants(lambda x: run(x), ('cuda',)) == .5
-    text, = said.messages
+    text, = caplog.messages
     assert 'doubling' in text and 'a size of 3' in text
     with pytest.raises(Refusal, match='doubling does not support a size of 3'):
         choice('a size of 3')('gpu', jnp.float32(3))
 
 
-def test_a_jax_without_the_backend_runs_the_reference(said):
+def test_a_jax_without_the_backend_runs_the_reference(caplog):
     def load():
         raise ImportError('No module named triton')
 
     run = functools.partial(choice(load=load), None, factor=.5)
-    assert constants(run, ('cpu',)) == .5 and not said.records
+    assert constants(run, ('cpu',)) == .5 and not caplog.records
     assert constants(run, ('cuda',)) == .5
-    text, = said.messages
+    text, = caplog.messages
     assert jax.__version__ in text and 'triton' in text
 
 
-def test_under_vmap_the_choice_is_the_reference(said):
+def test_under_vmap_the_choice_is_the_reference(caplog):
     x = jnp.arange(6.).reshape(2, 3)
     run = functools.partial(choice(), None)
     np.testing.assert_array_equal(jax.vmap(run)(x)['result'], x * 2)
     np.testing.assert_array_equal(jax.vmap(jax.vmap(run), 1, 1)(x)['result'], x * 2)
-    assert not said.records
+    assert not caplog.records
     jax.jit(jax.vmap(run)).trace(x).lower(lowering_platforms=('cuda',))
-    assert 'jax.vmap' in said.messages[0]
+    assert 'jax.vmap' in caplog.messages[0]
     with pytest.raises(Refusal, match='doubling does not support jax.vmap'):
         jax.vmap(functools.partial(choice(), 'gpu'))(x)
 
 
 @pytest.mark.parametrize('sparse', [False, True])
-def test_a_layer_lowered_for_an_accelerator_from_a_cpu_has_its_kernels(sparse, said):
+def test_a_layer_lowered_for_an_accelerator_from_a_cpu_has_its_kernels(sparse, caplog):
     memory = ProductKeyMemory(MemoryConfig(sub_keys=64, heads=2, top_k=8, query_width=64), 128,
                               rngs=nnx.Rngs(0))
     graph, params, rest = nnx.split(memory, nnx.Param, ...)
@@ -145,14 +138,14 @@ def test_a_layer_lowered_for_an_accelerator_from_a_cpu_has_its_kernels(sparse, s
     assert not kernels(differentiate, *arguments, platforms=('cpu',))
     assert kernels(differentiate, *arguments, platforms=('tpu',)) == {
         'best_slots', 'retrieval_backward', 'read_rows', 'read_backward'}
-    assert not said.records
+    assert not caplog.records
 
 
-def test_shapes_without_a_kernel_are_said_where_they_are_lowered_for_a_gpu(said):
+def test_shapes_without_a_kernel_are_said_where_they_are_lowered_for_a_gpu(caplog):
     narrow = jnp.ones((9, 96)), *BAG[1:]
     assert kernels(embedding_bag, *BAG) == {'read_rows'}
     assert not kernels(embedding_bag, *narrow)
-    assert ['width of 96' in text for text in said.messages] == [True]
+    assert ['width of 96' in text for text in caplog.messages] == [True]
     with pytest.raises(Refusal, match='width of 96'):
         embedding_bag(*narrow, implementation='gpu')
     with pytest.raises(Refusal, match='top_k = 33'):

@@ -7,7 +7,6 @@ import pytest
 from jax.sharding import AxisType
 from jax.sharding import PartitionSpec as P
 
-from pkm_jax.console import warn_once
 from pkm_jax.mesh import (
     NONE,
     OWN,
@@ -67,7 +66,6 @@ def test_axes_that_a_layer_uses(names, sizes, axes, found):
 
 
 def test_a_foreign_mesh_is_named_in_one_logged_line(caplog):
-    warn_once.cache_clear()
     for names in (('a', 'b'), ('a', 'b'), ('c', 'd')):
         with jax.set_mesh(jax.make_mesh((4, 2), names, axis_types=(AxisType.Auto,) * 2)):
             axes_of(None)

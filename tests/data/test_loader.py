@@ -119,10 +119,9 @@ def test_worker_processes_do_not_change_the_stream(prepared):
     with_workers.close()
 
 
-@pytest.mark.parametrize('workers', [0, 1])
-def test_what_is_begun_early_is_the_same_stream(prepared, workers):
+def test_what_is_begun_early_is_the_same_stream(prepared):
     """A place counts what was returned; what was begun is left where the place is set."""
-    whole, stream = take(stream_of(prepared), 7), stream_of(prepared, workers=workers)
+    whole, stream = take(stream_of(prepared), 7), stream_of(prepared, workers=1)
     stream.begin()
     stream.begin()
     assert stream.get_state() == stream_of(prepared).get_state()
@@ -131,10 +130,7 @@ def test_what_is_begun_early_is_the_same_stream(prepared, workers):
     take(stream, 1)
     stream.set_state(state)
     stream.begin()
-    stream.set_state(state)
-    stream.begin()
     assert_same(take(stream, 4), whole[3:])
-    stream.begin()
     stream.close()
     assert not multiprocessing.active_children()
 
@@ -153,7 +149,8 @@ class Marking:
         return getattr(super().__getattribute__('real'), name)
 
 
-def test_workers_start_before_the_first_batch_is_asked_for(prepared, tmp_path):
+def test_what_is_begun_is_made_before_it_is_asked_for_and_ended_if_that_is_interrupted(
+        prepared, tmp_path, monkeypatch):
     mark = tmp_path / 'made'
     stream = BatchStream(prepared, 'train', Marking(masked(prepared, 3), mark), workers=1,
                          **OPTIONS)
@@ -162,13 +159,6 @@ def test_workers_start_before_the_first_batch_is_asked_for(prepared, tmp_path):
     while not mark.exists():
         assert time.monotonic() < end
         time.sleep(.1)
-    stream.close()
-    assert not multiprocessing.active_children()
-
-
-def test_what_is_begun_is_ended_where_waiting_for_it_is_interrupted(prepared, monkeypatch):
-    stream = stream_of(prepared, workers=1)
-    stream.begin()
     with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
         patch.setattr(type(stream._first), 'result', interrupted)
         next(stream)

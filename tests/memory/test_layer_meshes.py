@@ -21,7 +21,6 @@ from pkm_jax import (
     rowwise_adam,
     sparse_embedding_bag,
 )
-from pkm_jax.console import warn_once
 from pkm_jax.memory.layer import MemoryConfig, ProductKeyMemory
 from pkm_jax.mesh import Axes, Shards, make_mesh
 from pkm_jax.refusal import Refusal
@@ -81,7 +80,6 @@ def assert_expected(result):
 @pytest.fixture
 def said(caplog):
     expected()      # outside any mesh, under which it would say something
-    warn_once.cache_clear()
     return caplog
 
 

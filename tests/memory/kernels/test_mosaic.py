@@ -8,7 +8,6 @@ import pytest
 from jax.experimental.pallas import mosaic_gpu as plgpu
 from jax.sharding import AbstractDevice, AbstractMesh, use_abstract_mesh
 
-from pkm_jax.console import warn_once
 from pkm_jax.memory.embedding_bag import compact_gradients, embedding_bag
 from pkm_jax.memory.kernels.gpu import backend, embedding_bag_backward, retrieval
 from pkm_jax.memory.kernels.gpu import embedding_bag as kernel
@@ -136,7 +135,6 @@ def test_programs_have_the_backend_that_is_asked_for(monkeypatch):
 def test_without_triton_mosaic_has_what_it_can_and_the_rest_is_said(monkeypatch, caplog):
     monkeypatch.delenv(backend.SETTING, raising=False)
     monkeypatch.setattr(gpu, 'triton', None)
-    warn_once.cache_clear()
     assert lowered(read_and_gradients, *READ) == (4, 0)
     assert lowered(search_and_gradients, *QUERIES) == (3, 0)
     assert 'has no Triton backend: kernels are by Mosaic GPU' in caplog.text
@@ -173,7 +171,6 @@ def test_what_mosaic_cannot_do_is_said_and_stays_with_triton(arguments, version,
         monkeypatch.setattr(backend, '_capability', lambda: 8)
     monkeypatch.setenv(backend.SETTING, '1')
     monkeypatch.setattr(jax, '__version_info__', version)
-    warn_once.cache_clear()
     assert backend.uses_mosaic(*shapes(*arguments), interpret=False) == (reason is None)
     assert reason is None and not caplog.text or f'is not for {reason}' in caplog.text
     assert kernel.unsupported(*shapes(*arguments)) is None
@@ -193,6 +190,5 @@ def test_the_same_of_searches(tokens, n_keys, dtype, reason, monkeypatch, caplog
     assert not backend.searches_by_mosaic(*arrays, interpret=False)          # is not asked
     monkeypatch.setenv(backend.SETTING, '1')
     monkeypatch.setattr(jax, '__version_info__', (0, 11, 2))
-    warn_once.cache_clear()
     assert backend.searches_by_mosaic(*arrays, interpret=False) == (reason is None)
     assert reason is None and not caplog.text or reason in caplog.text

@@ -9,7 +9,6 @@ import pytest
 from jax.experimental.pallas import tpu as pltpu
 
 from benchmarks import tpu_sparsecore
-from pkm_jax.console import warn_once
 from pkm_jax.memory.embedding_bag import embedding_bag
 from pkm_jax.memory.kernels.tpu import sparsecore, sparsecore_forward
 from pkm_jax.refusal import Refusal
@@ -135,7 +134,6 @@ def test_without_the_setting_or_sparsecores_the_tensorcore_reads(monkeypatch, ca
     monkeypatch.delenv(sparsecore.SETTING, raising=False)
     assert sparsecore.chosen(interpret=True) is None
     monkeypatch.setenv(sparsecore.SETTING, '1')
-    warn_once.cache_clear()
     with caplog.at_level(logging.WARNING):
         assert sparsecore.chosen(interpret=False) is None       # here is no TPU
         assert sparsecore.chosen(interpret=False) is None

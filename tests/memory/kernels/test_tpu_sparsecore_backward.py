@@ -11,7 +11,6 @@ from jax.experimental.pallas import tpu as pltpu
 from jax.sharding import Mesh
 
 from benchmarks import tpu_sparsecore
-from pkm_jax.console import warn_once
 from pkm_jax.memory.embedding_bag import compact_gradients
 from pkm_jax.memory.kernels.tpu import (
     embedding_bag,
@@ -44,7 +43,6 @@ def small_shares(monkeypatch):
 def said(monkeypatch, caplog):
     """With the setting: what is logged."""
     monkeypatch.setenv(sparsecore.SETTING, '1')
-    warn_once.cache_clear()
     with caplog.at_level(logging.WARNING):
         yield caplog
 
