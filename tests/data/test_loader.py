@@ -166,6 +166,24 @@ def test_what_is_begun_is_made_before_it_is_asked_for_and_ended_if_that_is_inter
     assert not multiprocessing.active_children()
 
 
+def test_closing_waits_for_what_is_begun_and_ends_it(prepared, monkeypatch):
+    class Slow:
+        closed = False
+
+        def __next__(self):
+            time.sleep(.3)
+
+        def close(self):
+            self.closed = True
+
+    slow = Slow()
+    monkeypatch.setattr(loader, '_iterate', lambda *_: time.sleep(.3) or slow)
+    stream = stream_of(prepared, workers=1)
+    stream.begin()
+    stream.close()
+    assert slow.closed
+
+
 def interrupted(future, timeout=None):
     raise KeyboardInterrupt
 
