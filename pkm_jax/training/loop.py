@@ -89,7 +89,8 @@ def _train(run: Run, layout: Layout, changed: str, data: Data | None,
         closing.callback(programs.close)
         if found:
             stream.set_state(saved['data'])
-        if step < run.train.steps and not progress.stopped:
+        ended = step >= run.train.steps or progress.stopped
+        if not ended:
             stream.begin()
         if found:
             with start.phase('reading the checkpoint'):
@@ -106,7 +107,7 @@ def _train(run: Run, layout: Layout, changed: str, data: Data | None,
         log = closing.enter_context(contextlib.closing(
             RunLog(run.folder, run.name, int(state.step), run.train.steps, run.log.every,
                    saved.get('log'))))
-        if int(state.step) >= run.train.steps or progress.stopped:
+        if ended:
             return run.folder
         shapes = {path: leaf.shape for path, leaf in flatten(state.params).items()}
         log.say('\n'.join([pretrained.parameter_table(shapes), *start.summary(run, layout, mesh),
