@@ -46,7 +46,7 @@ class Scale:
     train: dict
     log: dict
     pretrain_steps: int
-    wide: int                   # that takes as long as two memories is a guess: see tokens/s
+    wide: int                   # as long as two memories by arithmetic, a guess: see tokens/s
     layers: tuple               # other layers for the memories
     sub_keys: tuple
     top_k: tuple
@@ -75,7 +75,7 @@ SCALES = {
                    values_learning_rate=1e-2),
         log=dict(every=50, norms_every=0, eval_every=400, eval_batches=20, checkpoint_every=1600,
                  keep=1),
-        pretrain_steps=9_200, wide=3072, layers=((2,), (5,), (6, 7), (1, 3, 5)),
+        pretrain_steps=9_200, wide=3584, layers=((2,), (5,), (6, 7), (1, 3, 5)),
         sub_keys=(256, 1024), top_k=(8, 16, 64), refresh_batches=20),
     'base': Scale(
         model=dict(attention_dropout=0., dtype='bfloat16'),
