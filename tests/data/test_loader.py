@@ -145,8 +145,13 @@ class Marking:
         self.path.touch()
         return self.real(*record)
 
-    def __getattr__(self, name):
-        return getattr(super().__getattribute__('real'), name)
+    @property
+    def arrays(self):
+        return self.real.arrays
+
+    @property
+    def identity(self):
+        return self.real.identity
 
 
 def test_what_is_begun_is_made_before_it_is_asked_for_and_ended_if_that_is_interrupted(
