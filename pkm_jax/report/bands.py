@@ -43,14 +43,14 @@ def band_figures(groups: Groups) -> dict[str, Figure]:
 
 
 def _pairs_figure(names: Sequence[str], pairs: Groups) -> Figure:
-    """What losses are above those without memories, a panel for each start."""
+    """Losses minus those of the same training without memories, a panel for each start."""
     starts = sorted({cell.described.get('starts_from', '') for cells in pairs.values()
                      for cell in cells})
     figure = Figure(figsize=(8 * len(starts), 4.6), layout='constrained')
     for ax, start in zip(figure.subplots(1, len(starts), squeeze=False)[0], starts):
         groups = {name: [cell for cell in pairs.get(name, ())
                          if cell.described.get('starts_from', '') == start] for name in names}
-        title = f'From {start or "scratch"}: Loss less that without memories (nats)'
+        title = f'From {start or "scratch"}: Loss minus that without memories (nats)'
         ax.axhline(0, color=LIGHT.muted, linewidth=1)
         _panel(ax, groups, title, operator.itemgetter(DIFFERENCE), share=False)
     return figure
