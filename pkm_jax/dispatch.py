@@ -193,7 +193,7 @@ def recorded(before: dict[str, list[str]] | None = None) -> Iterator[dict[str, l
     try:
         yield found
     finally:
-        _records.remove(found)
+        del _records[next(at for at, one in enumerate(_records) if one is found)]
 
 
 _records: list[dict[str, list[str]]] = []

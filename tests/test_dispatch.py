@@ -224,3 +224,19 @@ def test_all_ways_in_which_an_operation_is_made_are_recorded():
         jax.jit(reads).trace(values).lower(lowering_platforms=('cuda',))
     assert found['embedding bag'] == ['plain XLA', 'a GPU kernel', 'plain XLA, slower: no kernel '
                                       'for a value width of 96 (a multiple of 128)']
+
+
+def test_records_within_one_another_end_by_themselves():
+    """Both are equal when the inner one ends; the outer one goes on."""
+    values, slots, weights = jnp.ones((8, 128)), jnp.zeros((4, 2), jnp.int32), jnp.ones((4, 2))
+
+    def lower(platform):
+        jax.jit(embedding_bag).trace(values, slots, weights).lower(
+            lowering_platforms=(platform,))
+
+    with use_abstract_mesh(H100), dispatch.recorded() as outer:
+        with dispatch.recorded() as inner:
+            lower('cpu')
+        lower('cuda')
+    assert inner == {'embedding bag': ['plain XLA']}
+    assert outer == {'embedding bag': ['plain XLA', 'a GPU kernel']}
