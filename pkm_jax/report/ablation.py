@@ -7,7 +7,7 @@ from pathlib import Path
 from pkm_jax.memory.drift import OUTDATED
 from pkm_jax.refusal import Refusal
 from pkm_jax.report import pairs
-from pkm_jax.report.bands import band_figures
+from pkm_jax.report.bands import Groups, band_figures
 from pkm_jax.report.cell_tables import memory_table, model_table
 from pkm_jax.report.cells import PLAN, Cell, read_cells, read_json
 
@@ -48,7 +48,8 @@ def write_ablation(folder: Path) -> Path:
         for name, of in (('cells', model_table), ('cells_memory', memory_table)):
             table = of(done, lambda cell: cell.name)
             (target / f'{name}.csv').write_text(table.csv(), encoding='utf-8')
-        beside = pairs.compared(pairs.paired(done))
+        paired = pairs.paired(done)
+        beside = pairs.compared(paired)
         pairs.write_csv(target / 'pairs.csv', beside)
         text += ['## Models', tables['model'].markdown(),
                  'Means over seeds ± one standard deviation (n − 1), of the last evaluation.',
@@ -58,7 +59,7 @@ def write_ablation(folder: Path) -> Path:
                     'Pairs of the same seed, which see the same batches, at the last evaluation '
                     'that all have; t and p: Student’s test of these differences.']
                    if beside else []),
-                 '## During training', *_figures(done, target)]
+                 '## During training', *_figures(done, paired, target)]
     text += ['## Cost', _cost(cells), '## Commands', _commands(cells)]
     page = target / 'report.md'
     page.write_text('\n\n'.join(filter(None, text)) + '\n', encoding='utf-8')
@@ -93,12 +94,12 @@ def _definitions() -> str:
         'section 4, has all of it.')
 
 
-def _figures(done: Sequence[Cell], target: Path) -> list[str]:
+def _figures(done: Sequence[Cell], paired: Groups, target: Path) -> list[str]:
     groups: dict[str, list[Cell]] = {}
     for cell in done:
         groups.setdefault(cell.group, []).append(cell)
     lines = ['Means over seeds; bands of one standard deviation.']
-    for name, figure in band_figures(groups).items():
+    for name, figure in band_figures(groups, paired).items():
         figure.savefig(target / f'{name}.png', dpi=130)
         lines.append(f'![{name}]({name}.png)')
     return lines

@@ -10,8 +10,8 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 from pkm_jax.report.cell_tables import mean_and_deviation
-from pkm_jax.report.cells import Cell
-from pkm_jax.report.pairs import DIFFERENCE, paired
+from pkm_jax.report.cells import Cell, common_evaluations
+from pkm_jax.report.pairs import DIFFERENCE
 from pkm_jax.report.theme import LIGHT, count_axis, end_labels, share_axis, style
 
 # Metrics of a memory by what they are called in the name of a figure and on its axis.
@@ -23,14 +23,15 @@ SHARES = ('top_1_usage', 'top_k_usage', 'gini', 'dead', 'outdated')
 Groups = dict[str, list[Cell]]
 
 
-def band_figures(groups: Groups) -> dict[str, Figure]:
-    """All figures that the cells have the numbers for, by file name without suffix."""
+def band_figures(groups: Groups, pairs: Groups) -> dict[str, Figure]:
+    """All figures that the cells have the numbers for, by file name without suffix; `pairs` are
+    those of `pairs.paired`."""
     with matplotlib.rc_context(LIGHT.look):
         drawn = {}
         for key, title in (('loss', 'Evaluation loss (nats)'), ('accuracy', 'Accuracy')):
             if figure := _figure(groups, [title], [operator.methodcaller('get', key)]):
                 drawn[key] = figure
-        if pairs := paired([cell for cells in groups.values() for cell in cells]):
+        if pairs:
             drawn['loss_in_pairs'] = _pairs_figure(list(groups), pairs)
         layers = sorted({layer for cells in groups.values() for cell in cells
                          for layer in cell.run.layers}, key=int)
@@ -44,12 +45,11 @@ def band_figures(groups: Groups) -> dict[str, Figure]:
 
 def _pairs_figure(names: Sequence[str], pairs: Groups) -> Figure:
     """Losses minus those of the same training without memories, a panel for each start."""
-    starts = sorted({cell.described.get('starts_from', '') for cells in pairs.values()
-                     for cell in cells})
+    starts = sorted({cell.starts_from for cells in pairs.values() for cell in cells})
     figure = Figure(figsize=(8 * len(starts), 4.6), layout='constrained')
     for ax, start in zip(figure.subplots(1, len(starts), squeeze=False)[0], starts):
-        groups = {name: [cell for cell in pairs.get(name, ())
-                         if cell.described.get('starts_from', '') == start] for name in names}
+        groups = {name: [cell for cell in pairs.get(name, ()) if cell.starts_from == start]
+                  for name in names}
         title = f'From {start or "scratch"}: Loss minus that without memories (nats)'
         ax.axhline(0, color=LIGHT.muted, linewidth=1)
         _panel(ax, groups, title, operator.itemgetter(DIFFERENCE), share=False)
@@ -97,9 +97,6 @@ def curve(
     cells: Sequence[Cell], value: Callable[[dict[str, Any]], float | None],
 ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """Tokens, mean and deviation over the cells at each evaluation that all of them have."""
-    by_cell = [{line['tokens']: found for line in cell.run.evals
-                if (found := value(line)) is not None} for cell in cells]
-    tokens = sorted(set.intersection(*map(set, by_cell))) if by_cell else []
-    numbers = [mean_and_deviation([found[at] for found in by_cell]) for at in tokens]
-    means, deviations = np.array(numbers).reshape(-1, 2).T
-    return np.array(tokens), means, deviations
+    found = common_evaluations(cells, value)
+    means, deviations = np.array(list(map(mean_and_deviation, found.values()))).reshape(-1, 2).T
+    return np.array(list(found)), means, deviations

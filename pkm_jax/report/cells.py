@@ -8,6 +8,7 @@ copied into one. `training.cells` writes both.
 import dataclasses
 import json
 import math
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -28,6 +29,11 @@ class Cell:
     def group(self) -> str:
         """The name that it shares with its other seeds."""
         return self.described.get('group', self.name)
+
+    @property
+    def starts_from(self) -> str:
+        """The name of the cell that it starts from, '' of one from scratch."""
+        return self.described.get('starts_from', '')
 
     @property
     def failure(self) -> str:
@@ -68,6 +74,19 @@ def read_cells(folder: Path) -> list[Cell]:
         found[name] = Cell(name, described, run if run and (run.train or run.evals) else None,
                            found.get(described.get('starts_from', '')))
     return list(found.values())
+
+
+def common_evaluations(
+    cells: Sequence[Cell], value: Callable[[dict[str, Any]], float | None],
+) -> dict[int, list[float]]:
+    """{tokens: of each cell its value} of the evaluations in which all of them have one, in order.
+
+    `value` is of a line of an evaluation, None where it has none.
+    """
+    by_cell = [{line['tokens']: found for line in cell.run.evals
+                if (found := value(line)) is not None} for cell in cells]
+    common = set.intersection(*map(set, by_cell)) if by_cell else ()
+    return {tokens: [found[tokens] for found in by_cell] for tokens in sorted(common)}
 
 
 def read_json(path: Path) -> dict[str, Any]:

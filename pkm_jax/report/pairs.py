@@ -4,6 +4,7 @@ import csv
 import dataclasses
 import json
 import math
+import operator
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -11,7 +12,7 @@ import numpy as np
 from scipy import stats
 
 from pkm_jax.report.cell_tables import mean_and_deviation
-from pkm_jax.report.cells import Cell
+from pkm_jax.report.cells import Cell, common_evaluations
 
 # What need not be equal in these sections of a config.json: only memories depend on it, or nothing.
 FREE = {'model': ('remat',), 'data': ('cache', 'workers'),
@@ -55,12 +56,11 @@ def compared(groups: dict[str, list[Cell]]) -> list[Compared]:
     """Each group with Student's test of its differences, where all its pairs have an evaluation."""
     found = []
     for name, cells in groups.items():
-        by_cell = [{line['tokens']: line[DIFFERENCE] for line in cell.run.evals} for cell in cells]
-        if tokens := set.intersection(*map(set, by_cell)):
-            differences = [one[max(tokens)] for one in by_cell]
+        if evaluations := common_evaluations(cells, operator.itemgetter(DIFFERENCE)):
+            tokens, differences = evaluations.popitem()     # the last
             tested = len(differences) > 1 and np.ptp(differences) > 0
             t, p = stats.ttest_1samp(differences, 0) if tested else (math.nan, math.nan)
-            found.append(Compared(name, len(cells), max(tokens), *mean_and_deviation(differences),
+            found.append(Compared(name, len(cells), tokens, *mean_and_deviation(differences),
                                   float(t), float(p)))
     return found
 
@@ -91,7 +91,7 @@ def _setting(cell):
     config = cell.run.config
     sections = [{name: value for name, value in config.get(section, {}).items() if name not in free}
                 for section, free in FREE.items()]
-    return json.dumps([config.get('seed'), config.get('task'), cell.described.get('starts_from'),
+    return json.dumps([config.get('seed'), config.get('task'), cell.starts_from,
                        *sections], sort_keys=True)
 
 

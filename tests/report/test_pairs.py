@@ -119,10 +119,10 @@ def test_the_figure_has_a_panel_for_each_start(grid):
     make(grid, 'scratch_add-seed1', 'scratch_add', 1, (9., 6.5), before='', skews=(.5,))
     configure(grid / 'pretrain', train={'steps': 200})      # else it were another none from scratch
     plan(grid)
-    groups = {}
-    for cell in read_cells(grid):
+    groups, cells = {}, read_cells(grid)
+    for cell in cells:
         groups.setdefault(cell.group, []).append(cell)
-    panels = band_figures(groups)['loss_in_pairs'].axes
+    panels = band_figures(groups, paired(cells))['loss_in_pairs'].axes
     assert [ax.get_title('left').split(':')[0] for ax in panels] == ['From scratch', 'From pretrain']
     curves = [{line.get_color() for line in ax.lines if len(line.get_xdata()) == 4} for ax in panels]
     assert [len(found) for found in curves] == [1, 1] and curves[0] != curves[1]
