@@ -3,10 +3,10 @@
     python -m benchmarks.sparse_updates [--tokens=2048] [--small]
 
 One read, its backward pass and the update of the table, compiled as one program that changes the
-table in place; medians of repeated timings of several steps (`steps.seconds_of`). First the step
-over the number of slots S, with the optimizers whose state fits: reads are uniform over as many
-rows as the smallest table has, in larger ones spread over all of it, so that each step touches as
-many rows. Then, at 2048² × 1024 in float32 and uniform reads of all, lazy Adam beside the dense
+table in place, in one pass as in training; medians of repeated timings of several steps
+(`steps.seconds_of`). First the step over the number of slots S, with the optimizers whose state
+fits: reads are uniform over as many rows as the smallest table has, in larger ones spread over all
+of it, so that each step touches as many rows. Then, at 2048² × 1024 in float32 and uniform reads of all, lazy Adam beside the dense
 gradient with dense Adam. The last lines say how much longer a step takes in a larger table, at
 worst (goal: 10 %), and how many times as long the dense one takes (goal: 5). `--small` runs
 everything on sizes that suit a CPU, as a test of this program, and in float32: on a CPU XLA passes
@@ -35,8 +35,9 @@ def sparse_step(optimizer, table, state, slots, weights, gradient):
         table, delta, slots, weights), delta, weights, has_aux=True)
     rows, by_weight = pull(gradient + read)     # as in training, it waits for the read
     gradients = {'values': SparseRows(touched.ids, rows, touched.count)}
-    updates, state = optimizer.update(gradients, state)
-    changed = sparse.apply_updates({'values': table}, updates, jax.random.key(0))
+    params, key = {'values': table}, jax.random.key(0)
+    updates, state = optimizer.update(gradients, state, params, rounding=key)
+    changed = sparse.apply_updates(params, updates, key)
     return changed['values'], state, by_weight
 
 
