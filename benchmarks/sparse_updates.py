@@ -6,11 +6,11 @@ One read, its backward pass and the update of the table, compiled as one program
 table in place, in one pass as in training; medians of repeated timings of several steps
 (`steps.seconds_of`). First the step over the number of slots S, with the optimizers whose state
 fits: reads are uniform over as many rows as the smallest table has, in larger ones spread over all
-of it, so that each step touches as many rows. Then, at 2048² × 1024 in float32 and uniform reads of all, lazy Adam beside the dense
-gradient with dense Adam. The last lines say how much longer a step takes in a larger table, at
-worst (goal: 10 %), and how many times as long the dense one takes (goal: 5). `--small` runs
-everything on sizes that suit a CPU, as a test of this program, and in float32: on a CPU XLA passes
-a bfloat16 table through float32 as a whole.
+of it, so that each step touches as many rows. Then, at 2048² × 1024 in float32 and uniform reads of
+all, lazy Adam beside the dense gradient with dense Adam. The last lines say how much longer a step
+takes in a larger table, at worst (goal: 10 %), and how many times as long the dense one takes
+(goal: 5). `--small` runs everything on sizes that suit a CPU, as a test of this program, and in
+float32: on a CPU XLA passes a bfloat16 table through float32 as a whole.
 """
 
 import argparse
