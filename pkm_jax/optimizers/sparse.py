@@ -7,8 +7,8 @@ Optax schedules, moments float32 whatever the table is. `axes` are those of the 
 split the tables, as in `ProductKeyMemory`; None: see `pkm_jax.mesh.axes_of`.
 
 `update(updates, state, params, rounding=key)` changes the tables too, each touched row in one pass,
-on a TPU or a GPU by a kernel. Its updates are for `apply_updates` with the same key, which then only takes
-the tables; the results are those of `update(updates, state)`.
+on a TPU or a GPU by a kernel. Its updates are for `apply_updates` with the same key, which then
+only takes the tables; the results are those of `update(updates, state)`.
 """
 
 import functools
