@@ -49,14 +49,15 @@ TARGETS = {PLAIN: 0.96, MEMORIES: 0.96, SPARSE: 0.92}
 SCHEDULER = {'xla_gpu_enable_latency_hiding_scheduler': True}
 MEGABYTE = 2 ** 20
 FEW = 128       # words of small models
-# What may overlap the sum of gradients with the backward pass, as XLA of jax 0.10 to 0.12 calls it.
+# What may make the sum of gradients cheaper, or overlap it with the backward pass, as XLA of jax
+# 0.10 to 0.12 calls it. By default XLA packs the gradients that it sums together into one array.
 OPTIONS: dict[str, dict[str, Any]] = {
+    'nothing packed': {'xla_disable_hlo_passes': 'all-reduce-contiguous'},
     'scheduler': SCHEDULER,
     'scheduler, sums of 128 MB': SCHEDULER | {
         'xla_gpu_all_reduce_combine_threshold_bytes': 128 * MEGABYTE},
     'scheduler, sums of 8 MB': SCHEDULER | {
         'xla_gpu_all_reduce_combine_threshold_bytes': 8 * MEGABYTE},
-    'scheduler, pipelined sums': SCHEDULER | {'xla_gpu_enable_pipelined_all_reduce': True},
     'scheduler, urgent stream': SCHEDULER | {
         'xla_gpu_enable_highest_priority_async_stream': True},
     'scheduler, four sums at a time': SCHEDULER | {

@@ -6,6 +6,7 @@ from pathlib import Path
 
 from pkm_jax.memory.drift import OUTDATED
 from pkm_jax.refusal import Refusal
+from pkm_jax.report import pairs
 from pkm_jax.report.bands import band_figures
 from pkm_jax.report.cell_tables import memory_table, model_table
 from pkm_jax.report.cells import PLAN, Cell, read_cells, read_json
@@ -24,8 +25,8 @@ BUDGETS = {
 def write_ablation(folder: Path) -> Path:
     """Writes FOLDER/ablation/report.md and what belongs to it; returns its path.
 
-    tables `model` and `memory` (.csv, .tex) are means over seeds, `cells` and `cells_memory` (.csv)
-    have a row for each cell.
+    tables `model` and `memory` (.csv, .tex) and `pairs` (.csv) are means over seeds, `cells` and
+    `cells_memory` (.csv) have a row for each cell.
 
     Raises:
       Refusal: the folder is not one of an ablation.
@@ -47,10 +48,16 @@ def write_ablation(folder: Path) -> Path:
         for name, of in (('cells', model_table), ('cells_memory', memory_table)):
             table = of(done, lambda cell: cell.name)
             (target / f'{name}.csv').write_text(table.csv(), encoding='utf-8')
+        beside = pairs.compared(pairs.paired(done))
+        pairs.write_csv(target / 'pairs.csv', beside)
         text += ['## Models', tables['model'].markdown(),
                  'Means over seeds ± one standard deviation (n − 1), of the last evaluation.',
                  *(['## Memories', tables['memory'].markdown(), _definitions()]
                    if tables['memory'].rows else []),
+                 *(['## Beside the same training without memories', pairs.markdown(beside),
+                    'Pairs of the same seed, which see the same batches, at the last evaluation '
+                    'that all have; t and p: Student’s test of these differences.']
+                   if beside else []),
                  '## During training', *_figures(done, target)]
     text += ['## Cost', _cost(cells), '## Commands', _commands(cells)]
     page = target / 'report.md'

@@ -11,6 +11,7 @@ from matplotlib.figure import Figure
 
 from pkm_jax.report.cell_tables import mean_and_deviation
 from pkm_jax.report.cells import Cell
+from pkm_jax.report.pairs import DIFFERENCE, paired
 from pkm_jax.report.theme import LIGHT, count_axis, end_labels, share_axis, style
 
 # Metrics of a memory by what they are called in the name of a figure and on its axis.
@@ -29,6 +30,8 @@ def band_figures(groups: Groups) -> dict[str, Figure]:
         for key, title in (('loss', 'Evaluation loss (nats)'), ('accuracy', 'Accuracy')):
             if figure := _figure(groups, [title], [operator.methodcaller('get', key)]):
                 drawn[key] = figure
+        if pairs := paired([cell for cells in groups.values() for cell in cells]):
+            drawn['loss_in_pairs'] = _pairs_figure(list(groups), pairs)
         layers = sorted({layer for cells in groups.values() for cell in cells
                          for layer in cell.run.layers}, key=int)
         for key, title in MEMORY.items():
@@ -37,6 +40,20 @@ def band_figures(groups: Groups) -> dict[str, Figure]:
             if layers and (figure := _figure(groups, titles, values, share=key in SHARES)):
                 drawn[key] = figure
     return drawn
+
+
+def _pairs_figure(names: Sequence[str], pairs: Groups) -> Figure:
+    """Losses minus those of the same training without memories, a panel for each start."""
+    starts = sorted({cell.described.get('starts_from', '') for cells in pairs.values()
+                     for cell in cells})
+    figure = Figure(figsize=(8 * len(starts), 4.6), layout='constrained')
+    for ax, start in zip(figure.subplots(1, len(starts), squeeze=False)[0], starts):
+        groups = {name: [cell for cell in pairs.get(name, ())
+                         if cell.described.get('starts_from', '') == start] for name in names}
+        title = f'From {start or "scratch"}: Loss minus that without memories (nats)'
+        ax.axhline(0, color=LIGHT.muted, linewidth=1)
+        _panel(ax, groups, title, operator.itemgetter(DIFFERENCE), share=False)
+    return figure
 
 
 def _of_layer(layer: str, key: str) -> Callable[[dict[str, Any]], float | None]:
@@ -82,7 +99,7 @@ def curve(
     """Tokens, mean and deviation over the cells at each evaluation that all of them have."""
     by_cell = [{line['tokens']: found for line in cell.run.evals
                 if (found := value(line)) is not None} for cell in cells]
-    tokens = sorted(set.intersection(*map(set, by_cell)))
+    tokens = sorted(set.intersection(*map(set, by_cell))) if by_cell else []
     numbers = [mean_and_deviation([found[at] for found in by_cell]) for at in tokens]
     means, deviations = np.array(numbers).reshape(-1, 2).T
     return np.array(tokens), means, deviations

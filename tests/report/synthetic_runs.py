@@ -89,7 +89,8 @@ def make_run(
     start = 1.7e9 + seed
     lines = [{'kind': 'start', 'step': 0, 'tokens': 0, 'time': start, 'parameters': 4_712_345,
               'loss_name': loss_name, 'lower_is_better': ['loss', 'perplexity'],
-              'memories': {layer: f'layer {layer}' for layer in layers}}]
+              'memories': {layer: f'layer {layer}' for layer in layers
+                           if placement != 'none'}}]
     first, last = losses
 
     def loss(step):
