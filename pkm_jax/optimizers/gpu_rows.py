@@ -7,8 +7,9 @@ that nothing is read that was written. Moments of one number a row are gathered 
 XLA: each would be of several programs. Sums of squares have one fixed order.
 
 Bytes: the gradient is read, table and moments are read and written, of the rows in use alone: for
-lazy Adam 24 a number of a bfloat16 table. Operations: those of the rule and, in bfloat16, some 20
-for the random bits of each number. Floor: the bytes over the memory bandwidth.
+lazy Adam 22 a number of a bfloat16 table and gradient (`sharded.rows_dtype`). Operations: those of
+the rule and, in bfloat16, some 20 for the random bits of each number. Floor: the bytes over the
+memory bandwidth.
 """
 
 import functools

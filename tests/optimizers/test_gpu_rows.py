@@ -98,6 +98,18 @@ def test_ids_may_have_gaps():
     check_same('rowwise_adam', arguments)
 
 
+@pytest.mark.parametrize('name', ['lazy_adam', 'rowwise_adam'])
+@pytest.mark.parametrize('implementation', ['gpu', 'xla', 'tpu'])
+def test_narrow_gradients_change_rows_as_the_same_numbers_in_float32(name, implementation):
+    arguments = make(name, 'bfloat16', 128, np.array([1, 2, 3, 8]), slots=38)
+    arguments[0] = np.sort(arguments[0])
+    narrow = arguments[4].astype(jnp.bfloat16)
+    ours, theirs = (run(implementation, name, [*arguments[:4], gradient, *arguments[5:]])
+                    for gradient in (narrow, narrow.astype(jnp.float32)))
+    for one, other in zip(ours, theirs, strict=True):
+        np.testing.assert_array_equal(words(one), words(other))
+
+
 @pytest.mark.parametrize('name', ['lazy_adam', 'rowwise_adagrad'])
 def test_agrees_with_float64(name):
     arguments = make(name, 'float32', 300, np.array(SOME))
