@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
-from jax.sharding import AbstractDevice, AbstractMesh, use_abstract_mesh
+from jax.sharding import AbstractDevice, AbstractMesh, AxisType, use_abstract_mesh
 
 from pkm_jax.data.labelled import Labelled
 from pkm_jax.memory import embedding_bag as bag
@@ -161,7 +161,8 @@ def test_rows_of_length_zero_count_nowhere():
     np.testing.assert_array_equal(ours[1][1].selected, theirs[1][1].selected)
 
 
-H200 = AbstractMesh((1, 1, 1), OWN.names, abstract_device=AbstractDevice('NVIDIA H200', 132, 'gpu'))
+H200 = AbstractMesh((1, 1, 1), OWN.names, (AxisType.Auto,) * 3,
+                    abstract_device=AbstractDevice('NVIDIA H200', 132, 'gpu'))
 
 
 def sparse_setup(values_dtype='bfloat16'):
@@ -190,12 +191,12 @@ def sparse_setup(values_dtype='bfloat16'):
 def test_rows_reach_the_update_in_the_dtype_in_which_they_are_made(
         monkeypatch, values_dtype, micro_steps, mesh, dtype):
     """On GPUs that of the table, but where rows of micro-batches are added up."""
-    state, take = sparse_setup(values_dtype)
+    (state, take), data = sparse_setup(values_dtype), batch()
     found, update = [], rules.update_rows
     monkeypatch.setattr(rules, 'update_rows', lambda *arguments, **settings: (
         found.append(arguments[5].dtype), update(*arguments, **settings))[1])
     with use_abstract_mesh(mesh or AbstractMesh((), ())):
-        jax.eval_shape(functools.partial(take, micro_steps=micro_steps), state, batch())
+        jax.eval_shape(functools.partial(take, micro_steps=micro_steps), state, data)
     assert found == [dtype]
 
 
