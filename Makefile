@@ -80,7 +80,7 @@ test-faults: $(VENV)/dev-installed
 NEWEST ?= $(shell for python in python3.13 $$(pyenv root 2>/dev/null)/versions/3.13.*/bin/python; do \
 	$$python -c 'import venv' 2>/dev/null && echo $$python && break; done)
 NEWEST_TESTS := $(wildcard $(addprefix tests/,examples ops/test_add_norm.py training/test_golden.py \
-	$(patsubst %,optimizers/test_%.py,sparse tpu_rows) \
+	$(patsubst %,optimizers/test_%.py,sparse tpu_rows gpu_rows) \
 	$(patsubst %,memory/%.py,test_layer test_sharded kernels/test_embedding_bag kernels/test_tpu_embedding_bag \
 	kernels/test_retrieval kernels/test_tpu_retrieval kernels/test_mosaic kernels/test_mosaic_retrieval)))
 

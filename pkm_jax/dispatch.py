@@ -68,6 +68,16 @@ class Choice:
                                static=tuple(sorted(static.items())), batched=())
         return jax.tree.unflatten(jax.tree.structure(shapes), leaves)
 
+    def runs_kernel(
+        self, platform: Implementation, implementation: Implementation | None, *arrays: Any,
+        **static: Any,
+    ) -> bool:
+        """Whether such a call is the kernel for 'gpu' or 'tpu' in a program lowered for it; of the
+        arrays shapes and dtypes are enough."""
+        if _kernels_off or implementation not in (None, platform) or not self.has_kernel(platform):
+            return False
+        return not _supported(self, platform, arrays, tuple(static.items()), ())[1]
+
     def has_kernel(self, platform: Implementation) -> bool:
         """Whether there is one for 'gpu' or 'tpu', for some arguments at least."""
         return (self.load if platform == 'gpu' else self.load_tpu) is not None

@@ -84,8 +84,8 @@ def sparse_embedding_bag(
 
     `values` are a constant of the derivative. Row i of the gradient of `delta`, which are the zeros
     of `no_delta` for T · R reads, is that of row `ids[i]` of the table, as if the read were
-    Σ w · (values[slot] + delta[place of slot]). Reads of weight 0 touch nothing. `axes`: see
-    `pkm_jax.mesh.axes_of`.
+    Σ w · (values[slot] + delta[place of slot]), in the dtype of `delta`. Reads of weight 0 touch
+    nothing. `axes`: see `pkm_jax.mesh.axes_of`.
 
     Raises:
       Refusal: the mesh in use lacks one of the axes, or XLA would have to split a kernel.
@@ -96,7 +96,7 @@ def sparse_embedding_bag(
     rows: Any = P(typed.table[0])   # specs in the places of arrays
 
     def read(values, delta, slots, weights):
-        return _sparse_bag(values, delta, slots, weights, axes, implementation)
+        return _sparse_bag(values, delta, slots, weights, axes, implementation, delta.dtype)
 
     return on_auto_axes(read, (tokens, Touched(rows, rows)))(values, delta, slots, weights)
 
@@ -117,12 +117,12 @@ def resolve(
     return axes, 'xla' if partitioned else implementation
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(4, 5))
-def _sparse_bag(values, delta, slots, weights, axes, implementation):
-    return _sparse_forward(values, delta, slots, weights, axes, implementation)[0]
+@functools.partial(jax.custom_vjp, nondiff_argnums=(4, 5, 6))
+def _sparse_bag(values, delta, slots, weights, axes, implementation, dtype):
+    return _sparse_forward(values, delta, slots, weights, axes, implementation, dtype)[0]
 
 
-def _sparse_forward(values, delta, slots, weights, axes, implementation):
+def _sparse_forward(values, delta, slots, weights, axes, implementation, dtype):
     """The read and what it touched; and slots and weights as exchanged, for the backward pass."""
     n_slots, along = len(values), _exchanged(slots.shape, values, weights, axes)
 
@@ -147,7 +147,7 @@ def _sparse_forward(values, delta, slots, weights, axes, implementation):
     return (result, touched), (values, slots, weights)
 
 
-def _sparse_backward(axes, implementation, residuals, gradients):
+def _sparse_backward(axes, implementation, dtype, residuals, gradients):
     """Gradients of the rows read with a weight other than 0, summed over the replicas, which
     exchange their tokens or their rows, whichever is less; and of the weights."""
     values, slots, weights = residuals
@@ -162,10 +162,11 @@ def _sparse_backward(axes, implementation, residuals, gradients):
         rows, by_read = bag.compact_gradients(
             values, slots, weights, _to_readers(gradient, along, axes),
             0 if along == axes.memory else _group_index(axes) * of_group, tokens=of_group,
-            owners=shards.rows, implementation=implementation)
+            owners=shards.rows, dtype=dtype, implementation=implementation)
         if along == axes.memory and shards.data > 1:
             rows = sparse_rows.merge(jax.lax.all_gather(rows, axes.data), len(values), capacity)
-        return (rows._replace(ids=_in_table(rows.ids, len(values), n_slots, axes)),
+        return (rows._replace(ids=_in_table(rows.ids, len(values), n_slots, axes),
+                              rows=rows.rows.astype(dtype)),
                 _sum_to_owners(by_read, axes.memory))
 
     kept = _kept(along, axes)
@@ -180,14 +181,38 @@ _sparse_bag.defvjp(_sparse_forward, _sparse_backward)
 
 def no_delta(
     n_slots: int, width: int, reads: int, *, axes: Axes | None = None,
+    dtype: DTypeLike = jnp.float32,
 ) -> Float[Array, 'rows {width}']:
     """Zeros [rows, width], a row for each that so many reads of `n_slots` can touch.
 
-    The `delta` of a `sparse_embedding_bag` of T tokens with R reads each: `reads` is T · R.
+    The `delta` of a `sparse_embedding_bag` of T tokens with R reads each: `reads` is T · R. The
+    rows of the gradient are summed in float32 and come in `dtype`.
     """
     axes = axes_of(axes)[0]
     rows = shards_in_use(axes).rows * _capacity(n_slots, reads, axes)
-    return jnp.zeros((rows, width), jnp.float32)
+    return jnp.zeros((rows, width), dtype)
+
+
+def rows_dtype(
+    values: Array | jax.ShapeDtypeStruct, weights: Array | jax.ShapeDtypeStruct, *,
+    axes: Axes | None = None, implementation: Implementation | None = None,
+) -> jnp.dtype:
+    """The narrowest dtype of `no_delta` in which a gradient of such a `sparse_embedding_bag` loses
+    nothing: that of the values where the mesh in use is one of NVIDIA GPUs and their kernel makes
+    each row, which it rounds to that; else float32. For what reads the rows as they lie.
+    """
+    axes, implementation = resolve(axes, implementation)
+    shards, device = shards_in_use(axes), jax.sharding.get_abstract_mesh().abstract_device
+    exact = jnp.dtype(jnp.float32)
+    if values.dtype == exact or device is None or device.platform != 'gpu':
+        return exact
+    if shards.data > 1 and _exchanged(weights.shape, values, weights, axes) == axes.memory:
+        return exact        # sums of several replicas' rows
+    (n_slots, width), like = values.shape, jax.ShapeDtypeStruct
+    part = like((n_slots // shards.rows, width // shards.columns), values.dtype)
+    return values.dtype if bag.rounds_on_gpus(
+        part, like(weights.shape, jnp.int32), owners=shards.rows,
+        implementation=implementation) else exact
 
 
 def merge(parts: SparseRows, n_slots: int, *, axes: Axes = OWN) -> SparseRows:

@@ -16,7 +16,8 @@ class SparseRows(NamedTuple):
     """
     #: which rows
     ids: Int32[Array, 'rows']
-    #: what belongs to them, in float32; zeros where the id is S
+    #: what belongs to them, zeros where the id is S; in float32, or in the dtype of a `no_delta`:
+    #: sums and updates widen what they read
     rows: Float[Array, 'rows V']
     #: how many are in use
     count: Int32[Array, 'shards']   # type: ignore[assignment]  # hides a method of tuples
@@ -38,8 +39,10 @@ def is_rows(node: Any) -> bool:
 
 
 def rows_of(tree: Any) -> Any:
-    """`tree` with the rows alone of every SparseRows: what norms and sums are taken of."""
-    return jax.tree.map(lambda leaf: leaf.rows if is_rows(leaf) else leaf, tree, is_leaf=is_rows)
+    """`tree` with the rows alone of every SparseRows, in float32: what norms and sums are taken
+    of."""
+    return jax.tree.map(lambda leaf: leaf.rows.astype(jnp.float32) if is_rows(leaf) else leaf,
+                        tree, is_leaf=is_rows)
 
 
 def distinct(
@@ -64,7 +67,8 @@ def in_place(marked: Bool[Array, 'S']) -> tuple[Int32[Array, 'S'], Int32[Array, 
 
 
 def merge(parts: SparseRows, n_slots: int, capacity: int) -> SparseRows:
-    """The sum of parts stacked along a leading axis, added in their order: deterministic.
+    """The sum of parts stacked along a leading axis, in float32, added in their order:
+    deterministic.
 
     There must be no more than `capacity` different ids in all.
     """
@@ -74,6 +78,7 @@ def merge(parts: SparseRows, n_slots: int, capacity: int) -> SparseRows:
         ids, count = distinct(parts.ids, n_slots, capacity)
 
     def add(rows, part):
+        part = part._replace(rows=part.rows.astype(jnp.float32))
         if len(part.ids) == n_slots:
             return rows + part.rows, None
         places = part.ids if capacity == n_slots else jnp.where(

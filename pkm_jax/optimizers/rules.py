@@ -83,9 +83,10 @@ def changes(
 ) -> tuple[Float[Array, 'rows V'], tuple[Float[Array, 'S ...'], ...]]:
     """By how much the rows of SparseRows with these `ids` change, and moments changed in them.
 
-    `squares` are the mean ones of each row of the gradient, scaled; `take` and `put` rows.
+    `squares` are the mean ones of each row of the gradient, scaled; `take` and `put` rows. The
+    gradient may be narrower than float32, in which all is computed.
     """
-    gradient = gradient * numbers.scale
+    gradient = gradient.astype(jnp.float32) * numbers.scale
     new = rule.moments(gradient, squares, *(take(moment, ids) for moment in moments))
     changed = tuple(put(moment, ids, rows) for moment, rows in zip(moments, new))
     if moments and len(ids) == len(moments[0]):
@@ -113,13 +114,31 @@ def reference(
     return jnp.sqrt(squares), put_rows(table, ids, rows), *changed
 
 
+def moments_of_rows(
+    ids: Int32[Array, 'rows'], gradient: Float[Array, 'rows V'], squares: Float[Array, 'rows'],
+    moments: Sequence[Float[Array, 'S ...']], rule: Rule,
+) -> tuple[list[Float[Array, 'rows']], tuple[Float[Array, 'S ...'], ...]]:
+    """New moments of the rows with these `ids`, of those that are one number a row; and `moments`,
+    of which these are changed. For kernels that leave such moments to XLA."""
+    old, gradient = [take_rows(moment, ids) for moment in moments], gradient.astype(jnp.float32)
+    new = rule.moments(gradient, squares, *old)     # those of rows alone are computed
+    by_row = [rows for rows, one in zip(new, rule.per_row) if one]
+    return by_row, tuple(put_rows(moment, ids, rows) if one else moment
+                         for moment, rows, one in zip(moments, new, rule.per_row))
+
+
+def _load_for_gpus():
+    from pkm_jax.optimizers import gpu_rows
+    return Kernel(gpu_rows.update, gpu_rows.unsupported)
+
+
 def _load_for_tpus():
     from pkm_jax.optimizers import tpu_rows
     return Kernel(tpu_rows.update, tpu_rows.unsupported)
 
 
 #: `reference`, or the kernel of the platform that a program is lowered for.
-update_rows = Choice('update of rows', reference, None, _load_for_tpus)
+update_rows = Choice('update of rows', reference, _load_for_gpus, _load_for_tpus)
 
 
 def _as_column(moment):

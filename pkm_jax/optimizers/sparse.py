@@ -7,8 +7,8 @@ Optax schedules, moments float32 whatever the table is. `axes` are those of the 
 split the tables, as in `ProductKeyMemory`; None: see `pkm_jax.mesh.axes_of`.
 
 `update(updates, state, params, rounding=key)` changes the tables too, each touched row in one pass,
-on a TPU by a kernel. Its updates are for `apply_updates` with the same key, which then only takes
-the tables; the results are those of `update(updates, state)`.
+on a TPU or a GPU by a kernel. Its updates are for `apply_updates` with the same key, which then
+only takes the tables; the results are those of `update(updates, state)`.
 """
 
 import functools
@@ -122,7 +122,8 @@ def apply_updates(
     axes = axes_of(axes)[0]
 
     def change(table, update, key):
-        rows = take_rows(table, update.ids, axes=axes).astype(jnp.float32) + update.rows
+        rows = (take_rows(table, update.ids, axes=axes).astype(jnp.float32)
+                + update.rows.astype(jnp.float32))
         if table.dtype == jnp.bfloat16:
             rows = round_stochastically(rows, update.ids, key)
         return put_rows(table, update.ids, rows, axes=axes)
@@ -214,7 +215,7 @@ def _mean_squares(rule, gradient):
     lie, so that one pass is enough for these and for the norm of the gradient."""
     if not any(rule.per_row):
         return jnp.zeros(len(gradient.rows))
-    squares = jnp.mean(gradient.rows ** 2, axis=1)
+    squares = jnp.mean(gradient.rows.astype(jnp.float32) ** 2, axis=1)
     return squares if gradient.scale is None else squares * gradient.scale ** 2
 
 

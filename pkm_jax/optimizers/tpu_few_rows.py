@@ -23,9 +23,8 @@ from jax.experimental.pallas import tpu as pltpu
 from jaxtyping import Array, BFloat16, Float, Int32, UInt32
 
 from pkm_jax.memory.kernels.tpu.rows import LANES, Interpret, padded_tokens
-from pkm_jax.memory.sparse_rows import put_rows, take_rows
 from pkm_jax.optimizers.rounding import noise, rounded
-from pkm_jax.optimizers.rules import Numbers, Rule
+from pkm_jax.optimizers.rules import Numbers, Rule, moments_of_rows
 
 BLOCK = 65_536      # numbers of a tile at most, but where SUBLANES rows have more
 SUBLANES = 8
@@ -48,7 +47,7 @@ def update(
     table: Float[Array, 'S V'], *moments: Float[Array, 'S ...'], rule: Rule, interpret: Interpret,
 ) -> tuple[Array, ...]:
     """The norm of the change, the table changed, and its moments: see `rules.reference`."""
-    by_row, moments = _numbers_of_rows(ids, gradient, squares, moments, rule)
+    by_row, moments = moments_of_rows(ids, gradient, squares, moments, rule)
     # Interpreted, a copy cannot write words into a table of another type.
     as_words = bool(interpret) and table.dtype == jnp.bfloat16
     changing = (words_of(table) if as_words else table,
@@ -80,15 +79,6 @@ def update(
     table, *found, squares = changed
     return (jnp.sqrt(jnp.sum(squares, keepdims=True)), rows_of_words(table) if as_words else table,
             *(found.pop(0) if moment.ndim == 2 else moment for moment in moments))
-
-
-def _numbers_of_rows(ids, gradient, squares, moments, rule):
-    """New moments of the rows with one number each, and moments changed where they have that."""
-    old = [take_rows(moment, ids) for moment in moments]
-    new = rule.moments(gradient, squares, *old)     # those of rows alone are computed
-    by_row = [rows for rows, one in zip(new, rule.per_row) if one]
-    return by_row, [put_rows(moment, ids, rows) if one else moment
-                    for moment, rows, one in zip(moments, new, rule.per_row)]
 
 
 def tile_of(places: int, width: int) -> int:

@@ -51,6 +51,7 @@ def update(
     table: Float[Array, 'S V'], *moments: Float[Array, 'S ...'], rule: Rule, interpret: Interpret,
 ) -> tuple[Array, ...]:
     """The norm of the change, the table changed, and its moments: see `rules.reference`."""
+    gradient = gradient.astype(jnp.float32)
     run = _update_all if len(ids) == len(table) else tpu_few_rows.update
     return run(ids, start, numbers, seed, gradient, squares, table, *moments, rule=rule,
                interpret=interpret)

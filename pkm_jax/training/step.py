@@ -1,5 +1,6 @@
 """One training step and one evaluation step, as pure functions."""
 
+import math
 from typing import Any, NamedTuple
 
 import jax
@@ -10,7 +11,7 @@ from einops import rearrange
 from flax import nnx
 from jaxtyping import Array, Bool, Float, Int32, UInt32
 
-from pkm_jax.memory.sharded import merge, no_delta, put_rows
+from pkm_jax.memory.sharded import merge, no_delta, put_rows, rows_dtype
 from pkm_jax.memory.sparse_rows import SparseRows, rows_of
 from pkm_jax.memory.usage import SlotCounts, count_slots, mark_selected
 from pkm_jax.models.interface import MemorySite, at, replaced, table_paths
@@ -145,10 +146,16 @@ def eval_step(
 
 
 def _no_deltas(sites, tokens):
-    """By memory, the zeros that stand for the rows which that many tokens can touch."""
-    return {name: no_delta(site.config.slots, site.value_width,
-                           tokens * site.config.heads * site.config.top_k)
-            for name, site in sites.items()}
+    """By memory, the zeros that stand for the rows which that many tokens can touch, in the dtype
+    in which these are made: to widen them before a kernel reads them would take another array."""
+    def zeros(site):
+        config, like = site.config, jax.ShapeDtypeStruct
+        reads = tokens, config.heads * config.top_k
+        dtype = rows_dtype(like((config.slots, site.value_width), jnp.dtype(config.values_dtype)),
+                           like(reads, jnp.dtype(config.weights_dtype)))
+        return no_delta(config.slots, site.value_width, math.prod(reads), dtype=dtype)
+
+    return {name: zeros(site) for name, site in sites.items()}
 
 
 def _mark_rows(

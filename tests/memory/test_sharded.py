@@ -6,6 +6,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from jax.sharding import AbstractDevice, AbstractMesh, use_abstract_mesh
 
 from pkm_jax.memory import embedding_bag as bag
 from pkm_jax.memory import product_keys, sharded
@@ -46,9 +47,9 @@ def dense(values, slots, weights, direction):
     return read, *pull(direction)
 
 
-def sparse(values, slots, weights, direction, implementation=None):
+def sparse(values, slots, weights, direction, implementation=None, dtype=jnp.float32):
     """The same, the gradient of the values as SparseRows."""
-    delta = sharded.no_delta(*values.shape, slots.size)
+    delta = sharded.no_delta(*values.shape, slots.size, dtype=dtype)
     read, pull, touched = jax.vjp(
         lambda d, w: sharded.sparse_embedding_bag(values, d, slots, w,
                                                   implementation=implementation),
@@ -193,3 +194,56 @@ def test_nothing_of_a_table_is_gathered_or_made(shards):
     memory = compiled.memory_analysis()
     assert memory.temp_size_in_bytes + memory.output_size_in_bytes < 2 ** 20 * WIDTH * 4 / 100
     assert f'f32[{2 ** 20},{WIDTH}]' not in compiled.as_text()
+
+
+def lossless(shards=LAYOUTS[0], platform='gpu', tokens=64, width=1024, dtype=jnp.bfloat16, slots=4096,
+             implementation=None):
+    """`rows_dtype` in a mesh of devices that are not here."""
+    like = jax.ShapeDtypeStruct
+    mesh = AbstractMesh(shards, OWN.names, abstract_device=AbstractDevice('', None, platform))
+    with use_abstract_mesh(mesh):
+        return sharded.rows_dtype(like((slots, width), jnp.dtype(dtype)),
+                                  like((tokens, READS), jnp.dtype(jnp.float32)),
+                                  implementation=implementation)
+
+
+@pytest.mark.parametrize('shards', [Shards(), Shards(1, 8, 1), Shards(1, 2, 4), Shards(4, 2, 1)])
+def test_rows_of_gpus_need_no_more_than_the_dtype_of_the_table(shards):
+    assert lossless(shards) == jnp.bfloat16
+    assert lossless(shards, dtype=jnp.float32) == jnp.float32
+
+
+def test_rows_that_are_not_rounded_stay_float32():
+    """On other devices, in plain jnp, and where those of replicas are added up."""
+    assert replica_exchange(Shards(4, 1, 1), 64, READS, 8, 1024, 2, 4).what == 'rows'
+    assert sharded.rows_dtype(
+        *(jax.ShapeDtypeStruct((64, 128), jnp.dtype(jnp.bfloat16)) for _ in range(2))) == jnp.float32
+    for case in (dict(platform='cpu'), dict(platform='tpu'), dict(implementation='xla'),
+                 dict(width=96), dict(shards=Shards(1, 1, 16)), dict(shards=Shards(4), slots=8)):
+        assert lossless(**case) == jnp.float32, case
+
+
+@pytest.mark.parametrize('slots', [SLOTS, 2 * TOKENS * READS], ids=['in place', 'compact'])
+def test_narrow_rows_of_gpus_are_the_same_numbers(slots):
+    """The kernel interpreted, to the bit: float32 rows are those of the table's dtype, widened."""
+    rng = np.random.default_rng(0)
+    _, _, weights, _ = draw()
+    given = [jnp.asarray(rng.normal(size=(slots, 128)), jnp.bfloat16),
+             rng.integers(0, slots, (TOKENS, READS), np.int32), weights,
+             jnp.asarray(rng.normal(size=(TOKENS, 128)), jnp.bfloat16)]
+    narrow, wide = (jax.jit(functools.partial(sparse, implementation='gpu', dtype=dtype))(*given)
+                    for dtype in (jnp.bfloat16, jnp.float32))
+    assert (narrow[1].rows.dtype, wide[1].rows.dtype) == (jnp.bfloat16, jnp.float32)
+    assert np.any(np.asarray(wide[1].rows))
+    for one, other in zip(jax.tree.leaves(narrow), jax.tree.leaves(wide), strict=True):
+        np.testing.assert_array_equal(np.asarray(one, np.float32), np.asarray(other, np.float32))
+
+
+def test_sums_in_plain_jnp_are_narrowed_only_where_that_is_asked_for():
+    values, slots, weights, direction = draw()
+    values, direction = (jnp.asarray(array, jnp.bfloat16) for array in (values, direction))
+    wide, narrow = (jax.jit(functools.partial(sparse, dtype=dtype))(
+        values, slots, weights, direction)[1].rows for dtype in (jnp.float32, jnp.bfloat16))
+    assert np.any(np.asarray(wide) != np.asarray(wide.astype(jnp.bfloat16), np.float32))
+    np.testing.assert_array_equal(*(np.asarray(rows, np.float32)
+                                    for rows in (wide.astype(jnp.bfloat16), narrow)))

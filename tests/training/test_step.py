@@ -7,11 +7,17 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
+from jax.sharding import AbstractDevice, AbstractMesh, AxisType, use_abstract_mesh
 
 from pkm_jax.data.labelled import Labelled
+from pkm_jax.memory import embedding_bag as bag
 from pkm_jax.memory.layer import MemoryConfig
 from pkm_jax.memory.usage import NEVER, no_counts
+from pkm_jax.mesh import OWN
 from pkm_jax.models.bert import BertConfig
+from pkm_jax.models.interface import table_paths
+from pkm_jax.optimizers import rules
+from pkm_jax.optimizers.build import OptimizerConfig, make_optimizer
 from pkm_jax.tasks.masked_lm import MaskedLM
 from pkm_jax.training import evaluation, step
 from pkm_jax.training.program import Program
@@ -153,3 +159,65 @@ def test_rows_of_length_zero_count_nowhere():
     assert ours[0]['loss'] == pytest.approx(theirs[0]['loss'], rel=1e-6)
     assert ours[0]['eval_tokens'] == theirs[0]['eval_tokens']
     np.testing.assert_array_equal(ours[1][1].selected, theirs[1][1].selected)
+
+
+H200 = AbstractMesh((1, 1, 1), OWN.names, (AxisType.Auto,) * 3,
+                    abstract_device=AbstractDevice('NVIDIA H200', 132, 'gpu'))
+
+
+def sparse_setup(values_dtype='bfloat16'):
+    """A step that updates rows of a table wide enough for kernels, and its state."""
+    config = BertConfig(
+        vocab_size=40, layers=1, width=16, attention_heads=2, feed_forward_width=16, max_length=8,
+        memory_layers=(0,), placement='add', memory=MemoryConfig(
+            sub_keys=5, heads=2, top_k=2, query_width=6, value_width=128,
+            values_dtype=values_dtype))
+    optimizer = make_optimizer(OptimizerConfig(warmup=1, values_optimizer='rowwise_adam', clip=.1),
+                               10, table_paths(config.memories), config.is_backbone, sparse=True)
+    state = jax.jit(functools.partial(initial_state, config=config, optimizer=optimizer,
+                                      track_dead=False))(np.uint32(0))
+
+    def take(state, batch, micro_steps=1):
+        return step.train_step(
+            state, batch, np.uint32(0), task=TASK, graph=model_graph(config), sites=config.memories,
+            optimizer=optimizer, accumulation_steps=micro_steps, sparse=True)
+
+    return state, take
+
+
+@pytest.mark.parametrize('values_dtype, micro_steps, mesh, dtype', [
+    ('bfloat16', 1, H200, 'bfloat16'), ('bfloat16', 2, H200, 'float32'),
+    ('float32', 1, H200, 'float32'), ('bfloat16', 1, None, 'float32')])
+def test_rows_reach_the_update_in_the_dtype_in_which_they_are_made(
+        monkeypatch, values_dtype, micro_steps, mesh, dtype):
+    """On GPUs that of the table, but where rows of micro-batches are added up."""
+    (state, take), data = sparse_setup(values_dtype), batch()
+    found, update = [], rules.update_rows
+    monkeypatch.setattr(rules, 'update_rows', lambda *arguments, **settings: (
+        found.append(arguments[5].dtype), update(*arguments, **settings))[1])
+    with use_abstract_mesh(mesh or AbstractMesh((), ())):
+        jax.eval_shape(functools.partial(take, micro_steps=micro_steps), state, data)
+    assert found == [dtype]
+
+
+@pytest.mark.parametrize('micro_steps', [1, 2])
+def test_narrow_rows_change_nothing_to_the_bit(monkeypatch, micro_steps):
+    """Of two steps by the kernels of GPUs, interpreted, whose rows are in bfloat16 or widened."""
+    state, take = sparse_setup()
+    gradients, update = bag._compact_choice, rules.update_rows
+    monkeypatch.setattr(bag, '_compact_choice', lambda _, *arrays, **settings: gradients(
+        'gpu', *arrays, **settings))
+    monkeypatch.setattr(rules, 'update_rows', lambda _, *arrays, **settings: update(
+        'gpu', *arrays, **settings))
+
+    def steps(dtype):
+        monkeypatch.setattr(step, 'rows_dtype', lambda *_: jnp.dtype(dtype))
+        run = jax.jit(functools.partial(take, micro_steps=micro_steps))
+        first, metrics = run(state, batch())
+        state_and_metrics = dict(enumerate((*run(first, batch(seed=1)), metrics)))
+        return jax.tree_util.tree_leaves_with_path(state_and_metrics)
+
+    narrow, wide = steps('bfloat16'), steps('float32')
+    for (path, one), (_, other) in zip(narrow, wide, strict=True):
+        np.testing.assert_array_equal(*(np.asarray(array, np.float32) for array in (one, other)),
+                                      err_msg=jax.tree_util.keystr(path))
