@@ -7,7 +7,11 @@ from jax.typing import DTypeLike
 from jaxtyping import Array, Float, Int32
 
 from pkm_jax.memory.kernels.gpu.backend import reads_lack, uses_mosaic
-from pkm_jax.memory.kernels.gpu.embedding_bag_backward import dense_gradients, rows_that_were_read
+from pkm_jax.memory.kernels.gpu.embedding_bag_backward import (
+    cleared,
+    dense_gradients,
+    rows_that_were_read,
+)
 from pkm_jax.memory.kernels.gpu.embedding_bag_forward import sum_rows
 from pkm_jax.memory.sparse_rows import SparseRows
 
@@ -62,13 +66,13 @@ def compact_backward(
     """The rows of the values' gradient that were read, rounded to the values' dtype, in `dtype`;
     and the weights' gradient; deterministic."""
     # The kernel reads everywhere: slot S - 1 for S.
-    last = len(values) - 1
+    last, mosaic = len(values) - 1, uses_mosaic(values, slots, interpret=interpret)
     ids, rows, _, by_read = rows_that_were_read(
-        values, jnp.minimum(slots, last), weights, gradient,
-        mosaic=uses_mosaic(values, slots, interpret=interpret), interpret=interpret)
+        values, jnp.minimum(slots, last), weights, gradient, mosaic=mosaic, interpret=interpret)
     in_use = ids < jnp.where(jnp.any(slots == last), last + 1, last)
-    return (SparseRows(jnp.where(in_use, ids, last + 1),
-                       jnp.where(in_use[:, None], rows.astype(dtype), 0),
+    # In their place: what reads rows may be a kernel, for which XLA would copy all.
+    rows = cleared(rows, jnp.where(in_use, 0, len(rows)), mosaic=mosaic, interpret=interpret)
+    return (SparseRows(jnp.where(in_use, ids, last + 1), rows.astype(dtype),
                        jnp.sum(in_use, dtype=jnp.int32)[None]),
             jax.lax.dynamic_slice_in_dim(jnp.where(slots <= last, by_read, 0), first, tokens))
 

@@ -44,16 +44,21 @@ def dense_gradients(
 
     `mosaic`: by Mosaic GPU, see `mosaic_backward` and `mosaic_rows`.
     """
-    n_slots, width = values.shape
-    row_slots, rows, by_read = _gradients(values, _sort(slots), weights, gradient, n_slots, None,
+    row_slots, rows, by_read = _gradients(values, _sort(slots), weights, gradient, len(values), None,
                                           mosaic, interpret)
+    return cleared(rows, row_slots, mosaic=mosaic, interpret=interpret), by_read
+
+
+def cleared(
+    rows: Float[Array, 'rows V'], numbers: Int32[Array, 'rows'], *, mosaic: bool, interpret: bool,
+) -> Float[Array, 'rows V']:
+    """The rows in their place, with zeros in those whose number is how many rows there are."""
     if mosaic:
         from pkm_jax.memory.kernels.gpu import mosaic_rows
-        return mosaic_rows.clear(rows, row_slots, interpret=interpret), by_read
-    rows, = call(functools.partial(_clear, blocks=column_blocks(width)), 'read_backward_clear',
-                 (pl.cdiv(n_slots, TILE),), [rows], rows, row_slots, aliases={0: 0},
-                 interpret=interpret)
-    return rows, by_read
+        return mosaic_rows.clear(rows, numbers, interpret=interpret)
+    return call(functools.partial(_clear, blocks=column_blocks(rows.shape[1])),
+                'read_backward_clear', (pl.cdiv(len(rows), TILE),), [rows], rows, numbers,
+                aliases={0: 0}, interpret=interpret)[0]
 
 
 def rows_that_were_read(
@@ -295,11 +300,11 @@ def _add_pieces(_rows, pieces, slot, cut, segment_end, *rest, chunk_size, chunks
     jax.lax.while_loop(lambda n: n < PIECES, add_segment, next_start(-1))
 
 
-def _clear(_rows, row_slots, rows, *, blocks):
-    """Zeroes the rows of slots that were not read."""
-    n_slots = rows.shape[0]
+def _clear(_rows, numbers, rows, *, blocks):
+    """Zeroes the rows whose number is how many there are."""
+    n_rows = rows.shape[0]
     at = pl.program_id(0) * TILE + jnp.arange(TILE, dtype=jnp.int32)
-    unread = plt.load(row_slots.at[at], mask=at < n_slots, other=0) == n_slots
+    unread = plt.load(numbers.at[at], mask=at < n_rows, other=0) == n_rows
 
     @pl.when(jnp.max(unread.astype(jnp.int32)) == 1)
     def _():

@@ -335,20 +335,20 @@ def add_segment(
     llvm.store(number, utils.getelementptr(row_of(rows, row), [here], out))
 
 
-def clear(number: int, _: Any, rows: Any, row_slots: Any, first: Any) -> None:
-    """See `mosaic_rows.clear`: a warp's rows, whose slots it asks for all at once."""
+def clear(number: int, _: Any, rows: Any, numbers: Any, first: Any) -> None:
+    """See `mosaic_rows.clear`: a warp's rows, whose numbers it asks for all at once."""
     kind = ir.MemRefType(rows.type)
-    n_slots, width = kind.shape
+    n_rows, width = kind.shape
     word = ir.IntegerType.get_signless(32)
     words = width * utils.bitwidth(kind.element_type) // 32 // LANES      # of a row, for a lane
     together = math.gcd(words, WIDE)
     vector = ir.VectorType.get((together,), word)
     begin = arith.addi(number_of(first), arith.muli(utils.warp_idx(sync=False), constant(number)))
-    places = [arith.minsi(arith.addi(begin, constant(n)), constant(n_slots - 1))
+    places = [arith.minsi(arith.addi(begin, constant(n)), constant(n_rows - 1))
               for n in range(number)]
-    slots = [loaded(row_slots, place) for place in places]
-    for place, slot in zip(places, slots):
-        with utils.when(arith.cmpi(arith.CmpIPredicate.eq, slot, constant(n_slots))):
+    of_rows = [loaded(numbers, place) for place in places]
+    for place, of_row in zip(places, of_rows):
+        with utils.when(arith.cmpi(arith.CmpIPredicate.eq, of_row, constant(n_rows))):
             at = utils.getelementptr(row_of(rows, place), [
                 arith.muli(lane_index(), constant(together))], word)
             for block in range(words // together):

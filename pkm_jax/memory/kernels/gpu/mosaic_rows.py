@@ -90,28 +90,28 @@ def _add_segment(rows, pieces, totals, chunk, stop, row, column, interpret):
 
 
 def clear(
-    rows: Float[Array, 'S V'], row_slots: Int32[Array, 'S'], *, interpret: bool,
-) -> Float[Array, 'S V']:
-    """The rows with zeros in those without a read, whose slot is S."""
-    n_slots, table = len(rows), jax.new_ref(rows)
+    rows: Float[Array, 'rows V'], numbers: Int32[Array, 'rows'], *, interpret: bool,
+) -> Float[Array, 'rows V']:
+    """The rows with zeros in those whose number is how many rows there are."""
+    n_rows, table = len(rows), jax.new_ref(rows)
     tile = WARPS * ROWS_A_WARP
 
-    def read_backward_clear(row_slots):
+    def read_backward_clear(numbers):
         first = jax.lax.axis_index('tile') * tile
         if not interpret:
             inline(functools.partial(lanes.clear, ROWS_A_WARP), (REF, REF, NUMBER),
-                   table, row_slots, first)
+                   table, numbers, first)
             return
 
         @pl.loop(0, tile)
         def _(number):
-            row = jnp.minimum(first + number, n_slots - 1)
+            row = jnp.minimum(first + number, n_rows - 1)
 
-            @pl.when(row_slots[row] == n_slots)
+            @pl.when(numbers[row] == n_rows)
             def _():
                 table[row, :] = jnp.zeros(rows.shape[1], rows.dtype)
 
     plgpu.kernel(
-        read_backward_clear, out_type=(), grid=(pl.cdiv(n_slots, tile),), grid_names=('tile',),
-        interpret=plgpu.InterpretGPUParams() if interpret else None)(row_slots)
+        read_backward_clear, out_type=(), grid=(pl.cdiv(n_rows, tile),), grid_names=('tile',),
+        interpret=plgpu.InterpretGPUParams() if interpret else None)(numbers)
     return table[...]
