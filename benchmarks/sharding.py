@@ -50,9 +50,10 @@ SCHEDULER = {'xla_gpu_enable_latency_hiding_scheduler': True}
 MEGABYTE = 2 ** 20
 FEW = 128       # words of small models
 # What may make the sum of gradients cheaper, or overlap it with the backward pass, as XLA of jax
-# 0.10 to 0.12 calls it. By default XLA packs the gradients that it sums together into one array.
+# 0.10 to 0.12 calls it. Left to itself XLA packs the gradients that it sums together into one array
+# (`training.program`).
 OPTIONS: dict[str, dict[str, Any]] = {
-    'nothing packed': {'xla_disable_hlo_passes': 'all-reduce-contiguous'},
+    'gradients packed': {'xla_disable_hlo_passes': ''},
     'scheduler': SCHEDULER,
     'scheduler, sums of 128 MB': SCHEDULER | {
         'xla_gpu_all_reduce_combine_threshold_bytes': 128 * MEGABYTE},

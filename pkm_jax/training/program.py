@@ -28,6 +28,10 @@ from pkm_jax.training.state import (
 )
 from pkm_jax.training.step import Totals, eval_step, train_step
 
+# XLA's own pass copies every gradient into one array for each sum over GPUs, and out of it again:
+# 0.1 to 1.2 ms of a step (docs/results.md, 2026-11-30).
+SUMMED_WHERE_THEY_LIE = {'xla_disable_hlo_passes': 'all-reduce-contiguous'}
+
 
 class Program(NamedTuple):
     """The functions of a run, and the state that they pass on."""
@@ -77,9 +81,15 @@ def make_program(run: Run, model: ModelConfig, sparse: bool, mesh: Mesh) -> Prog
               for name, site in model.memories.items()}
     return Program(graph, abstract, jax.jit(initialise, out_shardings=layout),
                    jax.jit(step, donate_argnums=0, out_shardings=(layout, None),
-                           static_argnames='all_norms'),
+                           static_argnames='all_norms', compiler_options=options_of(mesh)),
                    jax.jit(count, donate_argnums=3,     # the rest is for every host to read
                            out_shardings=(Totals(whole, whole, by_rows), whole)), counts)
+
+
+def options_of(mesh: Mesh) -> dict[str, str] | None:
+    """XLA's options for a step."""
+    gpus = mesh.devices.flat[0].platform == 'gpu'
+    return SUMMED_WHERE_THEY_LIE if gpus and mesh.size > 1 else None
 
 
 def _abstract_counts(slots, sharding):

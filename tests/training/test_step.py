@@ -1,6 +1,7 @@
 """One step: accumulation, weighting, statistics, and what evaluation sums."""
 
 import functools
+from types import SimpleNamespace
 
 import jax
 import jax.numpy as jnp
@@ -20,7 +21,7 @@ from pkm_jax.optimizers import rules
 from pkm_jax.optimizers.build import OptimizerConfig, make_optimizer
 from pkm_jax.tasks.masked_lm import MaskedLM
 from pkm_jax.training import evaluation, step
-from pkm_jax.training.program import Program
+from pkm_jax.training.program import Program, options_of
 from pkm_jax.training.state import initial_state, model_graph
 
 LENGTH, PREDICTIONS = 8, 3
@@ -221,3 +222,11 @@ def test_narrow_rows_change_nothing_to_the_bit(monkeypatch, micro_steps):
     for (path, one), (_, other) in zip(narrow, wide, strict=True):
         np.testing.assert_array_equal(*(np.asarray(array, np.float32) for array in (one, other)),
                                       err_msg=jax.tree_util.keystr(path))
+
+
+@pytest.mark.parametrize('platform, devices', [('gpu', 1), ('gpu', 2), ('tpu', 2), ('cpu', 2)])
+def test_several_gpus_alone_sum_gradients_where_they_lie(platform, devices):
+    mesh = SimpleNamespace(devices=np.full(devices, SimpleNamespace(platform=platform)),
+                           size=devices)
+    packs = options_of(mesh) is None
+    assert packs == ((platform, devices) != ('gpu', 2))
