@@ -71,6 +71,7 @@ def make_program(run: Run, model: ModelConfig, sparse: bool, mesh: Mesh) -> Prog
                         tables, run.train.fsdp)
     layout = jax.tree.map(lambda leaf: leaf.sharding, abstract)
     graph = model_graph(model)
+    platform = mesh.devices.flat[0].platform
     step = functools.partial(
         train_step, task=run.task, graph=graph, sites=model.memories, optimizer=optimizer,
         accumulation_steps=run.train.gradient_accumulation_steps, sparse=sparse)
@@ -81,15 +82,15 @@ def make_program(run: Run, model: ModelConfig, sparse: bool, mesh: Mesh) -> Prog
               for name, site in model.memories.items()}
     return Program(graph, abstract, jax.jit(initialise, out_shardings=layout),
                    jax.jit(step, donate_argnums=0, out_shardings=(layout, None),
-                           static_argnames='all_norms', compiler_options=options_of(mesh)),
+                           static_argnames='all_norms',
+                           compiler_options=options_of(platform, mesh.size)),
                    jax.jit(count, donate_argnums=3,     # the rest is for every host to read
                            out_shardings=(Totals(whole, whole, by_rows), whole)), counts)
 
 
-def options_of(mesh: Mesh) -> dict[str, str] | None:
-    """XLA's options for a step."""
-    gpus = mesh.devices.flat[0].platform == 'gpu'
-    return SUMMED_WHERE_THEY_LIE if gpus and mesh.size > 1 else None
+def options_of(platform: str, devices: int) -> dict[str, str] | None:
+    """XLA's, for a step on so many devices of JAX's platform."""
+    return SUMMED_WHERE_THEY_LIE if platform == 'gpu' and devices > 1 else None
 
 
 def _abstract_counts(slots, sharding):

@@ -44,7 +44,8 @@ def dense_gradients(
 
     `mosaic`: by Mosaic GPU, see `mosaic_backward` and `mosaic_rows`.
     """
-    row_slots, rows, by_read = _gradients(values, _sort(slots), weights, gradient, len(values), None,
+    reads = _sort(slots)
+    row_slots, rows, by_read = _gradients(values, reads, weights, gradient, len(values), None,
                                           mosaic, interpret)
     return cleared(rows, row_slots, mosaic=mosaic, interpret=interpret), by_read
 
