@@ -155,6 +155,7 @@ def _sparse_backward(axes, implementation, dtype, residuals, gradients):
     reads = len(gradient), slots.shape[1]
     along = _exchanged(reads, values, weights, axes)
     capacity = _capacity(n_slots, math.prod(reads), axes)
+    adds_rows = along == axes.memory and shards.data > 1
 
     def differentiate(values, slots, weights, gradient):
         slots, weights = _own(slots, weights, len(values), axes)
@@ -162,8 +163,9 @@ def _sparse_backward(axes, implementation, dtype, residuals, gradients):
         rows, by_read = bag.compact_gradients(
             values, slots, weights, _to_readers(gradient, along, axes),
             0 if along == axes.memory else _group_index(axes) * of_group, tokens=of_group,
-            owners=shards.rows, dtype=dtype, implementation=implementation)
-        if along == axes.memory and shards.data > 1:
+            owners=shards.rows, dtype=jnp.float32 if adds_rows else dtype,
+            implementation=implementation)
+        if adds_rows:
             rows = sparse_rows.merge(jax.lax.all_gather(rows, axes.data), len(values), capacity)
         return (rows._replace(ids=_in_table(rows.ids, len(values), n_slots, axes),
                               rows=rows.rows.astype(dtype)),
@@ -199,12 +201,13 @@ def rows_dtype(
 ) -> jnp.dtype:
     """The narrowest dtype of `no_delta` in which a gradient of such a `sparse_embedding_bag` loses
     nothing: that of the values where the mesh in use is one of NVIDIA GPUs and their kernel makes
-    each row, which it rounds to that; else float32. For what reads the rows as they lie.
+    each row, which it rounds to that; else float32.
     """
     axes, implementation = resolve(axes, implementation)
     shards, device = shards_in_use(axes), jax.sharding.get_abstract_mesh().abstract_device
     exact = jnp.dtype(jnp.float32)
-    if values.dtype == exact or device is None or device.platform != 'gpu':
+    if values.dtype == exact or device is None or not (
+            device.platform == 'gpu' and device.device_kind.startswith('NVIDIA')):
         return exact
     if shards.data > 1 and _exchanged(weights.shape, values, weights, axes) == axes.memory:
         return exact        # sums of several replicas' rows

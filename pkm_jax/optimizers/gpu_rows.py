@@ -7,7 +7,8 @@ that nothing is read that was written. Moments of one number a row are gathered 
 XLA: each would be of several programs. Sums of squares have one fixed order.
 
 Bytes: the gradient is read, table and moments are read and written, of the rows in use alone: for
-lazy Adam 22 a number of a bfloat16 table and gradient (`sharded.rows_dtype`). Operations: those of
+lazy Adam 22 a number of a bfloat16 table and gradient (`sharded.rows_dtype`), and 4 for each tile,
+the sum of its squares. Operations: those of
 the rule and, in bfloat16, some 20 for the random bits of each number. Floor: the bytes over the
 memory bandwidth.
 """
@@ -27,8 +28,8 @@ from pkm_jax.ops.gpu import triton as plt
 from pkm_jax.optimizers.rounding import noise, rounded
 from pkm_jax.optimizers.rules import Numbers, Rule, moments_of_rows
 
-# Numbers of a tile, and the warps of its program, of the quickest on an H200: 8 numbers for each
-# thread are 16 bytes in bfloat16.
+# Numbers of a tile, and the warps of its program: the quickest of three on an H200, at 768 columns
+# of bfloat16. 8 numbers for each thread are 16 bytes.
 WITH_MOMENTS = 256, 1       # as wide as the table,
 WITHOUT = 2048, 4
 COLUMNS = 256               # of a tile at most
@@ -42,6 +43,8 @@ def unsupported(
     """Why the kernel cannot update this table; None if it can."""
     if gpu.triton is None:
         return f'jax {jax.__version__}, which has no Triton backend'
+    if not ids.size:
+        return 'no rows at all'
     if table.dtype not in (jnp.float32, jnp.bfloat16):
         return f'a table of {table.dtype} (float32 or bfloat16)'
     return None

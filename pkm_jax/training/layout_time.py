@@ -165,10 +165,11 @@ def _moved_by_update(shards, work, rates):
     stored = 2 * (work.itemsize + work.state)       # read and written
     if work.sparse:
         # Gradient rows written, read for their norm and for the update, whose own rows are written
-        # and read but by a TPU's kernel; those of several micro-batches are read and added up.
+        # and read but by a kernel; those of several micro-batches are read and added up.
         rows = _rows(shards, work.read, steps)
         all_rows = rows == work.read.slots // shards.rows
-        kernel = rates.chip.dimensions and (all_rows or part % 128 == 0)
+        kernel = not rates.plain and (
+            not rates.chip.dimensions or all_rows or part % 128 == 0)
         passes = 12 if kernel else 20
         summed = steps * _rows(shards, work.read) * 12 if steps > 1 else 0
         return part * (rows * (passes + stored) + summed)

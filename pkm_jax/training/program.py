@@ -4,6 +4,8 @@ To be used under `jax.set_mesh` of the mesh given, which may be one of devices t
 """
 
 import functools
+import os
+import re
 from typing import Any, NamedTuple
 
 import jax
@@ -28,9 +30,9 @@ from pkm_jax.training.state import (
 )
 from pkm_jax.training.step import Totals, eval_step, train_step
 
-# XLA's own pass copies every gradient into one array for each sum over GPUs, and out of it again:
-# 0.1 to 1.2 ms of a step (docs/results.md, 2026-11-30).
-SUMMED_WHERE_THEY_LIE = {'xla_disable_hlo_passes': 'all-reduce-contiguous'}
+# This pass of XLA copies every gradient into one array for each sum over GPUs, and out of it again:
+# 0.1 to 1.2 ms of a step on two H200s of one host (docs/results.md, 2026-11-30).
+PACKS_GRADIENTS = 'all-reduce-contiguous'
 
 
 class Program(NamedTuple):
@@ -89,8 +91,12 @@ def make_program(run: Run, model: ModelConfig, sparse: bool, mesh: Mesh) -> Prog
 
 
 def options_of(platform: str, devices: int) -> dict[str, str] | None:
-    """XLA's, for a step on so many devices of JAX's platform."""
-    return SUMMED_WHERE_THEY_LIE if platform == 'gpu' and devices > 1 else None
+    """XLA's, for a step on so many devices of JAX's platform. They would replace the passes that
+    XLA_FLAGS disables, so these are among them."""
+    if platform != 'gpu' or devices == 1:
+        return None
+    given = re.findall(r'--xla_disable_hlo_passes=(\S+)', os.environ.get('XLA_FLAGS', ''))
+    return {'xla_disable_hlo_passes': ','.join([*given[-1:], PACKS_GRADIENTS])}
 
 
 def _abstract_counts(slots, sharding):

@@ -196,14 +196,14 @@ def test_nothing_of_a_table_is_gathered_or_made(shards):
     assert f'f32[{2 ** 20},{WIDTH}]' not in compiled.as_text()
 
 
-def lossless(shards=LAYOUTS[0], platform='gpu', tokens=64, width=1024, dtype=jnp.bfloat16, slots=4096,
-             implementation=None):
+def lossless(shards=LAYOUTS[0], platform='gpu', kind='NVIDIA H200', width=1024,
+             dtype=jnp.bfloat16, slots=4096, implementation=None):
     """`rows_dtype` in a mesh of devices that are not here."""
     like = jax.ShapeDtypeStruct
-    mesh = AbstractMesh(shards, OWN.names, abstract_device=AbstractDevice('', None, platform))
+    mesh = AbstractMesh(shards, OWN.names, abstract_device=AbstractDevice(kind, None, platform))
     with use_abstract_mesh(mesh):
         return sharded.rows_dtype(like((slots, width), jnp.dtype(dtype)),
-                                  like((tokens, READS), jnp.dtype(jnp.float32)),
+                                  like((64, READS), jnp.dtype(jnp.float32)),
                                   implementation=implementation)
 
 
@@ -216,10 +216,10 @@ def test_rows_of_gpus_need_no_more_than_the_dtype_of_the_table(shards):
 def test_rows_that_are_not_rounded_stay_float32():
     """On other devices, in plain jnp, and where those of replicas are added up."""
     assert replica_exchange(Shards(4, 1, 1), 64, READS, 8, 1024, 2, 4).what == 'rows'
-    assert sharded.rows_dtype(
-        *(jax.ShapeDtypeStruct((64, 128), jnp.dtype(jnp.bfloat16)) for _ in range(2))) == jnp.float32
-    for case in (dict(platform='cpu'), dict(platform='tpu'), dict(implementation='xla'),
-                 dict(width=96), dict(shards=Shards(1, 1, 16)), dict(shards=Shards(4), slots=8)):
+    like = jax.ShapeDtypeStruct((64, 128), jnp.dtype(jnp.bfloat16))
+    assert sharded.rows_dtype(like, like) == jnp.float32
+    for case in (dict(platform='cpu'), dict(platform='tpu'), dict(kind='AMD Instinct MI300X'),
+                 dict(implementation='xla'), dict(width=96), dict(shards=Shards(1, 1, 16)), dict(shards=Shards(4), slots=8)):
         assert lossless(**case) == jnp.float32, case
 
 

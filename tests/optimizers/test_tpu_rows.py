@@ -91,10 +91,10 @@ def check_same(ours, theirs, exact=True):
 
 @pytest.fixture
 def by_kernels(monkeypatch):
-    """Has the update made by the kernels for TPUs, from when it is called."""
+    """Has the update made by the kernels for TPUs, or for others, from when it is called."""
     choice = rules.update_rows
-    return lambda: monkeypatch.setattr(
-        rules, 'update_rows', lambda _, *arrays, **static: choice('tpu', *arrays, **static))
+    return lambda platform='tpu': monkeypatch.setattr(
+        rules, 'update_rows', lambda _, *arrays, **static: choice(platform, *arrays, **static))
 
 
 @pytest.mark.parametrize('name, dtype, width', fast_are(
@@ -168,17 +168,17 @@ def test_clipping_is_that_of_rows_that_are_scaled_before(places, used, by_kernel
     check_same(steps('rowwise_adam', 'float32', given, clip=clip), want, exact=False)
 
 
-@pytest.mark.parametrize('shards, few', fast_are(
-    [(Shards(2, 2, 2), True)],
-    [(shards, few) for few in (False, True)
+@pytest.mark.parametrize('platform, shards, few', fast_are(
+    [('tpu', Shards(2, 2, 2), True), ('gpu', Shards(2, 2, 2), True)],
+    [(platform, shards, few) for platform in ('tpu', 'gpu') for few in (False, True)
      for shards in (Shards(1, 2, 4), Shards(2, 2, 2), Shards(1, 1, 8), Shards(4, 2, 1))]))
-def test_parts_by_kernels_change_as_one_device_does(shards, few, by_kernels):
+def test_parts_by_kernels_change_as_one_device_does(platform, shards, few, by_kernels):
     """Of bfloat16, with the same random bits; the sum of squares of a row has another order."""
     places = 10 * shards.rows if few else SLOTS
     used = {'some': range(0, SLOTS, 33), 'other': range(1, SLOTS, 34)} if few else ALL
     given = list(gradients(1024, used, places, shards.rows))
     want = steps('rowwise_adam', 'bfloat16', given)
-    by_kernels()
+    by_kernels(platform)
     with jax.set_mesh(make_mesh(shards)):
         got = steps('rowwise_adam', 'bfloat16', given)
     for ours, theirs in zip(got, want, strict=True):

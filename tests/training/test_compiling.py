@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 
 from pkm_jax.mesh import make_mesh
+from pkm_jax.training import program as programs_of_runs
 from pkm_jax.training.compiling import Programs, shapes_of
 from pkm_jax.training.layout import lay_out_here
 from pkm_jax.training.loop import prepared
@@ -68,3 +69,13 @@ def test_of_a_finished_run_nothing_is_made(made):
     programs = Programs(run, program, mesh, run.train.steps, fresh=False)
     programs.wait()
     assert not programs._compiled
+
+
+def test_options_of_a_step_reach_the_compiler(made, monkeypatch):
+    run, _, mesh = made
+    monkeypatch.setattr(programs_of_runs, 'options_of', lambda *_: {'xla_no_such_option': '1'})
+    program = make_program(run, run.model, False, mesh)
+    lowered = program.take_step.lower(program.abstract, abstract_batch(run, mesh), np.uint32(0),
+                                      all_norms=False)
+    with pytest.raises(RuntimeError, match='xla_no_such_option'):
+        lowered.compile()

@@ -86,6 +86,10 @@ def test_gradients_agree_with_float64(dtype, compact, monkeypatch):
         assert np.all(np.asarray(ids[count:]) == len(values))
         rows = np.zeros_like(table)
         rows[ids[:count]] = np.asarray(found[:count], np.float64)
+        whole = np.asarray(embedding_bag_backward.cleared(
+            found, jnp.where(ids < len(values), 0, len(found)), mosaic=True, interpret=True))
+        np.testing.assert_array_equal(whole[:count], found[:count])
+        assert len(whole) > count and not whole[count:].any()
     else:
         rows, by_read = embedding_bag_backward.dense_gradients(
             values, slots, weights, gradient, mosaic=True, interpret=True)
