@@ -103,16 +103,27 @@ def _take(path: Path, say: Callable[[str], None]) -> dict[str, Any]:
                           f'stop it, or choose another --config.workdir.'
                           + (f' If it ended without a word, its place can be taken in '
                              f'{silent:.0f} s.' if silent < math.inf else ''))
-        # Whoever moves it first has it: two that find it at once do not both take the place.
-        dead = path.with_name(f'{path.name}.{mine["host"]}-{mine["process"]}')
-        with contextlib.suppress(FileNotFoundError, FileExistsError):
-            path.rename(dead)
-            if _read(dead) == found:
-                say(f'{path.parent}: the run before ({_who(found)}) ended without a word; its '
-                    f'place is taken')
-            else:               # that of a process which was quicker
-                os.link(dead, path)
-            dead.unlink()
+        _remove_dead(path, found, say)
+
+
+def _remove_dead(path, found, say):
+    """Removes the file of a dead process if it still is that one, while no other process does."""
+    claim = path.with_name(f'{path.name}.claim')
+    try:
+        claim.open('x').close()
+    except FileExistsError:
+        if _silent_in(claim, {}, _now):
+            time.sleep(.01)     # until the other is through,
+        else:                   # which has died within these lines
+            claim.unlink(missing_ok=True)
+        return
+    try:
+        if _read(path) == found:
+            path.unlink()
+            say(f'{path.parent}: the run before ({_who(found)}) ended without a word; its place '
+                f'is taken')
+    finally:
+        claim.unlink(missing_ok=True)
 
 
 def _who(found: dict[str, Any]) -> str:

@@ -137,6 +137,22 @@ def test_who_was_taken_for_dead_notices_and_leaves_the_other_alone(tmp_path):
     assert json.loads((tmp_path / 'running.json').read_text())['host'] == 'elsewhere'
 
 
+def test_one_process_at_a_time_removes_a_dead_one(tmp_path):
+    """And leaves what has come in its place since; a claim of one that died ages."""
+    path = write(tmp_path, host='elsewhere', process=1)
+    dead, claim = json.loads(path.read_text()), tmp_path / 'running.json.claim'
+    claim.touch()
+    lock._remove_dead(path, dead, print)
+    assert path.exists() and claim.exists()
+    os.utime(claim, (0, 0))
+    lock._remove_dead(path, dead, print)
+    assert path.exists() and not claim.exists()
+    lock._remove_dead(path, dead | {'process': 2}, print)
+    assert path.exists() and not claim.exists()
+    lock._remove_dead(path, dead, print)
+    assert not list(tmp_path.iterdir())
+
+
 def test_of_many_that_find_a_dead_one_a_single_one_takes_its_place(tmp_path):
     """Processes of their own, at once."""
     path = write(tmp_path, host='elsewhere', process=1)
