@@ -200,7 +200,7 @@ def test_rows_reach_the_update_in_the_dtype_in_which_they_are_made(
     assert found == [dtype]
 
 
-@pytest.mark.parametrize('micro_steps', [1, 2])
+@pytest.mark.parametrize('micro_steps', [1, pytest.param(2, marks=pytest.mark.slow)])
 def test_narrow_rows_change_nothing_to_the_bit(monkeypatch, micro_steps):
     """Of two steps by the kernels of GPUs, interpreted, whose rows are in bfloat16 or widened."""
     state, take = sparse_setup()
