@@ -7,7 +7,8 @@ import pkm_jax
 
 # Each may import what stands in a line above it; of its own line nothing but itself.
 LEVELS = (
-    ('refusal', 'console'), ('fields', 'mesh', 'dispatch', 'accelerators'), ('ops', 'data'), ('memory',),
+    ('refusal', 'console'), ('fields', 'mesh', 'dispatch', 'accelerators', 'xla_flags'),
+    ('ops', 'data'), ('memory',),
     ('models',), ('optimizers',), ('tasks',), ('configuration', 'convert', 'configs', 'report'),
     ('processes',), ('checkpoints',), ('training', 'prediction'), ('planning', 'inspection'),
     ('pretrain', 'finetune', 'compile_check', 'convert_checkpoint', 'predict', 'inspect', 'replay',

@@ -6,7 +6,6 @@ import math
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax.typing import DTypeLike
 from jaxtyping import Array, Bool, Float, Int32
 
 from pkm_jax.dispatch import Choice, Implementation, Kernel
@@ -90,28 +89,25 @@ def compact_gradients(
     *,
     tokens: int | None = None,
     owners: int = 1,
-    dtype: DTypeLike = jnp.float32,
     implementation: Implementation | None = None,
 ) -> tuple[SparseRows, Float[Array, 'part R']]:
     """The gradient of `values` as the rows that were read, and the gradient of the weights.
 
-    The latter is of so many `tokens`, beginning with number `first`; None: of all. `dtype`: of the
-    rows, which are summed in float32; see `rounds_on_gpus`.
+    The latter is of so many `tokens`, beginning with number `first`; None: of all.
 
     Slots may be S: nothing is read there, with a weight of 0, whose gradient is 0. No array has S
     rows unless there are S reads, and none is [T, R, V]. `owners`: see `embedding_bag`.
     """
     return _compact_choice(implementation, values, slots, weights, gradient, jnp.int32(first),
-                           owners=owners, tokens=len(slots) if tokens is None else tokens,
-                           dtype=jnp.dtype(dtype))
+                           owners=owners, tokens=len(slots) if tokens is None else tokens)
 
 
 def rounds_on_gpus(
     values: jax.ShapeDtypeStruct, slots: jax.ShapeDtypeStruct, *, owners: int = 1,
     implementation: Implementation | None = None,
 ) -> bool:
-    """Whether a program for NVIDIA GPUs has `compact_gradients` that round their rows to the dtype
-    of `values`, whatever theirs is: the kernel does, plain jnp and the kernels for TPUs do not."""
+    """Whether a program for NVIDIA GPUs has `compact_gradients` whose float32 rows are numbers of
+    the dtype of `values`: the kernel rounds them to it, plain jnp and those for TPUs do not."""
     return _compact_choice.runs_kernel('gpu', implementation, values, slots, owners=owners)
 
 
@@ -121,7 +117,7 @@ def compact_reference(
     weights: Float[Array, 'T R'],
     gradient: Float[Array, 'T V'],
     first: Int32[Array, ''],
-    *, owners: int = 1, tokens: int, dtype: DTypeLike = jnp.float32,
+    *, owners: int = 1, tokens: int,
 ) -> tuple[SparseRows, Float[Array, '{tokens} R']]:
     """`compact_gradients` in plain jnp, for any device: one read of every token at a time."""
     ids, count = touched(slots, len(values), owners=owners)
@@ -135,8 +131,7 @@ def compact_reference(
     start = jnp.zeros((capacity, values.shape[1]), jnp.float32)
     rows, by_read = _add_reads(add, start, slots, weights, gradient, n_slots=len(values),
                                owners=owners)
-    return (SparseRows(ids, rows.astype(dtype), count),
-            jax.lax.dynamic_slice_in_dim(by_read, first, tokens))
+    return SparseRows(ids, rows, count), jax.lax.dynamic_slice_in_dim(by_read, first, tokens)
 
 
 def touched(

@@ -155,7 +155,6 @@ def _sparse_backward(axes, implementation, dtype, residuals, gradients):
     reads = len(gradient), slots.shape[1]
     along = _exchanged(reads, values, weights, axes)
     capacity = _capacity(n_slots, math.prod(reads), axes)
-    adds_rows = along == axes.memory and shards.data > 1
 
     def differentiate(values, slots, weights, gradient):
         slots, weights = _own(slots, weights, len(values), axes)
@@ -163,10 +162,10 @@ def _sparse_backward(axes, implementation, dtype, residuals, gradients):
         rows, by_read = bag.compact_gradients(
             values, slots, weights, _to_readers(gradient, along, axes),
             0 if along == axes.memory else _group_index(axes) * of_group, tokens=of_group,
-            owners=shards.rows, dtype=jnp.float32 if adds_rows else dtype,
-            implementation=implementation)
-        if adds_rows:
+            owners=shards.rows, implementation=implementation)
+        if along == axes.memory and shards.data > 1:
             rows = sparse_rows.merge(jax.lax.all_gather(rows, axes.data), len(values), capacity)
+        # Where a kernel had rounded the rows to this, XLA takes this and their widening out.
         return (rows._replace(ids=_in_table(rows.ids, len(values), n_slots, axes),
                               rows=rows.rows.astype(dtype)),
                 _sum_to_owners(by_read, axes.memory))

@@ -3,14 +3,15 @@
 import functools
 import logging
 import math
-import os
-import re
 
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int, Key
 
 from pkm_jax.ops.dropout import dropout
+from pkm_jax.xla_flags import xla_flags
+
+DETERMINISTIC = 'xla_gpu_deterministic_ops', 'xla_gpu_exclude_nondeterministic_ops'
 
 
 def attend(
@@ -47,10 +48,8 @@ def deterministic_flag() -> str:
     With it XLA looks for cuDNN's attention under another name than it has compiled it under, and
     the first step ends in an IndexError (github.com/openxla/xla/pull/46500).
     """
-    given = dict(re.findall(
-        r'(--xla_gpu_deterministic_ops|--xla_gpu_exclude_nondeterministic_ops)(?:=(\w+)|(?=\s|$))',
-        os.environ.get('XLA_FLAGS', '')))       # of one flag the last
-    return next((flag for flag, value in given.items() if value.lower() not in ('false', '0')), '')
+    return next((f'--{name}' for name, value in xla_flags().items()
+                 if name in DETERMINISTIC and value.lower() not in ('false', '0')), '')
 
 
 def _attend(query, key, value, lengths, *, causal, implementation):

@@ -58,11 +58,11 @@ def update(
     """The norm of the change, the table changed, and its moments: see `rules.reference`."""
     by_row, moments = moments_of_rows(ids, gradient, squares, moments, rule)
     changing = [table, *(moment for moment in moments if moment.ndim == 2)]
-    (places, width), (*tile, warps) = gradient.shape, tile_of(gradient.shape[1], rule)
+    (places, width), (tile, warps) = gradient.shape, tile_of(gradient.shape[1], rule)
     grid = pl.cdiv(width, tile[1]), pl.cdiv(places, tile[0])    # a row's columns after another
     given = ids, start, numbers, seed, gradient, *by_row
     *changed, norms = call(
-        functools.partial(_update, rule=rule, tile=tuple(tile)), 'update_rows', grid,
+        functools.partial(_update, rule=rule, tile=tile), 'update_rows', grid,
         [*changing, ShapeDtypeStruct(grid, jnp.float32)], *given, *changing,
         aliases={len(given) + at: at for at in range(len(changing))}, warps=warps,
         interpret=interpret)
@@ -71,11 +71,11 @@ def update(
             *(moment if one else wide.pop(0) for moment, one in zip(moments, rule.per_row)))
 
 
-def tile_of(width: int, rule: Rule) -> tuple[int, int, int]:
+def tile_of(width: int, rule: Rule) -> tuple[tuple[int, int], int]:
     """Rows and columns of a tile of a table with so many columns, and warps of its program."""
     numbers, warps = WITHOUT if all(rule.per_row) else WITH_MOMENTS
     columns = min(pl.next_power_of_2(width), COLUMNS)
-    return max(numbers // columns, 1), columns, warps
+    return (max(numbers // columns, 1), columns), warps
 
 
 def _update(ids, start, numbers, seed, gradient, *refs, rule, tile):

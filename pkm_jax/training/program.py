@@ -4,8 +4,6 @@ To be used under `jax.set_mesh` of the mesh given, which may be one of devices t
 """
 
 import functools
-import os
-import re
 from typing import Any, NamedTuple
 
 import jax
@@ -29,6 +27,7 @@ from pkm_jax.training.state import (
     model_graph,
 )
 from pkm_jax.training.step import Totals, eval_step, train_step
+from pkm_jax.xla_flags import xla_flags
 
 # This pass of XLA copies every gradient into one array for each sum over GPUs, and out of it again:
 # 0.1 to 1.2 ms of a step on two H200s of one host (docs/results.md, 2026-11-30).
@@ -95,8 +94,8 @@ def options_of(platform: str, devices: int) -> dict[str, str] | None:
     XLA_FLAGS disables, so these are among them."""
     if platform != 'gpu' or devices == 1:
         return None
-    given = re.findall(r'--xla_disable_hlo_passes=(\S+)', os.environ.get('XLA_FLAGS', ''))
-    return {'xla_disable_hlo_passes': ','.join([*given[-1:], PACKS_GRADIENTS])}
+    name = 'xla_disable_hlo_passes'
+    return {name: ','.join(filter(None, [xla_flags().get(name), PACKS_GRADIENTS]))}
 
 
 def _abstract_counts(slots, sharding):

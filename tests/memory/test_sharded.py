@@ -219,7 +219,8 @@ def test_rows_that_are_not_rounded_stay_float32():
     like = jax.ShapeDtypeStruct((64, 128), jnp.dtype(jnp.bfloat16))
     assert sharded.rows_dtype(like, like) == jnp.float32
     for case in (dict(platform='cpu'), dict(platform='tpu'), dict(kind='AMD Instinct MI300X'),
-                 dict(implementation='xla'), dict(width=96), dict(shards=Shards(1, 1, 16)), dict(shards=Shards(4), slots=8)):
+                 dict(implementation='xla'), dict(width=96), dict(shards=Shards(1, 1, 16)),
+                 dict(shards=Shards(4), slots=8)):
         assert lossless(**case) == jnp.float32, case
 
 

@@ -3,7 +3,6 @@
 import jax
 import jax.numpy as jnp
 from jax import ShapeDtypeStruct
-from jax.typing import DTypeLike
 from jaxtyping import Array, Float, Int32
 
 from pkm_jax.memory.kernels.gpu.backend import reads_lack, uses_mosaic
@@ -20,7 +19,7 @@ DTYPES = (jnp.float32, jnp.bfloat16)
 
 def unsupported(
     values: ShapeDtypeStruct, slots: ShapeDtypeStruct, *_: ShapeDtypeStruct,
-    owners: int = 1, tokens: int = 0, dtype: DTypeLike = jnp.float32,
+    owners: int = 1, tokens: int = 0,
 ) -> str | None:
     """Why the kernels cannot read this table with these slots; None if they can."""
     if values.dtype not in DTYPES:
@@ -61,10 +60,10 @@ def backward(
 def compact_backward(
     values: Float[Array, 'S V'], slots: Int32[Array, 'T R'], weights: Float[Array, 'T R'],
     gradient: Float[Array, 'T V'], first: Int32[Array, ''], *, owners: int = 1, tokens: int,
-    dtype: DTypeLike = jnp.float32, interpret: bool,
+    interpret: bool,
 ) -> tuple[SparseRows, Float[Array, '{tokens} R']]:
-    """The rows of the values' gradient that were read, rounded to the values' dtype, in `dtype`;
-    and the weights' gradient; deterministic."""
+    """The rows of the values' gradient that were read, rounded to the values' dtype; and the
+    weights' gradient; deterministic."""
     # The kernel reads everywhere: slot S - 1 for S.
     last, mosaic = len(values) - 1, uses_mosaic(values, slots, interpret=interpret)
     ids, rows, _, by_read = rows_that_were_read(
@@ -72,7 +71,7 @@ def compact_backward(
     in_use = ids < jnp.where(jnp.any(slots == last), last + 1, last)
     # In their place: what reads rows may be a kernel, for which XLA would copy all.
     rows = cleared(rows, jnp.where(in_use, 0, len(rows)), mosaic=mosaic, interpret=interpret)
-    return (SparseRows(jnp.where(in_use, ids, last + 1), rows.astype(dtype),
+    return (SparseRows(jnp.where(in_use, ids, last + 1), rows.astype(jnp.float32),
                        jnp.sum(in_use, dtype=jnp.int32)[None]),
             jax.lax.dynamic_slice_in_dim(jnp.where(slots <= last, by_read, 0), first, tokens))
 

@@ -3,7 +3,6 @@
 import jax
 import jax.numpy as jnp
 from jax import ShapeDtypeStruct
-from jax.typing import DTypeLike
 from jaxtyping import Array, Float, Int32
 
 from pkm_jax.console import warn_once
@@ -32,7 +31,7 @@ MOST_READS = 1024       # of a token: a tile of eight tokens is what scalar memo
 
 def unsupported(
     values: ShapeDtypeStruct, slots: ShapeDtypeStruct, *_: ShapeDtypeStruct,
-    owners: int = 1, tokens: int = 0, dtype: DTypeLike = jnp.float32,
+    owners: int = 1, tokens: int = 0,
 ) -> str | None:
     """Why the kernels cannot read this table with these slots; None if they can."""
     if values.dtype not in DTYPES:
@@ -92,7 +91,7 @@ def backward(
 def compact_backward(
     values: Float[Array, 'S V'], slots: Int32[Array, 'T R'], weights: Float[Array, 'T R'],
     gradient: Float[Array, 'T V'], first: Int32[Array, ''], *, owners: int = 1, tokens: int,
-    dtype: DTypeLike = jnp.float32, interpret: Interpret,
+    interpret: Interpret,
 ) -> tuple[SparseRows, Float[Array, '{tokens} R']]:
     """The rows of the values' gradient that were read, and the weights' gradient; deterministic."""
     n_slots = len(values)
@@ -103,8 +102,7 @@ def compact_backward(
     if at_once:
         rows, by_read = compact_gradients(values, slots, weights, gradient, interpret=interpret,
                                           chip=chip)
-        return (rows._replace(rows=rows.rows.astype(dtype)),
-                jax.lax.dynamic_slice_in_dim(by_read, first, tokens))
+        return rows, jax.lax.dynamic_slice_in_dim(by_read, first, tokens)
     ids, count = in_place(marked(slots, n_slots, owners=owners))
     sums = own_row_gradients(slots, weights, gradient, n_slots, owners=owners, interpret=interpret,
                              chip=chip)
@@ -113,8 +111,7 @@ def compact_backward(
     own, _, place, counts = _own_first(slots, weights, n_slots)
     by_own = weight_gradients(values, own, counts, gradient, owners=owners, interpret=interpret)
     by_read = jax.lax.sort((place, by_own.astype(weights.dtype)), dimension=1, num_keys=1)[1]
-    return (SparseRows(ids, sums.astype(dtype), count),
-            jnp.where(slots < n_slots, by_read, 0))
+    return SparseRows(ids, sums, count), jnp.where(slots < n_slots, by_read, 0)
 
 
 def _own_first(slots, weights, n_slots):
