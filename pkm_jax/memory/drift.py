@@ -10,6 +10,7 @@ import numpy as np
 from jaxtyping import Array, Float, Int32
 
 OUTDATED = 0.5      # drift above which a slot counts as outdated
+SIMPSON = {0.: 1 / 6, .5: 4 / 6, 1.: 1 / 6}     # weights of places along a change of all values
 
 
 def sub_key_scores(
@@ -56,17 +57,14 @@ def drift_of_slots(
     return drift
 
 
-def fall_by_slot(
-    before: Float[Array, 'S V'], midway: Float[Array, 'S V'], after: Float[Array, 'S V'],
-    change: Float[Array, 'S V'],
-) -> Float[Array, 'S']:
-    """What the change of each slot's value took off a loss: −(g + 4·g½ + g')·Δ / 6.
+def fall_by_slot(gradient: Float[Array, 'S V'], change: Float[Array, 'S V']) -> Float[Array, 'S']:
+    """What the change Δ of each slot's value takes off a loss of this gradient: −g·Δ.
 
-    g, g½ and g' are the gradients of the loss at the values before, half-way through and after the
-    change Δ of all of them. Over the slots it adds up to the fall of the loss, exactly where that
-    is of up to the fourth degree along the change (Simpson's rule).
+    Averaged with the weights of SIMPSON over the gradients at the values before, half-way through
+    and after the change of all of them, it adds up over the slots to the fall of the loss, exactly
+    where that is of up to the fourth degree along the change.
     """
-    return -jnp.sum((before + 4 * midway + after) * change, axis=1) / 6
+    return -jnp.sum(gradient * change, axis=1)
 
 
 def _centred(scores):

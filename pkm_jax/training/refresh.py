@@ -16,7 +16,7 @@ from jaxtyping import Array, Float
 from pkm_jax.checkpoints import pretrained
 from pkm_jax.configuration.run import Run
 from pkm_jax.data import loader
-from pkm_jax.memory.drift import OUTDATED, fall_by_slot
+from pkm_jax.memory.drift import OUTDATED, SIMPSON, fall_by_slot
 from pkm_jax.memory.layer import MemoryReads
 from pkm_jax.memory.usage import SlotCounts, count_slots, host_counts, no_counts
 from pkm_jax.mesh import make_mesh
@@ -24,7 +24,7 @@ from pkm_jax.models.interface import MemorySite, at, replaced, table_paths
 from pkm_jax.tasks.interface import Batch, Data, Task
 from pkm_jax.training.layout import Layout
 from pkm_jax.training.loop import EVALUATION_SEED, of_this_process, prepared, to_devices
-from pkm_jax.training.program import make_program
+from pkm_jax.training.program import Program, make_program
 from pkm_jax.training.state import gathered
 
 FIRST, LAST = -8, 16        # powers of two that the step of a refresh is chosen from
@@ -58,10 +58,7 @@ def refresh(run: Run, layout: Layout, batches: int) -> dict[str, Any]:
     mesh = make_mesh(layout.shards)
     with jax.set_mesh(mesh):
         program = make_program(run, run.model, layout.sparse, mesh)
-        state = pretrained.load_pretrained(
-            pretrained.open_pretrained(str(run.folder)),
-            program.initialise(np.uint32(run.seed)), say=lambda text: None)
-        params, batch_stats = state.params, state.batch_stats
+        params, batch_stats = _loaded(run, program)
         sites = _owners(run.model.memories)
         tables = {name: at(params, site.table) for name, site in sites.items()}
         given: dict[str, Any] = dict(task=run.task, graph=program.graph, sites=run.model.memories)
@@ -78,11 +75,8 @@ def refresh(run: Run, layout: Layout, batches: int) -> dict[str, Any]:
 
         learnt, chosen_by = (list(_training_batches(run, data, first, batches))
                              for first in (run.train.steps, run.train.steps + batches))
-        of_training = summed(tables, learnt)
         on_every_host = functools.partial(jax.jit, out_shardings=NamedSharding(mesh, P()))
-        squares = on_every_host(lambda counts: counts)(of_training.squares)
-        change = {name: -of_training.gradient[name] / (
-            host_counts(squares[name]).mass.astype(np.float32)[:, None] + 1) for name in tables}
+        change = _change(summed(tables, learnt), on_every_host(lambda counts: counts))
 
         def moved(step):
             return {name: (tables[name] + step * change[name]).astype(tables[name].dtype)
@@ -94,19 +88,41 @@ def refresh(run: Run, layout: Layout, batches: int) -> dict[str, Any]:
 
         step = _best_step(lambda step: total_loss(moved(step), chosen_by))
         unread = _unread(tables, lambda some: total_loss(some, _validation_batches(run, data)))
-        before, midway, after = (summed(moved(part * step), _validation_batches(run, data))
-                                 for part in (0, .5, 1))
-        rise = {names: float((total - before.loss) / before.terms)
-                for names, total in unread.items()}
         by_slot = on_every_host(fall_by_slot)
+
+        def measured(part):
+            """Sums over the validation text after a part of the change, and what it takes off by
+            slot. Its gradient, as large as the tables, is not kept."""
+            total = summed(moved(part * step), _validation_batches(run, data))
+            return float(total.loss), float(total.terms), {
+                name: np.asarray(by_slot(gradient, change[name])) * step / float(total.terms)
+                for name, gradient in total.gradient.items()}
+
+        (before, terms, _), _, (after, *_) = parts = [measured(part) for part in SIMPSON]
+        rise = {names: (total - before) / terms for names, total in unread.items()}
         memories = {}
         for name in tables:
-            fall = np.asarray(by_slot(
-                *(one.gradient[name] / one.terms for one in (before, midway, after)),
-                step * change[name]))
+            fall = sum(weight * falls[name] for weight, (*_, falls) in zip(SIMPSON.values(), parts))
             memories[str(name)] = {'rise': rise[name,], **_described(run, name, fall)}
-    return {'before': float(before.loss / before.terms), 'after': float(after.loss / after.terms),
-            'rise': rise[*tables,], 'step': step, 'batches': batches, 'memories': memories}
+    return {'before': before / terms, 'after': after / terms, 'rise': rise[*tables,], 'step': step,
+            'batches': batches, 'memories': memories}
+
+
+def _loaded(run: Run, program: Program) -> tuple[dict, dict]:
+    """Parameters and running statistics of the run, without what its optimizer keeps."""
+    state = pretrained.load_pretrained(
+        pretrained.open_pretrained(str(run.folder)), program.initialise(np.uint32(run.seed)),
+        say=lambda text: None)
+    return state.params, state.batch_stats
+
+
+def _change(
+    of_training: Sums, whole: Callable[[SlotCounts], SlotCounts],
+) -> Tables:
+    """What a refresh with the step 1 adds to the tables."""
+    return {name: -gradient / (
+        host_counts(whole(of_training.squares[name])).mass.astype(np.float32)[:, None] + 1)
+        for name, gradient in of_training.gradient.items()}
 
 
 def _described(run: Run, name: Any, fall: Float[np.ndarray, 'S']) -> dict[str, float]:

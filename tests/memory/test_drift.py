@@ -3,7 +3,13 @@
 import jax.numpy as jnp
 import numpy as np
 
-from pkm_jax.memory.drift import drift_of_slots, fall_by_slot, slot_drift, sub_key_scores
+from pkm_jax.memory.drift import (
+    SIMPSON,
+    drift_of_slots,
+    fall_by_slot,
+    slot_drift,
+    sub_key_scores,
+)
 from pkm_jax.memory.usage import NEVER
 
 # Two directions over three tokens that sum to 0 and are orthogonal: |P|² = 2, |Q|² = 6.
@@ -84,7 +90,7 @@ def test_the_fall_of_a_loss_by_slot():
     """L(v) = Σ a·(v − b)⁴: from v to v', each slot takes off a·((v − b)⁴ − (v' − b)⁴)."""
     a, b = np.array([[1.], [3.], [2.]]), np.array([[0.], [1.], [5.]])
     v, new = np.array([[2.], [1.], [4.]]), np.array([[1.], [3.], [4.]])
-    gradients = [jnp.asarray(4 * a * (values - b) ** 3) for values in (v, (v + new) / 2, new)]
+    falls = [weight * fall_by_slot(jnp.asarray(4 * a * (v + part * (new - v) - b) ** 3),
+                                   jnp.asarray(new - v)) for part, weight in SIMPSON.items()]
     # 1·(16 − 1) = 15; 3·(0 − 16) = −48, a change for the worse; 0 where nothing changed.
-    np.testing.assert_allclose(fall_by_slot(*gradients, jnp.asarray(new - v)), [15, -48, 0],
-                               rtol=1e-6)
+    np.testing.assert_allclose(sum(falls), [15, -48, 0], rtol=1e-6)
