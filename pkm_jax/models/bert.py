@@ -162,17 +162,17 @@ class Embeddings(nnx.Module):
         self.position = embed(config.max_length)
         self.segment = embed(config.segments)
         self.norm = layer_norm(config, rngs)
-        self.rate = config.dropout
+        self.rate, self.dtype = config.dropout, config.dtype
 
     def __call__(
         self, tokens: Int[Array, 'B L'], segments: Int[Array, 'B L'], key: Key[Array, ''] | None,
     ) -> Float[Array, 'B L D']:
         # A gather's gradient is a scatter-add: slow where most tokens share a row, and on a GPU
         # different each time. The memory's read is neither, and one-hot products are none.
-        words = embedding_lookup(self.word.embedding[...], tokens.reshape(-1))
+        words = embedding_lookup(self.word.embedding[...].astype(self.dtype), tokens.reshape(-1))
         table = self.segment.embedding[...]
         segment = jax.nn.one_hot(segments, len(table)) @ table
-        total = words.reshape(segment.shape) + segment
+        total = words.reshape(segment.shape).astype(jnp.float32) + segment
         total += self.position.embedding[None, :tokens.shape[1]]
         return dropout(self.norm(total), self.rate, key)
 

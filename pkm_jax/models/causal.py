@@ -142,10 +142,10 @@ class Embeddings(nnx.Module):
     def __call__(
         self, tokens: Int[Array, 'B L'], positions: Int[Array, '#B L'], key: Key[Array, ''] | None,
     ) -> Float[Array, 'B L D']:
-        words = embedding_lookup(self.word.embedding[...], tokens.reshape(-1))
+        words = embedding_lookup(self.word.embedding[...].astype(self.dtype), tokens.reshape(-1))
         states = words.reshape(*tokens.shape, -1)
         if self.position is not None:
-            states += self.position.embedding[...][positions]
+            states = states.astype(jnp.float32) + self.position.embedding[...][positions]
         return dropout(states.astype(self.dtype), self.rate, key)
 
 

@@ -74,7 +74,7 @@ def make_program(run: Run, model: ModelConfig, sparse: bool, mesh: Mesh) -> Prog
     graph = model_graph(model)
     platform = mesh.devices.flat[0].platform
     step = functools.partial(
-        train_step, task=run.task, graph=graph, sites=model.memories, optimizer=optimizer,
+        train_step, task=run.task, graph=graph, model=model, optimizer=optimizer,
         accumulation_steps=run.train.gradient_accumulation_steps, sparse=sparse)
     count = functools.partial(eval_step, task=run.task, graph=graph, sites=model.memories)
     whole: Any = NamedSharding(mesh, P())

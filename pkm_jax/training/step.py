@@ -14,7 +14,7 @@ from jaxtyping import Array, Bool, Float, Int32, UInt32
 from pkm_jax.memory.sharded import merge, no_delta, put_rows, rows_dtype
 from pkm_jax.memory.sparse_rows import SparseRows, rows_of
 from pkm_jax.memory.usage import SlotCounts, count_slots, mark_selected
-from pkm_jax.models.interface import MemorySite, at, replaced, table_paths
+from pkm_jax.models.interface import MemorySite, ModelConfig, at, replaced, table_paths
 from pkm_jax.optimizers.groups import group_norms
 from pkm_jax.optimizers.skips import is_sound, params_if, rows_if, state_if
 from pkm_jax.optimizers.sparse import apply_updates, norms_of
@@ -33,7 +33,7 @@ class Totals(NamedTuple):
 
 def train_step(
     state: TrainState, batch: Batch, seed: UInt32[Array, ''] | np.uint32, *, task: Task,
-    graph: nnx.GraphDef, sites: Sites, optimizer: optax.GradientTransformation,
+    graph: nnx.GraphDef, model: ModelConfig, optimizer: optax.GradientTransformation,
     accumulation_steps: int = 1, sparse: bool = False, all_norms: bool = True,
 ) -> tuple[TrainState, dict[str, Any]]:
     """The state after one update on the mean loss of `batch`, and its metrics.
@@ -50,9 +50,10 @@ def train_step(
     steps = jax.random.split(jax.random.key(seed))[1]    # the other drew the weights
     key, rounding = jax.random.split(jax.random.fold_in(steps, state.step))
     terms = jnp.maximum(task.terms(batch), 1)
+    sites = model.memories
     tables = table_paths(sites)
     gradient, sums, rows, batch_stats, last_selected = _differentiate(
-        state, batch, key, terms, task=task, graph=graph, sites=sites,
+        state, batch, key, terms, task=task, graph=graph, config=model,
         accumulation_steps=accumulation_steps, sparse=sparse)
 
     with jax.named_scope('update'):
@@ -78,15 +79,17 @@ def train_step(
             state_if(sound, optimizer_state, state.optimizer), last_selected), metrics
 
 
-def _differentiate(state, batch, key, terms, *, task, graph, sites, accumulation_steps, sparse):
+def _differentiate(state, batch, key, terms, *, task, graph, config, accumulation_steps, sparse):
     """Of the sum of losses over `terms`: the gradient, without tables where these are `sparse`; the
     task's sums; by memory the SparseRows of each micro-batch, stacked, of one too; running
     statistics; and marks of selected slots, where `sparse` those of before: rows mark later."""
+    sites = config.memories
     tables = table_paths(sites)
     deltas = _no_deltas(sites, task.real(batch).size // accumulation_steps) if sparse else {}
 
     def loss_of(params, deltas, batch_stats, batch, key):
-        model = nnx.merge(graph, gathered(params, tables), batch_stats)
+        params = gathered(_with_rounded_words(params, config), tables)
+        model = nnx.merge(graph, params, batch_stats)
         outcome = task.outcome(model, batch, deterministic=False, rngs=key, deltas=deltas)
         stats = nnx.to_pure_dict(nnx.state(model, nnx.BatchStat))
         loss = outcome.loss / terms
@@ -143,6 +146,13 @@ def eval_step(
     sums = {name: totals.sums.get(name, 0) + value for name, value in sums.items()}
     return (Totals(sums, totals.tokens + jnp.sum(real, dtype=jnp.int32), counts),
             outcome.outputs)
+
+
+def _with_rounded_words(params, config):
+    """With the word embedding in the compute dtype: look-ups and logits round it anyway. Rounded
+    once, both parts of its gradient are added before devices sum it: a third of the bytes."""
+    path = config.word_embedding
+    return replaced(params, path, at(params, path).astype(config.dtype))
 
 
 def _no_deltas(sites, tokens):

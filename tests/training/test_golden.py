@@ -37,7 +37,7 @@ def first_steps(updates: str) -> dict[str, float]:
     state = jax.jit(functools.partial(initial_state, config=model, optimizer=optimizer,
                                       track_dead=False))(np.uint32(3))
     step = jax.jit(functools.partial(
-        train_step, task=task, graph=model_graph(model), sites=model.memories, optimizer=optimizer,
+        train_step, task=task, graph=model_graph(model), model=model, optimizer=optimizer,
         seed=np.uint32(3), accumulation_steps=2, sparse=sparse))
     rng = np.random.default_rng(0)
     batch = {'tokens': rng.integers(5, 40, (8, 8), np.int32),

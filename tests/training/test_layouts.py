@@ -67,7 +67,7 @@ class Training:
                                      tables, fsdp)
         self.layout = jax.tree.map(lambda leaf: leaf.sharding, self.abstract)
         self.step = functools.partial(
-            train_step, task=TASK, graph=model_graph(model), sites=model.memories,
+            train_step, task=TASK, graph=model_graph(model), model=model,
             optimizer=optimizer, seed=np.uint32(0), accumulation_steps=accumulation_steps,
             sparse=sparse)
         self.take = jax.jit(self.step, out_shardings=(self.layout, None))

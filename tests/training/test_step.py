@@ -1,6 +1,7 @@
 """One step: accumulation, weighting, statistics, and what evaluation sums."""
 
 import functools
+import re
 
 import jax
 import jax.numpy as jnp
@@ -41,7 +42,7 @@ def setup(query_norm='layer', rate=0., track_dead=False):
 
     def take(state, batch, micro_steps=1):
         return step.train_step(
-            state, batch, np.uint32(0), task=TASK, graph=model_graph(config), sites=config.memories,
+            state, batch, np.uint32(0), task=TASK, graph=model_graph(config), model=config,
             optimizer=optimizer, accumulation_steps=micro_steps)
 
     return config, state, jax.jit(take, static_argnames='micro_steps')
@@ -68,6 +69,20 @@ def batch(rows=8, seed=0):
             'mlm_positions': jnp.asarray(rng.integers(0, 4, (rows, PREDICTIONS)), jnp.int32),
             'mlm_labels': jnp.asarray(rng.integers(5, 40, (rows, PREDICTIONS)), jnp.int32),
             'mlm_weights': jnp.asarray(asked, jnp.float32)}
+
+
+def test_look_ups_and_logits_add_their_gradients_of_words_before_these_are_widened():
+    """So devices sum one array of the compute dtype, and not two of which one is in float32."""
+    config = BertConfig(vocab_size=40, layers=1, width=16, attention_heads=2, feed_forward_width=16,
+                        max_length=8, dropout=0., attention_dropout=0., dtype='bfloat16')
+    optimizer = optax.sgd(1.)
+    state = jax.eval_shape(functools.partial(initial_state, config=config, optimizer=optimizer,
+                                             track_dead=False), 0)
+    with jax.numpy_dtype_promotion('standard'):     # which the gradient of jax's attention needs
+        program = str(jax.make_jaxpr(functools.partial(
+            step.train_step, task=TASK, graph=model_graph(config), model=config,
+            optimizer=optimizer))(state, batch(), np.uint32(0)))
+    assert re.findall(r':(.*)\[40,16\] = add_any', program) == ['bf16']
 
 
 @pytest.mark.parametrize('micro_steps', [2, pytest.param(4, marks=pytest.mark.slow)])
@@ -179,7 +194,7 @@ def sparse_setup(values_dtype='bfloat16'):
 
     def take(state, batch, micro_steps=1):
         return step.train_step(
-            state, batch, np.uint32(0), task=TASK, graph=model_graph(config), sites=config.memories,
+            state, batch, np.uint32(0), task=TASK, graph=model_graph(config), model=config,
             optimizer=optimizer, accumulation_steps=micro_steps, sparse=True)
 
     return state, take
