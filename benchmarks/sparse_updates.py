@@ -4,7 +4,7 @@
 
 One read, its backward pass and the update of the table, compiled as one program that changes the
 table in place, in one pass as in training, in a mesh of one device; medians of repeated timings of
-several steps (`steps.seconds_of`). First the step over the number of slots S, with the optimizers
+many steps (`memory.median_ms`). First the step over the number of slots S, with the optimizers
 whose state fits: reads are uniform over as many rows as the smallest table has, in larger ones
 spread over all of it, so that each step touches as many rows. Then, at 2048² × 1024 in float32 and
 uniform reads of all, lazy Adam beside the dense gradient with dense Adam. The last lines say how
@@ -20,7 +20,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from benchmarks.steps import seconds_of
+from benchmarks.memory import median_ms
 from pkm_jax.memory import sharded
 from pkm_jax.memory.sparse_rows import SparseRows
 from pkm_jax.mesh import Shards, make_mesh
@@ -75,7 +75,7 @@ def milliseconds(step, optimizer, n_slots, rows, width, dtype, tokens):
         table, state, by_weight = compiled(table, state, slots, weights, gradient)
         return table, by_weight
 
-    return seconds_of(take) * 1e3, compiled.memory_analysis().temp_size_in_bytes
+    return median_ms(take), compiled.memory_analysis().temp_size_in_bytes
 
 
 def main():
