@@ -83,7 +83,7 @@ def killed(config: ml_collections.ConfigDict, processes: int, kills: int, second
             _wait(started, lambda: _step(config) >= later, 300)
         if any(one.poll() is not None for one in started):      # it is through, or failed by itself
             _stopped(started, STOPS_WITHIN, {0})
-            break
+            return counts
         what = rng.choice([signal.SIGKILL, signal.SIGTERM])
         victims = started if rng.random() < .5 else [started[rng.integers(processes)]]
         when = 'after some steps' if steps() else 'before a first step'
