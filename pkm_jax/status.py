@@ -47,18 +47,22 @@ class Status(NamedTuple):
     last_line: float    # when metrics.jsonl got its last line of training
 
 
-def status_of(folder: Path, now: float) -> Status:
-    """The status of the run in a folder at that time, in seconds since 1970.
+def status_of(folder: Path, now: float) -> Status | None:
+    """The status of the run in a folder at that time, in seconds since 1970; None where a model
+    alone is, whose config.json describes no training.
 
     'running': its heartbeat is fresh and it takes steps; 'stalled': it takes none, though it lives;
     'starting': it has taken none yet; 'dead': its heartbeat is not fresh; 'diverged': it gave up;
     'stopped': it is not running, and can go on; 'finished': all its steps are taken.
 
     Raises:
-      Refusal: there is no run, or its config.json cannot be read.
+      Refusal: config.json cannot be read, or is of neither.
     """
     try:
-        steps = int(json.loads((folder / 'config.json').read_text())['train']['steps'])
+        described = json.loads((folder / 'config.json').read_text())
+        if isinstance(described, dict) and 'train' not in described:
+            return None
+        steps = int(described['train']['steps'])
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise Refusal(f'{folder} is not the folder of a run: config.json: {error!r}') from error
     lines, held = _last_lines(folder / 'metrics.jsonl'), holder(folder)
@@ -138,18 +142,6 @@ def runs_in(folder: Path) -> list[Path]:
     return found
 
 
-def _without_weights(folders: list[Path]) -> list[Path]:
-    """Those of runs; a model alone has a config.json too. All, where no run is among them."""
-    def of_run(folder):
-        try:
-            described = json.loads((folder / 'config.json').read_text())
-        except (OSError, ValueError):       # damaged: `status_of` says so
-            return True
-        return not isinstance(described, dict) or 'train' in described
-
-    return [folder for folder in folders if of_run(folder)] or folders
-
-
 def table(found: Sequence[Status], now: float) -> str:
     """A line for each run, below the headings."""
     rows = [HEADINGS, *(_row(one, now) for one in found)]
@@ -180,7 +172,10 @@ def main(arguments: Sequence[str] | None = None) -> None:
     given, now = _parser().parse_args(arguments), time.time()
     try:
         folders = [run for folder in given.folders for run in runs_in(Path(folder).expanduser())]
-        found = [status_of(run, now) for run in _without_weights(folders)]
+        found = [one for folder in folders if (one := status_of(folder, now))]
+        if not found:
+            raise Refusal(f'{folders[0]} is not the folder of a run: config.json describes a model '
+                          f'alone.')
     except Refusal as refusal:
         raise ends(f'Not read: {refusal}') from refusal
     print(table(found, now))

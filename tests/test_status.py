@@ -5,6 +5,7 @@ import os
 import subprocess
 import sys
 import time
+from pathlib import Path
 
 import pytest
 
@@ -130,6 +131,16 @@ def test_weights_that_were_converted_are_no_run(a_run, tmp_path, capsys):
         assert 'bert_base is not the folder of a run: config.json' in capsys.readouterr().err
 
 
+def test_each_configuration_is_read_once(a_run, tmp_path, monkeypatch):
+    """A bucket is asked for it each time, and it may change in between."""
+    read_text, read = Path.read_text, []
+    monkeypatch.setattr(Path, 'read_text', lambda path: read.append(path) or read_text(path))
+    runs = [a_run(name) for name in ('one', 'two')]
+    status.main([str(tmp_path)])
+    assert [path for path in read if path.name == 'config.json'] == [
+        run / 'config.json' for run in runs]
+
+
 def test_the_exit_status_says_whether_all_is_well(a_run, tmp_path):
     a_run('dead', (60, 30), began=100, beat=999)
     ran = subprocess.run([sys.executable, '-m', 'pkm_jax.status', tmp_path], text=True,
@@ -141,8 +152,8 @@ def test_the_exit_status_says_whether_all_is_well(a_run, tmp_path):
 
 
 def test_a_folder_that_is_no_run_is_named(tmp_path, now):
-    (tmp_path / 'config.json').write_text('{"model": 1}')
-    with pytest.raises(Refusal, match=r'config.json: KeyError'):
+    (tmp_path / 'config.json').write_text('{"train": 1}')
+    with pytest.raises(Refusal, match=r'config.json: TypeError'):
         status.status_of(tmp_path, now)
     with pytest.raises(Refusal, match='mount its bucket'):
         status.runs_in(tmp_path / 'gs:/bucket')
