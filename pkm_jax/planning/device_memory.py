@@ -13,7 +13,8 @@ import jax.numpy as jnp
 
 from pkm_jax.configuration.run import Run
 from pkm_jax.models.interface import flatten, parameter_of, path_of
-from pkm_jax.training.layout import Layout, compact_bytes, tables_of
+from pkm_jax.training.layout import Layout, compact_bytes, work_of
+from pkm_jax.training.layout_time import Rates
 from pkm_jax.training.state import TrainState
 from pkm_jax.training.step import Totals
 
@@ -104,17 +105,20 @@ def of_evaluation(
     return beside, _bytes_of((state.params, state.batch_stats, batch, totals))
 
 
-def estimated(given: dict[str, int], run: Run, layout: Layout) -> dict[str, int]:
+def estimated(
+    given: dict[str, int], run: Run, layout: Layout, rates: Rates,
+) -> dict[str, int]:
     """All of a step's memory where it cannot be compiled: the model's activations of a micro-batch,
-    and `gradients`. Norms need the updates, as large as gradients, when activations are gone."""
+    and `gradients`. Norms need the updates, as large as gradients, when activations are gone.
+    `rates` are those of the devices."""
     sequences = run.train.micro_batch // math.prod(layout.shards)
     activations = run.model.activation_bytes(sequences, run.task.length, run.task.predictions())
-    changes = gradients(given, run, layout)
+    changes = gradients(given, run, layout, rates)
     return {**given, TEMPORARY: activations + changes,
             NORMS: max(changes - activations, 0) if run.log.norms_every else 0}
 
 
-def gradients(given: dict[str, int], run: Run, layout: Layout) -> int:
+def gradients(given: dict[str, int], run: Run, layout: Layout, rates: Rates) -> int:
     """Bytes of all gradients on one device, float32: of a table dense, or compact.
 
     A dense table that is read in a narrower dtype is rounded once in a step; that copy stays until
@@ -130,6 +134,6 @@ def gradients(given: dict[str, int], run: Run, layout: Layout) -> int:
                                                                  run.model.dtype))
         rounded = given['value tables'] * read_as // ours if read_as < ours else 0
         return dense + given['value tables'] + rounded
-    reads = run.task.length * memory.heads * memory.top_k * run.train.micro_batch
-    return dense + 16 * reads + compact_bytes(layout.shards, tables_of(sites), reads,
-                                              run.train.gradient_accumulation_steps)
+    work = work_of(run)[0]
+    return (dense + 16 * work.read.tokens * work.read.reads
+            + compact_bytes(layout.shards, work, rates))

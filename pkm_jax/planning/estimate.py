@@ -114,7 +114,7 @@ def estimate(run: Run, topology: Topology) -> Estimate:
         steps = _steps(program, run, batch, topology.is_tpu)
         others = _others(program, run, mesh, given) if topology.is_tpu else {}
     found = _compile(steps | {name: lowered for name, (lowered, *_) in others.items()})
-    memory = {STEP: _step_memory(given, found, run, layout, topology.is_tpu)} | {
+    memory = {STEP: _step_memory(given, found, run, layout, topology)} | {
         name: _memory(beside, passed, found[name])
         for name, (_, beside, passed) in others.items() if name in found}
     known = (
@@ -153,9 +153,9 @@ def _others(program, run, mesh, given):
                                                   table_paths(run.model.memories)))}
 
 
-def _step_memory(given, found, run, layout, is_tpu):
-    if not is_tpu:
-        return device_memory.estimated(given, run, layout)
+def _step_memory(given, found, run, layout, topology):
+    if not topology.is_tpu:
+        return device_memory.estimated(given, run, layout, chips.rates(topology))
     steps = [found[name] for name in (STEP, NORMS) if name in found]
     refused = next((one.refusal for one in steps if one.refusal), '')
     if refused:

@@ -90,16 +90,15 @@ def _changes(run: Run) -> Iterator[tuple[str, Run]]:
 
 def _plan(run: Run, layout: Layout | None = None) -> DeviceMemory:
     """What a step of the run keeps on a device, as far as arithmetic tells."""
-    available = bytes_of_device()
+    available, rates = bytes_of_device(), rates_here()
     # `lay_out_here` asks all processes, of which this one alone may have no room.
-    layout = layout or lay_out(run, jax.device_count(), jax.process_count(), available,
-                                rates_here())
+    layout = layout or lay_out(run, jax.device_count(), jax.process_count(), available, rates)
     mesh = make_mesh(layout.shards)
     with jax.set_mesh(mesh):
         program = make_program(run, run.model, layout.sparse, mesh)
         given = device_memory.arguments(program.abstract, abstract_batch(run, mesh),
                                         table_paths(run.model.memories))
-    return DeviceMemory(device_memory.estimated(given, run, layout), available or 0)
+    return DeviceMemory(device_memory.estimated(given, run, layout, rates), available or 0)
 
 
 def _gigabytes(size: int) -> str:

@@ -20,7 +20,7 @@ from pkm_jax.training.layout_time import NOT_KNOWN, Rates, Work, rates_here, sec
 # compiler lazy Adam keeps 3.5, rowwise Adam 2.5 to 3.5 and Adagrad 2 in plain jnp; with a kernel,
 # or where every row has its place, all keep the gradient alone. The others then stand for what the
 # kernels of the read and collectives make of it: so the pod's whole step on v6e comes within 1 % of
-# what was compiled (docs/results.md).
+# what was compiled (docs/results.md). GPUs: `_column_of_gpus`.
 COMPACT_ARRAYS = 4
 NARROWEST = 128     # columns of a shard: below that reads are short, and rows are split instead
 
@@ -99,12 +99,30 @@ def tables_of(sites: dict[Any, MemorySite]) -> TableSizes:
                   first.value_width)
 
 
-def compact_bytes(shards: Shards, tables: TableSizes, reads: int, accumulation_steps: int) -> int:
-    """Bytes on a device of the rows that `reads` reads of each micro-batch can touch, all their
+def compact_bytes(shards: Shards, work: Work, rates: Rates) -> int:
+    """Bytes on a device of the rows that the reads of each micro-batch can touch, all their
     gradients and what an update makes of the sum."""
-    rows = min(tables.slots // shards.rows, reads)
-    arrays = COMPACT_ARRAYS + (accumulation_steps if accumulation_steps > 1 else 0)
-    return 4 * arrays * tables.number * rows * tables.width // shards.columns
+    read, shard, part = work.read, work.read.slots // shards.rows, work.read.width // shards.columns
+    reads = read.tokens * read.reads
+    # GPUs read other widths in plain jnp, and replicas that exchange rows sum them so.
+    if rates.known_gpus and part % 128 == 0 and replica_exchange(shards, *read).what != 'rows':
+        column = _column_of_gpus(work, shard, reads)
+    else:
+        column = 4 * min(shard, reads) * (COMPACT_ARRAYS + (work.steps if work.steps > 1 else 0))
+    return work.tables * column * part
+
+
+def _column_of_gpus(work, shard, reads):
+    """Bytes of a column of rows where GPUs read and update by kernels: gradients alone.
+
+    An update changes a row where it is (`optimizers/gpu_rows.py`), and gradients are made in the
+    dtype of the table. Where a table has several, of micro-batches and of memories that share it,
+    all are there beside their sum in float32. So the temporaries of whole steps come within 30 % of
+    what was compiled for an H200 (docs/results.md, 2026-11-30).
+    """
+    parts = work.steps * work.memories // work.tables
+    total = 4 * min(shard, parts * reads) if parts > 1 else 0
+    return work.itemsize * parts * min(shard, reads) + total
 
 
 def work_of(run: Run) -> tuple[Work, str]:
@@ -143,17 +161,16 @@ def candidates(run: Run, work: Work, devices: int, rates: Rates) -> list[Candida
             f'memory.shards.rows = {asked.rows}, memory.shards.columns = {asked.columns}: their '
             f'product must divide the {devices} devices, rows the {tables.slots:,} slots and '
             f'columns the {tables.width} columns of a table. 0 leaves a number to the program.')
-    return [Candidate(shards, _table_bytes(shards, tables, work),
+    return [Candidate(shards, _table_bytes(shards, work, rates),
                       seconds_by_layout(shards, work, rates)) for shards in possible]
 
 
-def _table_bytes(shards, tables, work):
+def _table_bytes(shards, work, rates):
     """Bytes on a device of its parts of the tables, their optimizer state and gradients."""
-    parts = tables.number * tables.slots * tables.width / (shards.rows * shards.columns)
+    parts = work.tables * work.read.slots * work.read.width / (shards.rows * shards.columns)
     if not work.sparse:
         return parts * (work.itemsize + work.state + 4)
-    return parts * (work.itemsize + work.state) + compact_bytes(
-        shards, tables, work.read.tokens * work.read.reads, work.steps)
+    return parts * (work.itemsize + work.state) + compact_bytes(shards, work, rates)
 
 
 def _choose_updates(run, memory, tables, reads):

@@ -39,6 +39,11 @@ class Rates(NamedTuple):
     def known(self) -> bool:
         return self.chip.flops > 0
 
+    @property
+    def known_gpus(self) -> bool:
+        """Whether they are NVIDIA GPUs of which numbers are published, and kernels are used."""
+        return self.known and not self.plain and not self.chip.dimensions
+
     def link(self, shards: Shards, axes: tuple[str, ...]) -> float:
         """Bytes a second that a device can send along some axes of the mesh, at best.
 

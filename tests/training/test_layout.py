@@ -7,12 +7,15 @@ import pytest
 from configs import bert_base_pkm
 from pkm_jax.accelerators import CHIPS
 from pkm_jax.configuration.resolve import runs_of
+from pkm_jax.memory.bytes_sent import Read
 from pkm_jax.mesh import Shards
 from pkm_jax.refusal import Refusal
-from pkm_jax.training.layout import lay_out
-from pkm_jax.training.layout_time import CPU, NOT_KNOWN, Rates
+from pkm_jax.training.layout import compact_bytes, lay_out
+from pkm_jax.training.layout_time import CPU, NOT_KNOWN, Rates, Work
 
 H100 = Rates(CHIPS['h100'], 8)
+SPARSE = Work(Read(tokens=2 ** 12, reads=128, slots=2 ** 22, width=768, itemsize=2, weight_itemsize=4),
+              memories=1, tables=1, steps=1, itemsize=2, state=8, sparse=True, by_row=False)
 
 
 def layout(devices=8, gigabytes=None, rates=NOT_KNOWN, **changes):
@@ -67,6 +70,19 @@ def test_what_does_not_fit_is_not_chosen(gigabytes, shards):
     chosen = layout(gigabytes=gigabytes)
     assert chosen.shards == shards
     assert ('the most there are' in chosen.reasons[0]) == (gigabytes == 0.1)
+
+
+@pytest.mark.parametrize('shards, rates, slots, arrays', [
+    (Shards(), H100, 2 ** 22, .5), (Shards(1, 2, 2), H100, 2 ** 22, .5),
+    (Shards(), H100._replace(plain=True), 2 ** 22, 4), (Shards(), NOT_KNOWN, 2 ** 22, 4),
+    (Shards(), Rates(CHIPS['v5e']), 2 ** 22, 4),
+    (Shards(1, 1, 4), H100, 2 ** 22, 4),        # 192 columns, which no kernel for GPUs reads
+    (Shards(8), H100, 2 ** 8, 4)])      # replicas exchange rows
+def test_gpus_hold_gradients_of_rows_alone_where_they_have_kernels(shards, rates, slots, arrays):
+    """As float32 arrays of the touched rows."""
+    work = SPARSE._replace(read=SPARSE.read._replace(slots=slots))
+    one = 4 * min(slots // shards.rows, 2 ** 19) * 768 // shards.columns
+    assert compact_bytes(shards, work, rates) == arrays * one
 
 
 def test_small_tables_stay_whole():
