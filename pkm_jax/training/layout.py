@@ -22,7 +22,9 @@ from pkm_jax.training.layout_time import NOT_KNOWN, Rates, Work, rates_here, sec
 # kernels of the read and collectives make of it: so the pod's whole step on v6e comes within 1 % of
 # what was compiled (docs/results.md). GPUs: `_column_of_gpus`.
 COMPACT_ARRAYS = 4
-NARROWEST = 128     # columns of a shard: below that reads are short, and rows are split instead
+# Columns of a shard: below that reads are short, and rows are split instead. On GPUs kernels read
+# and update multiples of it alone.
+NARROWEST = 128
 
 
 class Layout(NamedTuple):
@@ -105,7 +107,7 @@ def compact_bytes(shards: Shards, work: Work, rates: Rates) -> int:
     read, shard, part = work.read, work.read.slots // shards.rows, work.read.width // shards.columns
     reads = read.tokens * read.reads
     # GPUs read other widths in plain jnp, and replicas that exchange rows sum them so.
-    if rates.known_gpus and part % 128 == 0 and replica_exchange(shards, *read).what != 'rows':
+    if rates.known_gpus and part % NARROWEST == 0 and replica_exchange(shards, *read).what != 'rows':
         column = _column_of_gpus(work, shard, reads)
     else:
         column = 4 * min(shard, reads) * (COMPACT_ARRAYS + (work.steps if work.steps > 1 else 0))
@@ -143,7 +145,7 @@ def work_of(run: Run) -> tuple[Work, str]:
 
 def candidates(run: Run, work: Work, devices: int, rates: Rates) -> list[Candidate]:
     """The layouts that a configuration allows, those of fewer parts and more columns first;
-    columns as long as a shard keeps NARROWEST of them.
+    columns as long as a shard keeps NARROWEST of them, on GPUs a multiple.
 
     Raises:
       Refusal: there is none.
@@ -155,7 +157,7 @@ def candidates(run: Run, work: Work, devices: int, rates: Rates) -> list[Candida
                 for rows in (group // columns,)
                 if tables.width % columns == 0 and tables.slots % rows == 0
                 and asked.columns in (0, columns) and asked.rows in (0, rows)
-                and (asked.columns or columns == 1 or tables.width // columns >= NARROWEST)]
+                and (asked.columns or columns == 1 or _is_wide(tables.width // columns, rates))]
     if not possible:
         raise Refusal(
             f'memory.shards.rows = {asked.rows}, memory.shards.columns = {asked.columns}: their '
@@ -163,6 +165,10 @@ def candidates(run: Run, work: Work, devices: int, rates: Rates) -> list[Candida
             f'columns the {tables.width} columns of a table. 0 leaves a number to the program.')
     return [Candidate(shards, _table_bytes(shards, work, rates),
                       seconds_by_layout(shards, work, rates)) for shards in possible]
+
+
+def _is_wide(columns, rates):
+    return columns >= NARROWEST and not (rates.known_gpus and columns % NARROWEST)
 
 
 def _table_bytes(shards, work, rates):

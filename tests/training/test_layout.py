@@ -96,7 +96,17 @@ def test_a_copy_of_a_table_stays_within_a_slice():
     no mesh is made of such groups of TPUs. Of GPUs in several hosts there is one."""
     few = dict(train__batch=16, train__warmup=1)
     assert layout(16, 16, Rates(CHIPS['v5e'], 8), **few).shards == Shards(2, 2, 4)
-    assert layout(16, 80, Rates(CHIPS['h100'], 8), **few).shards == Shards(1, 4, 4)
+    assert layout(16, 80, Rates(CHIPS['h100'], 8), **few).shards == Shards(1, 8, 2)
+
+
+def test_parts_are_as_wide_as_kernels_read_them():
+    """768 columns: 192 of them for kernels of TPUs, never for those of GPUs."""
+    few = dict(train__batch=16, train__warmup=1)
+    for devices in (2, 4, 8, 16):
+        columns = 768 // layout(devices, 80, Rates(CHIPS['h100'], 8), **few).shards.columns
+        assert columns % 128 == 0
+    assert layout(16, 16, Rates(CHIPS['v5e'], 8), **few).shards.columns == 4
+    assert layout(8, 80, H100, shards__columns=4).shards.columns == 4     # as asked for
 
 
 def test_given_numbers_are_kept():
