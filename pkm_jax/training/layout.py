@@ -107,7 +107,8 @@ def compact_bytes(shards: Shards, work: Work, rates: Rates) -> int:
     read, shard, part = work.read, work.read.slots // shards.rows, work.read.width // shards.columns
     reads = read.tokens * read.reads
     # GPUs read other widths in plain jnp, and replicas that exchange rows sum them so.
-    if rates.known_gpus and part % NARROWEST == 0 and replica_exchange(shards, *read).what != 'rows':
+    exchanged = replica_exchange(shards, *read).what
+    if rates.known_gpus and part % NARROWEST == 0 and exchanged != 'rows':
         column = _column_of_gpus(work, shard, reads)
     else:
         column = 4 * min(shard, reads) * (COMPACT_ARRAYS + (work.steps if work.steps > 1 else 0))

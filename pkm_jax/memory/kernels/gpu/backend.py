@@ -18,7 +18,7 @@ SHARED = 227 * 1024     # bytes of shared memory that a program of Mosaic GPU ha
 ROWS, ROWS_SHARED = 32, 208 * 1024      # on their way to one of the streaming pass; bytes for them
 TOKENS, BLOCK = 128, 64     # of a program of the search, one a thread; sub-keys of a matrix product
 ROW = TOKENS + 8    # of scores in shared memory: rows that a warp writes at once are in other banks
-SETTING = 'PKM_JAX_MOSAIC_GPU'      # of the environment; '1': Mosaic GPU (Hopper and later)
+SETTING = 'PKM_JAX_MOSAIC_GPU'      # of the environment; '1': Mosaic GPU (run on Hopper alone)
 
 
 def uses_mosaic(
