@@ -174,8 +174,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
         folders = [run for folder in given.folders for run in runs_in(Path(folder).expanduser())]
         found = [one for folder in folders if (one := status_of(folder, now))]
         if not found:
-            raise Refusal(f'{folders[0]} is not the folder of a run: config.json describes a model '
-                          f'alone.')
+            raise Refusal(f'{folders[0]} is not the folder of a run: config.json describes no '
+                          f'training.')
     except Refusal as refusal:
         raise ends(f'Not read: {refusal}') from refusal
     print(table(found, now))

@@ -51,7 +51,7 @@ class ModelConfig(Protocol):
 
     @property
     def word_embedding(self) -> Path:
-        """The path of the word embedding among the parameters."""
+        """The path of the word embedding among the parameters; () where there is none."""
 
     def with_vocabulary(self, words: int) -> Any:
         """The same sizes, with `vocab_size` set to that many words where it is 0."""

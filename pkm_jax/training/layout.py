@@ -23,7 +23,7 @@ from pkm_jax.training.layout_time import NOT_KNOWN, Rates, Work, rates_here, sec
 # what was compiled (docs/results.md). GPUs: `_column_of_gpus`.
 COMPACT_ARRAYS = 4
 # Columns of a shard: below that reads are short, and rows are split instead. On GPUs kernels read
-# and update multiples of it alone.
+# multiples of it alone.
 NARROWEST = 128
 
 
@@ -118,10 +118,11 @@ def compact_bytes(shards: Shards, work: Work, rates: Rates) -> int:
 def _column_of_gpus(work, shard, reads):
     """Bytes of a column of rows where GPUs read and update by kernels: gradients alone.
 
-    An update changes a row where it is (`optimizers/gpu_rows.py`), and gradients are made in the
-    dtype of the table. Where a table has several, of micro-batches and of memories that share it,
-    all are there beside their sum in float32. So the temporaries of whole steps come within 30 % of
-    what was compiled for an H200 (docs/results.md, 2026-11-30).
+    An update changes a row where it is (`optimizers/gpu_rows.py`; without Triton plain jnp does,
+    and takes more), and gradients are made in the dtype of the table. Where a table has several, of
+    micro-batches and of memories that share it, all are there beside their sum in float32. So the
+    temporaries of whole steps come within 30 % of what was compiled for an H200 (docs/results.md,
+    2026-11-30).
     """
     parts = work.steps * work.memories // work.tables
     total = 4 * min(shard, parts * reads) if parts > 1 else 0
@@ -158,7 +159,7 @@ def candidates(run: Run, work: Work, devices: int, rates: Rates) -> list[Candida
                 for rows in (group // columns,)
                 if tables.width % columns == 0 and tables.slots % rows == 0
                 and asked.columns in (0, columns) and asked.rows in (0, rows)
-                and (asked.columns or columns == 1 or _is_wide(tables.width // columns, rates))]
+                and (asked.columns or columns == 1 or _is_wide(tables.width, columns, rates))]
     if not possible:
         raise Refusal(
             f'memory.shards.rows = {asked.rows}, memory.shards.columns = {asked.columns}: their '
@@ -168,8 +169,10 @@ def candidates(run: Run, work: Work, devices: int, rates: Rates) -> list[Candida
                       seconds_by_layout(shards, work, rates)) for shards in possible]
 
 
-def _is_wide(columns, rates):
-    return columns >= NARROWEST and not (rates.known_gpus and columns % NARROWEST)
+def _is_wide(width, parts, rates):
+    columns = width // parts
+    by_kernels = rates.may_be_gpus and width % NARROWEST == 0
+    return columns % NARROWEST == 0 if by_kernels else columns >= NARROWEST
 
 
 def _table_bytes(shards, work, rates):

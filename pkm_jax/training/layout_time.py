@@ -42,7 +42,12 @@ class Rates(NamedTuple):
     @property
     def known_gpus(self) -> bool:
         """Whether they are NVIDIA GPUs of which numbers are published, and kernels are used."""
-        return self.known and not self.plain and not self.chip.dimensions
+        return self.known and self.may_be_gpus
+
+    @property
+    def may_be_gpus(self) -> bool:
+        """Whether kernels are used, on other devices than TPUs of which numbers are published."""
+        return not self.plain and not self.chip.dimensions
 
     def link(self, shards: Shards, axes: tuple[str, ...]) -> float:
         """Bytes a second that a device can send along some axes of the mesh, at best.

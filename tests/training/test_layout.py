@@ -58,14 +58,14 @@ def test_the_least_time_of_what_fits_is_chosen_and_said():
 
 def test_unknown_devices_are_compared_by_bytes():
     chosen = layout()
-    assert chosen.shards == Shards(2, 1, 4)
-    assert 'MB sent or as good as sent a step; next 1 × 2' in chosen.reasons[0]
+    assert chosen.shards == Shards(4, 1, 2)
+    assert 'MB sent or as good as sent a step; next 2 × 2' in chosen.reasons[0]
 
 
 @pytest.mark.parametrize('gigabytes, shards', [
-    (141, Shards(2, 1, 4)), (6, Shards(2, 1, 4)),
-    (3, Shards(1, 2, 4)),       # 96 columns would be too narrow
-    (0.1, Shards(1, 2, 4))])    # the most there is
+    (141, Shards(4, 1, 2)), (6, Shards(2, 2, 2)),
+    (3, Shards(1, 4, 2)),       # 192 columns would be nothing for kernels, if these were GPUs
+    (0.1, Shards(1, 4, 2))])    # the most there is
 def test_what_does_not_fit_is_not_chosen(gigabytes, shards):
     chosen = layout(gigabytes=gigabytes)
     assert chosen.shards == shards
@@ -107,6 +107,7 @@ def test_parts_are_as_wide_as_kernels_read_them():
         assert columns % 128 == 0
     assert layout(16, 16, Rates(CHIPS['v5e'], 8), **few).shards.columns == 4
     assert layout(8, 80, H100, shards__columns=4).shards.columns == 4     # as asked for
+    assert layout(2, 80, H100, memory__value_width=320, **few).shards.columns == 2   # for plain jnp
 
 
 def test_given_numbers_are_kept():

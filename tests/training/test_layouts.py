@@ -123,6 +123,15 @@ def test_sparse_steps_over_rows_columns_and_replicas():
     assert int(np.sum(state.last_selected[0] == 2)) > 0
 
 
+def test_a_split_word_embedding_is_gathered_in_the_compute_dtype():
+    training = Training(Shards(8), False, fsdp=True,
+                        model=dataclasses.replace(MODEL, dtype='bfloat16'))
+    with jax.set_mesh(training.mesh), jax.numpy_dtype_promotion('standard'):
+        program = str(jax.make_jaxpr(training.step)(training.abstract, batch(0)))
+    constraints = re.findall(r':(.*)\[40,16\] = sharding_constraint', program)
+    assert set(constraints) == {'bf16'}     # of it, and of its gradient
+
+
 @pytest.mark.slow
 def test_sparse_steps_of_a_shared_table_in_parts_and_rematerialised():
     check(Shards(2, 2, 2), sparse=True, accumulation_steps=2, model=SHARED)

@@ -56,7 +56,7 @@ class ToyConfig:
     vocab_size: int = 0
     max_length: int = 1
     dtype: str = 'float32'
-    word_embedding: tuple = ('none',)
+    word_embedding: tuple = ()
 
     def with_vocabulary(self, words):
         return self
