@@ -219,6 +219,15 @@ def test_workers_end_with_a_parent_that_is_killed(prepared):
         parent.communicate(timeout=20)      # returns when no worker holds the pipe any more
 
 
+@pytest.mark.slow
+def test_a_run_that_ends_leaves_python_nothing_to_warn_of(prepared):
+    """No semaphores that its workers shared."""
+    environment = {**os.environ, 'PYTHONPATH': str(Path(__file__).parents[2])}
+    done = subprocess.run([sys.executable, __file__, 'ends'], env=environment,
+                          input=pickle.dumps(prepared), capture_output=True, timeout=60)
+    assert done.returncode == 0 and b'leaked' not in done.stderr, done.stderr
+
+
 def test_a_worker_that_dies_is_named_and_replaced(prepared, caplog):
     """The stream goes on as if it had not; one that dies again and again ends it."""
     whole, stream = take(stream_of(prepared), 30), stream_of(prepared, workers=1)
@@ -343,8 +352,11 @@ def test_unusable_settings_are_refused(prepared):
         masked(prepared, 3, slots=2)
 
 
-if __name__ == '__main__':      # the parent that is killed
+if __name__ == '__main__':      # the parent that is killed, or ends
     given = stream_of(pickle.load(sys.stdin.buffer), workers=2)
     take(given, 2)
     print(*(child.pid for child in multiprocessing.active_children()), flush=True)
+    if sys.argv[1:] == ['ends']:
+        given.close()
+        sys.exit()
     time.sleep(100)
