@@ -118,7 +118,7 @@ def kinds_of_layouts(run: Run, devices: int) -> list[Shards]:
     width = tables_of(run.model.memories).width
     columns = max(part for part in range(1, devices + 1)
                   if devices % part == 0 and (part == 1 or width % (part * NARROWEST) == 0))
-    both = [Shards(devices // 4, 2, 2)] * (devices % 4 == 0 and width % (2 * NARROWEST) == 0)
+    both = [Shards(devices // 4, 2, 2)] if devices % 4 == width % (2 * NARROWEST) == 0 else []
     return list(dict.fromkeys([Shards(devices), Shards(1, devices),
                                Shards(devices // columns, 1, columns), *both]))
 

@@ -9,7 +9,6 @@ from collections.abc import Collection
 from typing import NamedTuple
 
 import jax
-import jax.numpy as jnp
 
 from pkm_jax.configuration.run import Run
 from pkm_jax.models.interface import flatten, parameter_of, path_of
@@ -105,9 +104,7 @@ def of_evaluation(
     return beside, _bytes_of((state.params, state.batch_stats, batch, totals))
 
 
-def estimated(
-    given: dict[str, int], run: Run, layout: Layout, rates: Rates,
-) -> dict[str, int]:
+def estimated(given: dict[str, int], run: Run, layout: Layout, rates: Rates) -> dict[str, int]:
     """All of a step's memory where it cannot be compiled: the model's activations of a micro-batch,
     and `gradients`. Norms need the updates, as large as gradients, when activations are gone.
     `rates` are those of the devices."""
@@ -125,15 +122,13 @@ def gradients(given: dict[str, int], run: Run, layout: Layout, rates: Rates) -> 
     the backward pass has read it. For compact rows every device sorts the reads of the whole
     micro-batch: slots and weights as gathered and as sorted, 16 bytes a read.
     """
-    dense, sites = given['backbone parameters'], run.model.memories
-    if not sites:
+    dense = given['backbone parameters']
+    if not run.model.memories:
         return dense
-    memory = next(iter(sites.values())).config
+    work = work_of(run)[0]
     if not layout.sparse:
-        ours, read_as = (jnp.dtype(dtype).itemsize for dtype in (memory.values_dtype,
-                                                                 run.model.dtype))
+        ours, read_as = work.itemsize, work.read.itemsize
         rounded = given['value tables'] * read_as // ours if read_as < ours else 0
         return dense + given['value tables'] + rounded
-    work = work_of(run)[0]
     return (dense + 16 * work.read.tokens * work.read.reads
             + compact_bytes(layout.shards, work, rates))

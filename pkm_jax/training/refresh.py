@@ -116,9 +116,7 @@ def _loaded(run: Run, program: Program) -> tuple[dict, dict]:
     return state.params, state.batch_stats
 
 
-def _change(
-    of_training: Sums, whole: Callable[[SlotCounts], SlotCounts],
-) -> Tables:
+def _change(of_training: Sums, whole: Callable[[SlotCounts], SlotCounts]) -> Tables:
     """What a refresh with the step 1 adds to the tables."""
     return {name: -gradient / (
         host_counts(whole(of_training.squares[name])).mass.astype(np.float32)[:, None] + 1)
