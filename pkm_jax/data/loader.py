@@ -100,7 +100,7 @@ class BatchStream:
     `batch_size`. Every epoch passes all records once, in an order drawn from `seed`; a batch may
     reach into the next epoch. Records of known lengths come in batches of like length, padded to
     one of `buckets`, and the last batch of an epoch is filled with rows without one. `workers`
-    processes read and mask; 0 does so in threads of this process. A script that asks for workers
+    processes read and mask; 0 does so in a thread of this process. A script that asks for workers
     must guard its entry point with `if __name__ == '__main__'`. A worker that dies is named and
     replaced, once for each batch; then LoaderDied ends the stream.
     Raises Refusal where the batch does not divide over the hosts.
@@ -250,7 +250,8 @@ def _rows_per_host(batch_size: int, process_count: int) -> int:
 
 
 def _iterate(batches: grain.MapDataset, workers: int) -> grain.DatasetIterator:
-    ready = batches.to_iter_dataset(grain.ReadOptions(num_threads=2, prefetch_buffer_size=8))
+    # Several threads would wait for each other: making batches is Python.
+    ready = batches.to_iter_dataset(grain.ReadOptions(num_threads=1, prefetch_buffer_size=8))
     if not workers:
         return iter(ready)
     if not flags.FLAGS.is_parsed():   # Grain reads flags, which only a program run by absl parses

@@ -45,11 +45,12 @@ class Masking:
         random = np.random.Generator(np.random.Philox(key=self.seed, counter=[0, 0, epoch, record]))
         positions = self._choose(tokens, random)
         labels = tokens[positions]
-        drawn = random.choice(self.vocabulary.ordinary_ids, size=len(positions))
+        ordinary = self.vocabulary.ordinary_ids
+        drawn = ordinary[random.integers(len(ordinary), size=len(positions))]
         kind = random.random(len(positions))
         masked = tokens.copy()
-        masked[positions] = np.select([kind < 0.8, kind < 0.9],
-                                      [self.vocabulary.mask_id, drawn], labels)
+        masked[positions] = np.where(kind < 0.8, self.vocabulary.mask_id,
+                                     np.where(kind < 0.9, drawn, labels))
         return masked, positions, labels
 
     def _choose(self, tokens: Int[np.ndarray, 'length'],
@@ -58,11 +59,10 @@ class Masking:
         candidates = np.flatnonzero(~self.vocabulary.special[tokens])
         if not candidates.size:
             return candidates
-        starts = np.ones(candidates.size, bool)
+        word = np.arange(candidates.size)
         if self.whole_word:     # a word also begins where a record does, and after a special token
-            starts[1:] = (~self.vocabulary.continuation[tokens[candidates[1:]]]
-                          | (np.diff(candidates) > 1))
-        word = np.cumsum(starts) - 1
+            word[1:] = np.cumsum(~self.vocabulary.continuation[tokens[candidates[1:]]]
+                                 | (np.diff(candidates) > 1))
         order = random.permutation(word[-1] + 1)
         taken, cut, room = self._take(np.bincount(word)[order].tolist(),
                                       max(1.0, self.rate * candidates.size), random.random())

@@ -64,7 +64,7 @@ class Labelling(abc.ABC):
     length: int = setting(128, 'L, tokens of the longest sequence', least=8)
     buckets: tuple[int, ...] = setting(
         (), 'lengths that batches are padded to, ascending; (): the four that pad least')
-    workers = 0             # data are in memory: threads make batches
+    workers = 0             # data are in memory: a thread makes batches
     vocab_size = 30_522     # of a plan
     head_name = ''          # of the model's heads the one that is read
     metric = ''             # by which the best weights are chosen

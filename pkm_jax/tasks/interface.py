@@ -51,7 +51,7 @@ class Task(Protocol):
     length: int         # tokens of an example
     buckets: tuple[int, ...]    # lengths that batches are padded to, ascending, such as (length,)
     vocab_size: int     # words that a plan assumes where there is no vocabulary yet
-    workers: int        # processes that make batches; 0: threads of this one
+    workers: int        # processes that make batches; 0: a thread of this one
     lower_is_better: tuple[str, ...]    # metrics of an evaluation of which less is better: errors
 
     @property

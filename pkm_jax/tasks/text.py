@@ -39,7 +39,7 @@ class LanguageModelling:
     validation_fraction: float = setting(
         0.005, 'share of the text that is held out', above=0, below=1)
     cache: str = setting('data', 'where prepared text is kept')
-    workers: int = setting(8, 'processes that make batches; 0: threads of this one', least=0)
+    workers: int = setting(8, 'processes that make batches; 0: a thread of this one', least=0)
     lower_is_better = ('loss', 'perplexity')
 
     def __post_init__(self) -> None:
