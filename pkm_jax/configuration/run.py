@@ -102,7 +102,7 @@ class Log:
     """What a run writes, and how often; may change when it resumes."""
     every: int = setting(100, 'steps between lines of metrics', least=1)
     norms_every: int = setting(
-        100, 'steps between norms of update and parameters by group, which take 3 to 6 % of a step '
+        100, 'steps between norms of update and parameters by group, which take 3 to 7 % of a step '
         'of BERT-base on an H100; 0 (never) and 1 compile one program of the step, others two',
         least=0)
     eval_every: int = setting(5_000, 'steps between evaluations', least=1)

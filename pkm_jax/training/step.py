@@ -216,7 +216,7 @@ def _summed(rows: dict[Any, SparseRows], sites: Sites, params: dict) -> dict[Any
 def _norms_of_change(updates, params, tables, sparse):
     """Norms of an update and of the parameters after it, by group.
 
-    They take 3 to 6 % of a step of BERT-base on an H100, since a dense update has to be written to
+    They take 3 to 7 % of a step of BERT-base on an H100, since a dense update has to be written to
     be summed. Of a table of which few rows change there is no norm: to pass over it would take
     longer than the step.
     """
