@@ -1,7 +1,6 @@
 """Checkpoints of a run: written asynchronously, verified before they are read."""
 
 import copy
-import math
 import shutil
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -10,11 +9,10 @@ from pathlib import Path
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 import orbax.checkpoint as ocp
 from absl import logging
 
-from pkm_jax.checkpoints import checksums
+from pkm_jax.checkpoints import apart, checksums
 from pkm_jax.checkpoints.arrays import StoredArray, open_model
 from pkm_jax.configuration.folder import storage_fault
 from pkm_jax.models.interface import flatten
@@ -36,9 +34,12 @@ class Checkpoints:
 
     One is finished, and older ones are deleted, once its checksums are written, which a thread of
     the first process does while training goes on. `still_ours` raises where the folder is not.
+    With `copies` a state is copied on the devices where they have room, so that the next step does
+    not even wait until it is on the host.
     """
 
-    def __init__(self, folder: Path, keep: int, still_ours: Callable[[], None] = lambda: None):
+    def __init__(self, folder: Path, keep: int, still_ours: Callable[[], None] = lambda: None,
+                 copies: bool = False):
         self.folder = Path(folder).absolute()
         self.folder.mkdir(parents=True, exist_ok=True)
         self._keep, self._still_ours = keep, still_ours
@@ -47,7 +48,7 @@ class Checkpoints:
             model=_arrays(), rest=_arrays(), progress=ocp.JsonCheckpointHandler()))
         self._finishing = ThreadPoolExecutor(1)
         self._last: Future[None] | None = None
-        self._copies: bool | None = None        # see `_room_for_a_copy`, asked before the first
+        self._copies = apart.Copies() if copies else None
 
     def steps(self) -> list[int]:
         """Those of which there is a checkpoint, whole or not."""
@@ -116,9 +117,6 @@ class Checkpoints:
     def save(self, state: State, progress: dict) -> None:
         """Starts to write a state and a JSON-able `progress`; returns before it is written.
 
-        Where devices have room for a copy the next step need not even wait until the state is on
-        the host. Several processes wait: to begin a checkpoint they exchange words.
-
         Raises:
           Refusal: the folder is gone, full, or another run's; or the checkpoint before could not be
             written. Those that were finished are whole.
@@ -126,11 +124,10 @@ class Checkpoints:
         self.wait()
         step = int(state.step)
         self._agree(self._hindrance(step, max(_bytes(state), self._files_of_newest())))
-        if self._copies is None:
-            self._copies = jax.process_count() == 1 and _room_for_a_copy(state)
         progress = copy.deepcopy(progress)
-        if self._copies:
-            self._last = self._finishing.submit(self._write, step, _copied(state), progress)
+        copied = self._copies and self._copies.of(state)
+        if copied:
+            self._last = self._finishing.submit(self._write, step, [copied], progress)
         else:
             self._begin(step, state, progress)
             self._last = self._finishing.submit(self._finish, step)
@@ -153,8 +150,8 @@ class Checkpoints:
             self._finishing.shutdown()
             self._writer.close()
 
-    def _write(self, step, state, progress):
-        self._begin(step, state, progress)
+    def _write(self, step, held, progress):
+        self._begin(step, held.pop(), progress)     # so that nothing holds it from then on
         self._finish(step)
 
     def _begin(self, step, state, progress):
@@ -303,27 +300,6 @@ def _state(like, model, rest):
 
 def _bytes(state):
     return sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(state))
-
-
-def _room_for_a_copy(state):
-    """Whether each device has memory for another `state`, beside the most that it ever held."""
-    size = sum(math.prod(leaf.sharding.shard_shape(leaf.shape)) * leaf.dtype.itemsize
-               for leaf in jax.tree.leaves(state))
-    memories = [device.memory_stats() for device in jax.local_devices()]
-    if not all(memories):       # CPUs do not say; their memory is the host's
-        return False
-    free = min(memory['bytes_limit'] - memory['peak_bytes_in_use']
-               - memory.get('peak_bytes_reserved', 0) for memory in memories)
-    if free < 1.1 * size:
-        logging.info('Steps wait while a checkpoint is brought to the host: a device has no memory '
-                     'for a copy of its %.1f MB (%.1f MB are free).', size / 1e6, free / 1e6)
-        return False
-    return True
-
-
-@jax.jit
-def _copied(state):
-    return jax.tree.map(jnp.copy, state)
 
 
 def _no_room(folder, what, size, free):

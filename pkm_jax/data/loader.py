@@ -250,8 +250,9 @@ def _rows_per_host(batch_size: int, process_count: int) -> int:
 
 
 def _iterate(batches: grain.MapDataset, workers: int) -> grain.DatasetIterator:
-    # Several threads would wait for each other: making batches is Python.
-    ready = batches.to_iter_dataset(grain.ReadOptions(num_threads=1, prefetch_buffer_size=8))
+    # In this process a second thread would wait for the first one's lock: masking is Python.
+    threads = 2 if workers else 1
+    ready = batches.to_iter_dataset(grain.ReadOptions(num_threads=threads, prefetch_buffer_size=8))
     if not workers:
         return iter(ready)
     if not flags.FLAGS.is_parsed():   # Grain reads flags, which only a program run by absl parses

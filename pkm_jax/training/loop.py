@@ -72,7 +72,7 @@ def _train(run: Run, layout: Layout, changed: str, data: Data | None,
         closing.enter_context(jax.set_mesh(mesh))
         stream = closing.enter_context(contextlib.closing(_stream(run, data)))
         checkpoints = closing.enter_context(contextlib.closing(
-            Checkpoints(run.folder / 'checkpoints', run.log.keep, still_ours)))
+            Checkpoints(run.folder / 'checkpoints', run.log.keep, still_ours, copies=True)))
 
         # 2. The state: resumed, else from pretrained weights, else from scratch.
         with start.phase('making the program'):
