@@ -1,4 +1,4 @@
-"""A few kills of real runs; `make test-faults` has the many."""
+"""A few kills of real runs, a minute or more each; `make test-faults` has the many."""
 
 import math
 import subprocess
@@ -11,7 +11,8 @@ from tests.faults.kills import check, killed, tiny
 
 
 @pytest.mark.parametrize('updates, processes, kills', [
-    ('dense', 1, 1), pytest.param('sparse', 1, 4, marks=pytest.mark.slow),
+    pytest.param('dense', 1, 1, marks=pytest.mark.slow),
+    pytest.param('sparse', 1, 4, marks=pytest.mark.slow),
     pytest.param('sparse', 2, 4, marks=pytest.mark.slow)])
 def test_a_killed_run_ends_as_one_never_killed(updates, processes, kills):
     said = check(updates, processes, kills, seed=1)
