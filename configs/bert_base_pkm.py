@@ -8,8 +8,8 @@ Kim & Jung 2020: BERT-base, memories of 512² slots, 4 heads of 32 reads, batche
 500k steps, Adam at 1e-4 and 1e-3 for the values, starting from a BERT pretrained without memory.
 That is 262 billion tokens: six days on one H200, at the 516,000 tokens/s of docs/results.md, which
 were measured with --config.train.gradient_accumulation_steps=32, as one device needs for these
-batches, and --config.model.attention_dropout=0. What loss and usage it
-ends with has not been measured; the paper reports a top-1 usage above 95 %.
+batches, and --config.model.attention_dropout=0. What loss and usage it ends with has not been
+measured; the paper reports a top-1 usage above 95 %.
 
 Every other configuration starts from this one. docs/configuration.md explains every field; all can
 be set on the command line.

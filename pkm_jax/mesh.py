@@ -167,6 +167,12 @@ def specs_of(arrays: Any) -> Any:
     return jax.tree.map(lambda array: jax.typeof(array).sharding.spec, arrays)
 
 
+def bytes_on_device(arrays: Any) -> int:
+    """What arrays, abstract ones too, take on each device that they are laid out over."""
+    return sum(math.prod(leaf.sharding.shard_shape(leaf.shape)) * leaf.dtype.itemsize
+               for leaf in jax.tree.leaves(arrays))
+
+
 def on_shards(function: Callable, in_specs, out_specs, axes: Axes = OWN) -> Callable:
     """`function` of each device's parts; of the whole where one device has everything."""
     shards_in_use(axes)

@@ -1,11 +1,11 @@
 """States copied on their devices, so that steps go on while a copy is brought to the host."""
 
-import math
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 
+from pkm_jax.mesh import bytes_on_device
 from pkm_jax.processes import hosts
 
 State = Any
@@ -44,8 +44,7 @@ def _hindrance(state) -> str | None:
         return ''
     if jax.process_count() > 1:     # they exchange words when one is begun, as steps do
         return f'there are {jax.process_count()} processes'
-    size = sum(math.prod(leaf.sharding.shard_shape(leaf.shape)) * leaf.dtype.itemsize
-               for leaf in jax.tree.leaves(state))
+    size = bytes_on_device(state)
     rooms = [_room(device.memory_stats() or {}) for device in devices]
     if None in rooms:
         return 'a device does not say how much memory it has'

@@ -11,6 +11,7 @@ from typing import NamedTuple
 import jax
 
 from pkm_jax.configuration.run import Run
+from pkm_jax.mesh import bytes_on_device
 from pkm_jax.models.interface import flatten, parameter_of, path_of
 from pkm_jax.training.layout import Layout, compact_bytes, work_of
 from pkm_jax.training.layout_time import Rates
@@ -46,24 +47,16 @@ def arguments(state: TrainState, batch: dict[str, jax.ShapeDtypeStruct],
     `tables` are the paths of the value tables among the parameters.
     """
     parameters, by_kind = flatten(state.params), dict.fromkeys(KINDS, 0)
-    by_kind['value tables'] = sum(_bytes(parameters[path]) for path in tables)
-    by_kind['backbone parameters'] = _bytes_of(state.params) - by_kind['value tables']
+    by_kind['value tables'] = bytes_on_device([parameters[path] for path in tables])
+    by_kind['backbone parameters'] = bytes_on_device(state.params) - by_kind['value tables']
     for path, leaf in jax.tree_util.tree_leaves_with_path(state.optimizer):
         of_table = parameter_of(path_of(path), parameters) in tables
         by_kind[f'optimizer state of {"value tables" if of_table else "the backbone"}'] += (
-            _bytes(leaf))
-    by_kind['batch'] = _bytes_of(batch)
-    by_kind['statistics and marks'] = _bytes_of(
+            bytes_on_device(leaf))
+    by_kind['batch'] = bytes_on_device(batch)
+    by_kind['statistics and marks'] = bytes_on_device(
         (state.step, state.batch_stats, state.last_selected))
     return by_kind
-
-
-def _bytes_of(arrays):
-    return sum(map(_bytes, jax.tree.leaves(arrays)))
-
-
-def _bytes(leaf):
-    return math.prod(leaf.sharding.shard_shape(leaf.shape)) * leaf.dtype.itemsize
 
 
 def of_compiled(
@@ -100,8 +93,8 @@ def of_evaluation(
     tables: Collection[str],
 ) -> tuple[dict[str, int], int]:
     """What lies on a device in an evaluation, by kind, and how much of it the program takes."""
-    beside = arguments(state, batch, tables) | {COUNTS: _bytes_of(totals)}
-    return beside, _bytes_of((state.params, state.batch_stats, batch, totals))
+    beside = arguments(state, batch, tables) | {COUNTS: bytes_on_device(totals)}
+    return beside, bytes_on_device((state.params, state.batch_stats, batch, totals))
 
 
 def estimated(given: dict[str, int], run: Run, layout: Layout, rates: Rates) -> dict[str, int]:

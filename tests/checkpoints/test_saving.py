@@ -15,13 +15,7 @@ from jax.sharding import PartitionSpec as P
 from pkm_jax.checkpoints import apart
 from pkm_jax.checkpoints.store import Checkpoints
 from pkm_jax.refusal import Refusal
-
-
-class Tiny(NamedTuple):
-    step: Any
-    params: Any
-    batch_stats: Any
-    optimizer: Any
+from tests.checkpoints.test_damage import Tiny
 
 
 def begun(mesh=None):
