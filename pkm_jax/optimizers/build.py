@@ -12,13 +12,13 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import optax
-from optax.contrib import MuonDimensionNumbers, muon
 
 from pkm_jax.fields import check_settings, setting
 from pkm_jax.memory.sparse_rows import is_rows
 from pkm_jax.models.interface import path_of
 from pkm_jax.optimizers.adam_bf16 import adam_bf16
 from pkm_jax.optimizers.groups import groups_of, schedule
+from pkm_jax.optimizers.muon import scale_by_muon
 from pkm_jax.optimizers.skips import limit_loss
 from pkm_jax.optimizers.sparse import (
     clip_by_global_norm,
@@ -48,14 +48,22 @@ def _adafactor(config, rate, weight_decay=0.):
 
 
 def _muon(config, rate, weight_decay):
-    def matrices(params):
+    """`optax.contrib.muon` of the kernels, with the same state; its Adam looks ahead as well."""
+    def kinds(params):
         return jax.tree_util.tree_map_with_path(
-            lambda path, leaf: MuonDimensionNumbers() if path_of(path).endswith('kernel')
-            and leaf.ndim == 2 else None, params)
+            lambda path, leaf: 'muon' if path_of(path).endswith('kernel') and leaf.ndim == 2
+            else 'adam', params)
 
-    return muon(rate, eps=config.epsilon, weight_decay=weight_decay, adam_b1=config.beta1,
-                adam_b2=config.beta2, adam_weight_decay=weight_decay,
-                muon_weight_dimension_numbers=matrices, consistent_rms=MUON_RMS)
+    def scale_by_shape(updates, _):
+        return jax.tree.map(lambda leaf: MUON_RMS * math.sqrt(max(leaf.shape)) * leaf, updates)
+
+    return optax.partition({
+        'muon': optax.chain(scale_by_muon(config.epsilon), optax.stateless(scale_by_shape),
+                            optax.add_decayed_weights(weight_decay),
+                            optax.scale_by_learning_rate(rate)),
+        'adam': optax.adamw(rate, config.beta1, config.beta2, config.epsilon,
+                            weight_decay=weight_decay, nesterov=True),
+    }, kinds)
 
 
 # By name what updates decayed and undecayed parameters. LAMB (You et al. 2020, arXiv:1904.00962)

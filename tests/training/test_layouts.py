@@ -8,12 +8,14 @@ import re
 import jax
 import numpy as np
 import pytest
+from jax.sharding import PartitionSpec as P
 
 from pkm_jax.checkpoints.store import Checkpoints
 from pkm_jax.memory.layer import MemoryConfig
 from pkm_jax.mesh import OWN, Shards
 from pkm_jax.models.bert import BertConfig
 from pkm_jax.models.interface import table_paths
+from pkm_jax.optimizers import muon
 from pkm_jax.optimizers.build import OptimizerConfig, make_optimizer
 from pkm_jax.tasks.masked_lm import MaskedLM
 from pkm_jax.training.state import batch_sharding, initial_state, laid_out, model_graph
@@ -121,6 +123,22 @@ def test_sparse_steps_over_rows_columns_and_replicas():
     kernel = state.params['layers'][0]['feed_forward']['up']['kernel']
     assert kernel.addressable_shards[0].data.shape == (8, 16)
     assert int(np.sum(state.last_selected[0] == 2)) > 0
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize('fsdp', [False, True])
+def test_steps_of_muon_whose_matrices_devices_share(fsdp, monkeypatch):
+    """Thirteen matrices of one shape, two for most of eight devices."""
+    shared, constrain = [], muon.with_sharding_constraint
+
+    def watched(stack, spec):
+        shared.append((len(stack), spec))
+        return constrain(stack, spec)
+
+    monkeypatch.setattr(muon, 'with_sharding_constraint', watched)
+    check(Shards(2, 2, 2), fsdp=fsdp, sparse=False, optimizer='muon',
+          model=dataclasses.replace(MODEL, layers=2))
+    assert set(shared) == {(13, P(OWN.names)), (13, P())}
 
 
 def test_a_split_word_embedding_is_gathered_in_the_compute_dtype():
