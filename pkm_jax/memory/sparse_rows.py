@@ -45,6 +45,16 @@ def rows_of(tree: Any) -> Any:
                         tree, is_leaf=is_rows)
 
 
+def in_order(
+    ids: Int32[Array, '...'],
+) -> tuple[Int32[Array, 'n'], Int32[Array, 'n']]:
+    """Positions of the flattened ids in the order of the ids, equal ones as they are; and the
+    sorted ids. Where a program for a GPU asks twice for those of the same ids, XLA sorts once."""
+    ids = ids.reshape(-1)
+    ids, order = jax.lax.sort((ids, jnp.arange(ids.size, dtype=jnp.int32)), num_keys=1)
+    return order, ids
+
+
 def distinct(
     ids: Int32[Array, '...'], n_slots: int, capacity: int,
 ) -> tuple[Int32[Array, '{capacity}'], Int32[Array, '1']]:
@@ -52,7 +62,7 @@ def distinct(
 
     One sort. There must be no more than `capacity` of them.
     """
-    ids = jnp.sort(ids.reshape(-1))
+    _, ids = in_order(ids)
     first = jnp.concatenate([jnp.ones(1, bool), ids[1:] != ids[:-1]]) & (ids < n_slots)
     position = jnp.where(first, jnp.cumsum(first) - 1, capacity)
     found = jnp.full(capacity, n_slots, jnp.int32).at[position].set(ids, mode='drop')

@@ -28,10 +28,10 @@ from pkm_jax.ops.gpu import triton as plt
 from pkm_jax.optimizers.rounding import noise, rounded
 from pkm_jax.optimizers.rules import Numbers, Rule, moments_of_rows
 
-# Numbers of a tile, and the warps of its program: the quickest of three on an H200, at 768 columns
-# of bfloat16. 8 numbers for each thread are 16 bytes.
-WITH_MOMENTS = 256, 1       # as wide as the table,
-WITHOUT = 2048, 4
+# Numbers of a tile, and the warps of its program, by what was tried on an H200 at 768 columns of
+# bfloat16 (docs/results.md). 8 numbers for each thread are 16 bytes.
+IN_PLACE = 256, 1           # with moments as wide as the table, where all of its rows have a place;
+OTHERWISE = 2048, 4         # without such moments, or with fewer places than rows
 COLUMNS = 256               # of a tile at most
 
 
@@ -58,7 +58,8 @@ def update(
     """The norm of the change, the table changed, and its moments: see `rules.reference`."""
     by_row, moments = moments_of_rows(ids, gradient, squares, moments, rule)
     changing = [table, *(moment for moment in moments if moment.ndim == 2)]
-    (places, width), (tile, warps) = gradient.shape, tile_of(gradient.shape[1], rule)
+    places, width = gradient.shape
+    tile, warps = tile_of(places, width, len(table), rule)
     grid = pl.cdiv(width, tile[1]), pl.cdiv(places, tile[0])    # a row's columns after another
     given = ids, start, numbers, seed, gradient, *by_row
     *changed, norms = call(
@@ -71,9 +72,9 @@ def update(
             *(moment if one else wide.pop(0) for moment, one in zip(moments, rule.per_row)))
 
 
-def tile_of(width: int, rule: Rule) -> tuple[tuple[int, int], int]:
-    """Rows and columns of a tile of a table with so many columns, and warps of its program."""
-    numbers, warps = WITHOUT if all(rule.per_row) else WITH_MOMENTS
+def tile_of(places: int, width: int, slots: int, rule: Rule) -> tuple[tuple[int, int], int]:
+    """Rows and columns of a tile of so many places and columns, and warps of its program."""
+    numbers, warps = OTHERWISE if places < slots or all(rule.per_row) else IN_PLACE
     columns = min(pl.next_power_of_2(width), COLUMNS)
     return (max(numbers // columns, 1), columns), warps
 

@@ -1,6 +1,7 @@
 """Retrieval, read and value rows over meshes of eight devices against one device."""
 
 import functools
+import re
 
 import jax
 import jax.numpy as jnp
@@ -238,6 +239,18 @@ def test_narrow_rows_of_gpus_are_the_same_numbers(slots):
     assert np.any(np.asarray(wide[1].rows))
     for one, other in zip(jax.tree.leaves(narrow), jax.tree.leaves(wide), strict=True):
         np.testing.assert_array_equal(np.asarray(one, np.float32), np.asarray(other, np.float32))
+
+
+@pytest.mark.parametrize('shards', [Shards(), Shards(1, 4, 2)], ids=['one', 'eight'])
+def test_what_gpus_sort_twice_are_the_same_reads(shards):
+    """What was touched, and its gradients: of which XLA for GPUs makes one sort."""
+    like = jax.ShapeDtypeStruct
+    with jax.set_mesh(mesh_of(shards)):
+        compiled = jax.jit(functools.partial(sparse, implementation='gpu')).lower(
+            like((4096, 256), jnp.float32), like((TOKENS, READS), jnp.int32),
+            like((TOKENS, READS), jnp.float32), like((TOKENS, 256), jnp.float32)).compile()
+    sorted_reads = re.findall(r' sort\((%[\w.]+)', compiled.as_text())
+    assert len(sorted_reads) == 2 and len(set(sorted_reads)) == 1
 
 
 def test_sums_in_plain_jnp_are_narrowed_only_where_that_is_asked_for():

@@ -166,11 +166,14 @@ def test_what_is_not_finite_stays_in_its_row(name):
     assert np.isnan(table[2]).all() and np.isinf(table[8]).all()
 
 
-@pytest.mark.parametrize('name, width, tile', [
-    ('lazy_adam', 1, (256, 1)), ('lazy_adam', 40, (4, 64)), ('rowwise_adam', 768, (1, 256)),
-    ('rowwise_adagrad', 1, (2048, 1)), ('rowwise_adagrad', 40, (32, 64)), ('sgd', 768, (8, 256))])
-def test_a_tile_has_numbers_for_every_thread(name, width, tile):
-    found, warps = gpu_rows.tile_of(width, RULES[name])
+@pytest.mark.parametrize('name, places, width, tile', [
+    ('lazy_adam', SLOTS, 1, (256, 1)), ('lazy_adam', SLOTS, 40, (4, 64)),
+    ('rowwise_adam', SLOTS, 768, (1, 256)), ('lazy_adam', SLOTS - 1, 1, (2048, 1)),
+    ('rowwise_adam', PLACES, 40, (32, 64)), ('lazy_adam', PLACES, 768, (8, 256)),
+    ('rowwise_adagrad', PLACES, 1, (2048, 1)), ('rowwise_adagrad', SLOTS, 40, (32, 64)),
+    ('sgd', PLACES, 768, (8, 256))])
+def test_a_tile_has_numbers_for_every_thread(name, places, width, tile):
+    found, warps = gpu_rows.tile_of(places, width, SLOTS, RULES[name])
     assert found == tile
     assert tile[0] * tile[1] >= 32 * warps * 8
 

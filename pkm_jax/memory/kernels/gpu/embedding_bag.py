@@ -64,10 +64,9 @@ def compact_backward(
 ) -> tuple[SparseRows, Float[Array, '{tokens} R']]:
     """The rows of the values' gradient that were read, rounded to the values' dtype; and the
     weights' gradient; deterministic."""
-    # The kernel reads everywhere: slot S - 1 for S.
     last, mosaic = len(values) - 1, uses_mosaic(values, slots, interpret=interpret)
     ids, rows, _, by_read = rows_that_were_read(
-        values, jnp.minimum(slots, last), weights, gradient, mosaic=mosaic, interpret=interpret)
+        values, slots, weights, gradient, mosaic=mosaic, interpret=interpret)
     in_use = ids < jnp.where(jnp.any(slots == last), last + 1, last)
     # In their place: what reads rows may be a kernel, for which XLA would copy all.
     rows = cleared(rows, jnp.where(in_use, 0, len(rows)), mosaic=mosaic, interpret=interpret)

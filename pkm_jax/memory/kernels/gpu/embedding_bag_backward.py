@@ -24,6 +24,7 @@ from jax.experimental import pallas as pl
 from jaxtyping import Array, Float, Int32
 
 from pkm_jax.memory.kernels.gpu.pairs import join, multiply_add, pack, parts_of, unpack
+from pkm_jax.memory.sparse_rows import in_order
 from pkm_jax.ops.gpu import call, column_blocks
 from pkm_jax.ops.gpu import triton as plt
 
@@ -44,7 +45,7 @@ def dense_gradients(
 
     `mosaic`: by Mosaic GPU, see `mosaic_backward` and `mosaic_rows`.
     """
-    reads = _sort(slots)
+    reads = in_order(slots)
     row_slots, rows, by_read = _gradients(values, reads, weights, gradient, len(values), None,
                                           mosaic, interpret)
     return cleared(rows, row_slots, mosaic=mosaic, interpret=interpret), by_read
@@ -69,14 +70,15 @@ def rows_that_were_read(
     """Slots read, their gradient rows, how many they are, and the weights' gradient.
 
     rows = min(S, T·R): with S of them row i is slot i's, else the slots ascend; where there is no
-    slot it is S, and the row is not set. `mosaic`: see `dense_gradients`.
+    slot it is S, and the row is not set. Slot S - 1 is read for S. `mosaic`: see `dense_gradients`.
     """
-    reads, n_slots = _sort(slots), len(values)
+    order, slot = in_order(slots)
+    n_slots, slot = len(values), jnp.minimum(slot, len(values) - 1)
+    reads = order, slot
     if n_slots <= slots.size:
         row_slots, rows, by_read = _gradients(values, reads, weights, gradient, n_slots, None,
                                               mosaic, interpret)
         return row_slots, rows, jnp.sum(row_slots < n_slots, dtype=jnp.int32), by_read
-    slot = reads[1]
     first = jnp.concatenate([jnp.ones(1, bool), slot[1:] != slot[:-1]])
     chunk_size = _chunk_size(slot, mosaic)
     first = jnp.pad(first, (0, -len(first) % chunk_size)).reshape(-1, chunk_size)
@@ -85,13 +87,6 @@ def rows_that_were_read(
     row_slots, rows, by_read = _gradients(values, reads, weights, gradient, slots.size, before,
                                           mosaic, interpret)
     return row_slots, rows, before[-1], by_read
-
-
-def _sort(slots):
-    """Positions of the flattened reads in the order of their slots, and the sorted slots."""
-    slot, order = jax.lax.sort(
-        (slots.reshape(-1), jnp.arange(slots.size, dtype=jnp.int32)), num_keys=1, is_stable=True)
-    return order, slot
 
 
 def _chunk_size(slot, mosaic=False):
