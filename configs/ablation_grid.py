@@ -46,7 +46,7 @@ class Scale:
     train: dict
     log: dict
     pretrain_steps: int
-    wide: int                   # as long as two memories by arithmetic, a guess: see tokens/s
+    wide: int                   # by arithmetic about as long as the memories: see tokens/s
     layers: tuple               # other layers for the memories
     sub_keys: tuple
     top_k: tuple
@@ -149,6 +149,7 @@ def _factors(scale, config):
         **{f'values_rate_{name}': dict(init_from='pretrain', train=dict(
             values_learning_rate=rate))
            for name, rate in (('tenth', usual / 10), ('tenfold', usual * 10))},
+        'values_adam_bf16': dict(init_from='pretrain', train=dict(values_optimizer='adam_bf16')),
         **{f'values_epsilon_{epsilon:g}': dict(init_from='pretrain', train=dict(
             values_epsilon=epsilon)) for epsilon in (1e-6, 1e-8)}}
 
