@@ -8,9 +8,9 @@ comparison, for equally many steps: from scratch or from the weights of `pretrai
 product-key memory in the place of a feed-forward layer (`replace`) or beside it (`add`). A report
 compares them, runs/quickstart/report/report.html, and `pretrained_add` fills three masks.
 
-Eight to nine minutes on two idle cores, installation included. Loss and top-1 usage, one run each:
-`pretrain` 5.05; `scratch_replace` 5.46, 65 %; `scratch_add` 5.46, 63 %; `pretrained_replace` 3.57,
-82 %; `pretrained_add` 3.57, 88 % (docs/results.md).
+Seven to eight minutes on two idle cores, installation included. Loss and top-1 usage, one run each:
+`pretrain` 5.05; `scratch_replace` 5.47, 59 %; `scratch_add` 5.48, 57 %; `pretrained_replace` 3.61,
+85 %; `pretrained_add` 3.60, 88 % (docs/results.md).
 """
 
 from pkm_jax.configs import bert_base_pkm
@@ -24,9 +24,9 @@ def get_config():
     config.memory.update(layers=(1,), sub_keys=64, top_k=8, query_width=64, dead_after=100)
     config.data.update(corpus='state-of-the-union', vocab_size=1024, length=16, mask_rate=0.3,
                        max_predictions=5, validation_fraction=0.04, workers=0)
-    config.train.update(steps=640, batch=64, warmup=50, optimizer='muon', learning_rate=4e-3,
+    config.train.update(steps=600, batch=64, warmup=50, optimizer='muon', learning_rate=4e-3,
                         values_learning_rate=1e-2)
-    config.log.update(every=25, norms_every=0, eval_every=160, eval_batches=32,
+    config.log.update(every=25, norms_every=0, eval_every=150, eval_batches=32,
                       checkpoint_every=1000, keep=1)
     config.runs.update(
         pretrain=dict(memory=dict(placement='none', layers=()), train=dict(steps=900)),
