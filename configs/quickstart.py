@@ -8,7 +8,7 @@ comparison, for equally many steps: from scratch or from the weights of `pretrai
 product-key memory in the place of a feed-forward layer (`replace`) or beside it (`add`). A report
 compares them, runs/quickstart/report/report.html, and `pretrained_add` fills three masks.
 
-Seven to eight minutes on two idle cores, installation included. Loss and top-1 usage, one run each:
+Six to eight minutes on two idle cores, installation included. Loss and top-1 usage, one run each:
 `pretrain` 5.05; `scratch_replace` 5.47, 59 %; `scratch_add` 5.48, 57 %; `pretrained_replace` 3.61,
 85 %; `pretrained_add` 3.60, 88 % (docs/results.md).
 """
