@@ -80,7 +80,7 @@ def finetune(config: dict[str, Any]) -> Results:
     runs = runs_of(config, task, data, pretrained.open_pretrained(config['init_from']).model)
     layouts = [lay_out_here(one) for one in runs]
     results = {}
-    for one, layout in zip(runs, layouts):
+    for one, layout in zip(start.announced(runs), layouts):
         with explained(one, layout):
             train(one, layout, data)
         with start.phase('scoring the best weights'):

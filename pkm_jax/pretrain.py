@@ -44,7 +44,7 @@ def run(config: ml_collections.ConfigDict) -> Path | None:
     start.use_compilation_cache(runs[0].compilation_cache)
     hosts.join(runs[0].distributed)
     layouts = [lay_out_here(one) for one in runs]
-    for one, layout in zip(runs, layouts):
+    for one, layout in zip(start.announced(runs), layouts):
         with explained(one, layout):
             train(one, layout)
     if jax.process_index() > 0:

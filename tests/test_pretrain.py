@@ -18,7 +18,7 @@ from pkm_jax.refusal import Refusal
 
 
 @pytest.mark.slow
-def test_the_quickstart_in_seconds(config, tmp_path):
+def test_the_quickstart_in_seconds(config, tmp_path, capsys):
     """Its five runs, each with what the shrunken configuration leaves of it, and their report."""
     small = quickstart.get_config()
     for section in ('model', 'data', 'train', 'log'):
@@ -28,9 +28,11 @@ def test_the_quickstart_in_seconds(config, tmp_path):
     small.workdir = str(tmp_path / 'quickstart')
     page = pretrain.run(small).read_text()
     assert '<img' in page
+    said = capsys.readouterr().out
     cells = [f'{start}_{placement}' for start in ('scratch', 'pretrained')
              for placement in ('replace', 'add')]
-    for name, memories in (('pretrain', 0), *((cell, 1) for cell in cells)):
+    for number, (name, memories) in enumerate((('pretrain', 0), *((cell, 1) for cell in cells)), 1):
+        assert f'run {number} of 5: {name}\n' in said
         folder = tmp_path / 'quickstart' / name
         lines = [json.loads(line) for line in (folder / 'metrics.jsonl').read_text().splitlines()]
         assert lines[-1]['kind'] == 'eval' and len(lines[-1].get('memory', {})) == memories

@@ -1,15 +1,16 @@
-"""What a person sees before the first step: each phase with its time, and what will run; and where
-compiled programs are kept."""
+"""What a person sees before the first step: which run begins, each phase with its time, and what
+will run; and where compiled programs are kept."""
 
 import contextlib
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 
 import jax
 from jax.experimental.compilation_cache import compilation_cache as jax_cache
 from jax.sharding import Mesh
 
 from pkm_jax.configuration.run import Run
+from pkm_jax.processes import hosts
 from pkm_jax.training.layout import Layout
 
 
@@ -36,6 +37,14 @@ def uncached() -> Iterator[None]:
     finally:
         jax.config.update('jax_compilation_cache_dir', cache)
         jax_cache.reset_cache()
+
+
+def announced(runs: Sequence[Run]) -> Iterator[Run]:
+    """The runs in turn, each of several by its number and name."""
+    for number, run in enumerate(runs, 1):
+        if len(runs) > 1:
+            hosts.say(f'run {number} of {len(runs)}: {run.name}')
+        yield run
 
 
 @contextlib.contextmanager
