@@ -50,13 +50,12 @@ def announced(runs: Sequence[Run]) -> Iterator[Run]:
 @contextlib.contextmanager
 def phase(what: str) -> Iterator[None]:
     """Says what begins, and the seconds that it took if it was long; the first process alone."""
-    says, start = jax.process_index() == 0, time.perf_counter()
-    if says:
-        print(f'{what} …', flush=True)
+    start = time.perf_counter()
+    hosts.say(f'{what} …')
     yield
     seconds = time.perf_counter() - start
-    if says and seconds >= 1:
-        print(f'{what}: {seconds:.1f} s', flush=True)
+    if seconds >= 1:
+        hosts.say(f'{what}: {seconds:.1f} s')
 
 
 def _kept(run):

@@ -72,8 +72,8 @@ def rows_that_were_read(
     rows = min(S, T·R): with S of them row i is slot i's, else the slots ascend; where there is no
     slot it is S, and the row is not set. Slot S - 1 is read for S. `mosaic`: see `dense_gradients`.
     """
-    order, slot = in_order(slots)
-    n_slots, slot = len(values), jnp.minimum(slot, len(values) - 1)
+    n_slots, (order, slot) = len(values), in_order(slots)
+    slot = jnp.minimum(slot, n_slots - 1)
     reads = order, slot
     if n_slots <= slots.size:
         row_slots, rows, by_read = _gradients(values, reads, weights, gradient, n_slots, None,
