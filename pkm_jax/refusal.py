@@ -32,6 +32,11 @@ class OutOfMemory(Refusal):
     status = ExitStatus.OUT_OF_MEMORY
 
 
+def is_out_of_memory(error: Exception) -> bool:
+    """Whether an error of JAX's runtime or compilers says that a device has too little memory."""
+    return 'RESOURCE_EXHAUSTED' in str(error)
+
+
 def ends(said: str, status: ExitStatus = ExitStatus.REFUSED) -> SystemExit:
     """What a program raises to end with a line on standard error, and a status that is not 1."""
     print(said, file=sys.stderr)

@@ -7,6 +7,7 @@ import jax.numpy as jnp
 
 from pkm_jax.mesh import bytes_on_device
 from pkm_jax.processes import hosts
+from pkm_jax.refusal import is_out_of_memory
 
 State = Any
 
@@ -26,7 +27,7 @@ class Copies:
         try:
             return _copied(state)
         except jax.errors.JaxRuntimeError as error:
-            if 'RESOURCE_EXHAUSTED' not in str(error):
+            if not is_out_of_memory(error):
                 raise
             self._decide('a copy of it beside them exhausted the memory of a device')
             return None

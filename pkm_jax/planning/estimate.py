@@ -17,6 +17,7 @@ from pkm_jax.planning.chips import Topology
 from pkm_jax.planning.device_memory import DeviceMemory
 from pkm_jax.planning.hlo import Collective
 from pkm_jax.planning.traffic import Traffic
+from pkm_jax.refusal import is_out_of_memory
 from pkm_jax.training.layout import Layout, lay_out, tables_of
 from pkm_jax.training.program import abstract_batch, make_program
 from pkm_jax.training.start import uncached
@@ -191,7 +192,7 @@ def _compile_one(lowered):
     try:
         compiled, refusal = lowered.compile(), ''
     except jax.errors.JaxRuntimeError as error:
-        if 'RESOURCE_EXHAUSTED' not in str(error):
+        if not is_out_of_memory(error):
             raise
         compiled, refusal = None, str(error)
     return Compilation(compiled, refusal, time.perf_counter() - start)

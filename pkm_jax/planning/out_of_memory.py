@@ -11,7 +11,7 @@ from pkm_jax.mesh import make_mesh
 from pkm_jax.models.interface import table_paths
 from pkm_jax.planning import device_memory
 from pkm_jax.planning.device_memory import DeviceMemory
-from pkm_jax.refusal import OutOfMemory, Refusal
+from pkm_jax.refusal import OutOfMemory, Refusal, is_out_of_memory
 from pkm_jax.training.layout import Layout, bytes_of_device, lay_out
 from pkm_jax.training.layout_time import rates_here
 from pkm_jax.training.program import abstract_batch, make_program
@@ -29,7 +29,7 @@ def explained(run: Run, layout: Layout) -> Iterator[None]:
     try:
         yield
     except jax.errors.JaxRuntimeError as error:
-        if 'RESOURCE_EXHAUSTED' not in str(error):
+        if not is_out_of_memory(error):
             raise
         raise OutOfMemory(_message(run, layout, str(error).strip().splitlines()[0])) from error
 
