@@ -3,6 +3,7 @@
 from typing import NamedTuple
 
 GIB = 2 ** 30
+LANES, SUBLANES = 128, 8     # of a tile of 32-bit numbers, in which TPUs keep arrays
 
 
 class Chip(NamedTuple):

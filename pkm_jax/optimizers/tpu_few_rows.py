@@ -22,12 +22,11 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 from jaxtyping import Array, BFloat16, Float, Int32, UInt32
 
-from pkm_jax.memory.kernels.tpu.rows import LANES, Interpret, padded_tokens
+from pkm_jax.memory.kernels.tpu.rows import LANES, SUBLANES, Interpret, padded_tokens
 from pkm_jax.optimizers.rounding import noise, rounded
 from pkm_jax.optimizers.rules import Numbers, Rule, moments_of_rows
 
 BLOCK = 65_536      # numbers of a tile at most, but where SUBLANES rows have more
-SUBLANES = 8
 ODD, PAIRED = 1, 2  # flags of a row: the second one of its pair; the other one is in the tile too
 
 

@@ -23,6 +23,7 @@ from collections import Counter, defaultdict
 from collections.abc import Iterator
 from typing import NamedTuple
 
+from pkm_jax.accelerators import LANES, SUBLANES
 from pkm_jax.planning.hlo import ARRAY, ITEM_BITS, KINDS, Module
 from pkm_jax.training.layout_time import passes_of_bitonic_sort
 
@@ -30,7 +31,6 @@ _LINE = re.compile(r'(?:ROOT )?%([\w.\-]+) = (.*?) ([\w\-]+)\((.*)')
 _CALLED = re.compile(r'(?:calls|to_apply)=%([\w.\-]+)')
 _COST = re.compile(r'"bytes_accessed":"?(\d+)')
 _SCRATCH = re.compile(r'"used_scoped_memory_configs":\[\{[^}]*"size":"([1-9]\d*)"')
-SUBLANES, LANES = 8, 128
 # Patterns, as dynamic_update_slice is an operation of any part.
 _SCOPES = {r'\bupdate\b': 'update of parameters, norms', 'retrieval': 'retrieval', 'read': 'read'}
 _MOVES_NOTHING = (

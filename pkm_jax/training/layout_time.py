@@ -11,7 +11,7 @@ from typing import NamedTuple
 
 import jax
 
-from pkm_jax.accelerators import Chip, chip_of
+from pkm_jax.accelerators import LANES, Chip, chip_of
 from pkm_jax.memory.bytes_sent import Read, bytes_sent, mean_squares_sent
 from pkm_jax.memory.embedding_bag import even_passes
 from pkm_jax.memory.replica_exchange import replica_exchange
@@ -178,8 +178,8 @@ def _moved_by_update(shards, work, rates):
         # and read but by a kernel; those of several micro-batches are read and added up.
         rows = _rows(shards, work.read, steps)
         all_rows = rows == work.read.slots // shards.rows
-        kernel = not rates.plain and (
-            not rates.chip.dimensions or all_rows or part % 128 == 0)
+        kernel = not rates.plain and (      # few rows: `optimizers.tpu_few_rows.unsupported`
+            not rates.chip.dimensions or all_rows or part % LANES == 0)
         passes = 12 if kernel else 20
         summed = steps * _rows(shards, work.read) * 12 if steps > 1 else 0
         return part * (rows * (passes + stored) + summed)

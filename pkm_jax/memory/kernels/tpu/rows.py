@@ -8,7 +8,8 @@ from jax.experimental.pallas import tpu as pltpu
 from jax.typing import DTypeLike
 from jaxtyping import Array, Float, Int32, Shaped
 
-LANES, SUBLANES = 128, 8     # of a tile of 32-bit numbers
+from pkm_jax.accelerators import LANES, SUBLANES
+
 TURNED = 4_096      # pieces that a program takes at most, of 512 rows at most; of a tile at least
 Interpret = bool | pltpu.InterpretParams    # the latter: copies at other times than they start
 
