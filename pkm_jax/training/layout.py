@@ -8,6 +8,7 @@ import jax.numpy as jnp
 
 from pkm_jax.configuration.run import Parts, Run
 from pkm_jax.memory.bytes_sent import Read
+from pkm_jax.memory.kernels import GPU_COLUMNS
 from pkm_jax.memory.replica_exchange import replica_exchange
 from pkm_jax.mesh import Shards
 from pkm_jax.models.interface import MemorySite
@@ -22,8 +23,7 @@ from pkm_jax.training.layout_time import NOT_KNOWN, Rates, Work, rates_here, sec
 # kernels of the read and collectives make of it: so the pod's whole step on v6e comes within 1 % of
 # what was compiled (docs/results.md). GPUs: `_column_of_gpus`.
 COMPACT_ARRAYS = 4
-# Columns of a shard: below that reads are short, and rows are split instead. On GPUs kernels read
-# multiples of it alone.
+# Columns of a shard: below that reads are short, and rows are split instead.
 NARROWEST = 128
 
 
@@ -108,7 +108,7 @@ def compact_bytes(shards: Shards, work: Work, rates: Rates) -> int:
     reads = read.tokens * read.reads
     # GPUs read other widths in plain jnp, and replicas that exchange rows sum them so.
     exchanged = replica_exchange(shards, *read).what
-    if rates.known_gpus and part % NARROWEST == 0 and exchanged != 'rows':
+    if rates.known_gpus and part % GPU_COLUMNS == 0 and exchanged != 'rows':
         column = _column_of_gpus(work, shard, reads)
     else:
         column = 4 * min(shard, reads) * (COMPACT_ARRAYS + (work.steps if work.steps > 1 else 0))
@@ -147,7 +147,7 @@ def work_of(run: Run) -> tuple[Work, str]:
 
 def candidates(run: Run, work: Work, devices: int, rates: Rates) -> list[Candidate]:
     """The layouts that a configuration allows, those of fewer parts and more columns first;
-    columns as long as a shard keeps NARROWEST of them, on GPUs a multiple.
+    columns as long as a shard keeps NARROWEST of them, on GPUs a multiple of GPU_COLUMNS.
 
     Raises:
       Refusal: there is none.
@@ -171,8 +171,8 @@ def candidates(run: Run, work: Work, devices: int, rates: Rates) -> list[Candida
 
 def _is_wide(width, parts, rates):
     columns = width // parts
-    by_kernels = rates.may_be_gpus and width % NARROWEST == 0
-    return columns % NARROWEST == 0 if by_kernels else columns >= NARROWEST
+    by_kernels = rates.may_be_gpus and width % GPU_COLUMNS == 0
+    return columns >= NARROWEST and (columns % GPU_COLUMNS == 0 or not by_kernels)
 
 
 def _table_bytes(shards, work, rates):

@@ -5,6 +5,7 @@ import jax.numpy as jnp
 from jax import ShapeDtypeStruct
 from jaxtyping import Array, Float, Int32
 
+from pkm_jax.memory.kernels import GPU_COLUMNS
 from pkm_jax.memory.kernels.gpu.backend import reads_lack, uses_mosaic
 from pkm_jax.memory.kernels.gpu.embedding_bag_backward import (
     cleared,
@@ -24,8 +25,8 @@ def unsupported(
     """Why the kernels cannot read this table with these slots; None if they can."""
     if values.dtype not in DTYPES:
         return f'values of {values.dtype} (float32 or bfloat16)'
-    if values.shape[1] % 128:
-        return f'a value width of {values.shape[1]} (a multiple of 128)'
+    if values.shape[1] % GPU_COLUMNS:
+        return f'a value width of {values.shape[1]} (a multiple of {GPU_COLUMNS})'
     if slots.size >= 2**31:
         return f'{slots.size} reads (fewer than 2^31)'
     return reads_lack(values, slots)
