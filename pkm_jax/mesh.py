@@ -74,6 +74,7 @@ def make_mesh(shards: Shards, devices: Sequence[jax.Device] | None = None) -> Me
 
     Raises:
       Refusal: a memory group does not fit into a slice.
+      ValueError: there are more devices or fewer than parts.
     """
     devices = jax.devices() if devices is None else devices
     slices = len(set(map(slice_of, devices)))

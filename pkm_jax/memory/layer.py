@@ -108,6 +108,9 @@ class ProductKeyMemory(nnx.Module):
       axes: the axes of the mesh that split tokens and table; None: see `pkm_jax.mesh.axes_of`.
       implementation: which kernels run; None chooses, see `pkm_jax.dispatch.Choice`.
       rngs: the random numbers that parameters are drawn from.
+
+    Raises:
+      Refusal: there is no such `implementation`.
     """
 
     def __init__(
@@ -166,8 +169,9 @@ class ProductKeyMemory(nnx.Module):
             derivative, and the gradient of `delta` is that of the rows `reads.touched`.
 
         Raises:
-          Refusal: states of another width, a mask of another shape, dropout without `rngs`, or a
-            mesh that lacks an axis or does not divide.
+          Refusal: states of another width, a mask of another shape, dropout without `rngs`, a
+            mesh that lacks an axis, does not divide or has XLA split a kernel, or an
+            implementation that cannot take these arrays.
         """
         config = self.config
         deterministic = self.deterministic if deterministic is None else deterministic
@@ -258,7 +262,11 @@ class ProductKeyMemory(nnx.Module):
             getattr(self.query_norm, name)[...] = array
 
     def no_delta(self, tokens: int) -> Float[Array, 'rows V']:
-        """The zeros that `read` takes as `delta`, for so many tokens, padding included."""
+        """The zeros that `read` takes as `delta`, for so many tokens, padding included.
+
+        Raises:
+          Refusal: the mesh in use lacks one of the axes.
+        """
         reads = tokens * self.config.heads * self.config.top_k
         slots, width = self.values.shape
         return sharded.no_delta(slots, width, reads, axes=self.axes)

@@ -88,7 +88,8 @@ def sparse_embedding_bag(
     nothing. `axes`: see `pkm_jax.mesh.axes_of`.
 
     Raises:
-      Refusal: the mesh in use lacks one of the axes, or XLA would have to split a kernel.
+      Refusal: the mesh in use lacks one of the axes, XLA would have to split a kernel, or the
+        implementation cannot take these arrays.
     """
     axes, implementation = resolve(axes, implementation)
     typed = explicit_axes(axes)
@@ -188,6 +189,9 @@ def no_delta(
 
     The `delta` of a `sparse_embedding_bag` of T tokens with R reads each: `reads` is T · R. The
     rows of the gradient are summed in float32 and come in `dtype`.
+
+    Raises:
+      Refusal: the mesh in use lacks one of the axes.
     """
     axes = axes_of(axes)[0]
     rows = shards_in_use(axes).rows * _capacity(n_slots, reads, axes)
