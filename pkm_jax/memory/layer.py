@@ -19,7 +19,7 @@ from pkm_jax.memory import sharded
 from pkm_jax.memory.query_norm import QueryNorm
 from pkm_jax.memory.sparse_rows import Touched
 from pkm_jax.mesh import Axes, explicit_axes, mesh_in_use, on_auto_axes, shards_in_use
-from pkm_jax.ops.dropout import HIGHEST_RATE, dropout
+from pkm_jax.ops.dropout import HIGHEST_RATE, dropout, split_key
 from pkm_jax.refusal import Refusal
 
 Randomness = nnx.Rngs | nnx.RngStream | Key[Array, '']
@@ -223,7 +223,7 @@ class ProductKeyMemory(nnx.Module):
 
     def _read(self, x, mask, key, delta, *, deterministic, axes, implementation):
         config, shape = self.config, x.shape
-        keys = jax.random.split(key, 3) if key is not None else (None, None, None)
+        keys = split_key(key, 3)
         x, mask = x.reshape(-1, shape[-1]), mask.reshape(-1)
 
         x = dropout(x, config.input_dropout, keys[0])

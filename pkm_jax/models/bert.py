@@ -22,14 +22,13 @@ from pkm_jax.models.blocks import (
     normal,
     read_scaled,
     scale_of,
-    split,
     stack,
     through,
 )
 from pkm_jax.models.transformer import TransformerConfig
 from pkm_jax.ops.add_norm import add_norm
 from pkm_jax.ops.attention import attend
-from pkm_jax.ops.dropout import dropout
+from pkm_jax.ops.dropout import dropout, split_key
 from pkm_jax.ops.elementwise import gelu, logits, split_qkv
 from pkm_jax.refusal import Refusal
 
@@ -112,7 +111,7 @@ class Bert(nnx.Module):
         deltas: dict[int, Float[Array, 'rows V']] | None = None,
     ) -> tuple[Float[Array, 'B L D'], dict[int, MemoryReads]]:
         check_length(self.config, tokens)
-        keys = split(self.config.key_of_call(deterministic, rngs), self.config.layers + 1)
+        keys = split_key(self.config.key_of_call(deterministic, rngs), self.config.layers + 1)
         states = self.embeddings(tokens, segments, keys[0])
         return through(self.layers, self.config, states, lengths, keys=keys[1:], deltas=deltas,
                        deterministic=deterministic)
@@ -193,7 +192,7 @@ class Block(nnx.Module):
         self, states: Float[Array, 'B L D'], lengths: Int[Array, 'B'], key: Key[Array, ''] | None,
         delta: Float[Array, 'rows V'] | None = None, *, deterministic: bool = True,
     ) -> tuple[Float[Array, 'B L D'], MemoryReads | None]:
-        rate, keys = self.config.dropout, split(key, 4)
+        rate, keys = self.config.dropout, split_key(key, 4)
         attended = self.attention(states, lengths, keys[0])
         states = add_norm(self.attention_norm, states, self.attention.output, attended, rate,
                           keys[1])

@@ -28,11 +28,6 @@ def layer_norm(config: TransformerConfig, rngs: nnx.Rngs) -> nnx.LayerNorm:
                          use_fast_variance=False, rngs=rngs)
 
 
-def split(key: Key[Array, ''] | None, count: int) -> Any:
-    """As many keys; Nones of none, where nothing is dropped."""
-    return [None] * count if key is None else jax.random.split(key, count)
-
-
 def stack(config: TransformerConfig, block: Callable[..., Any], rngs: nnx.Rngs) -> list[Any]:
     """The blocks of a model, `block(config, layer, values, rngs)` each, in order.
 

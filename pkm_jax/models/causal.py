@@ -29,13 +29,12 @@ from pkm_jax.models.blocks import (
     normal,
     read_scaled,
     scale_of,
-    split,
     stack,
     through,
 )
 from pkm_jax.models.transformer import TransformerConfig
 from pkm_jax.ops.attention import attend, attend_to_cache
-from pkm_jax.ops.dropout import dropout
+from pkm_jax.ops.dropout import dropout, split_key
 from pkm_jax.ops.elementwise import logits, split_qkv
 from pkm_jax.refusal import Refusal
 
@@ -93,7 +92,7 @@ class Causal(nnx.Module):
     ) -> tuple[Float[Array, 'B L D'], dict[int, MemoryReads]]:
         config = self.config
         check_length(config, tokens)
-        keys = split(config.key_of_call(deterministic, rngs), config.layers + 1)
+        keys = split_key(config.key_of_call(deterministic, rngs), config.layers + 1)
         positions = jnp.arange(tokens.shape[1])[None]
         states = self.embeddings(tokens, positions, keys[0])
         states, reads = through(self.layers, config, states, positions, lengths, keys=keys[1:],
@@ -166,7 +165,7 @@ class Block(nnx.Module):
         lengths: Int[Array, 'B'], key: Key[Array, ''] | None,
         delta: Float[Array, 'rows V'] | None = None, *, deterministic: bool = True,
     ) -> tuple[Float[Array, 'B L D'], MemoryReads | None]:
-        keys = split(key, 4)
+        keys = split_key(key, 4)
         attended = self.attention(self.attention_norm(states), positions, lengths, keys[0])
         states += dropout(attended, self.rate, keys[1])
         real = jnp.arange(states.shape[1])[None] < lengths[:, None]

@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Sequence
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -19,6 +20,11 @@ def dropout(x: Array, rate: float, key: Key[Array, ''] | None) -> Array:
         return x
     wide = x.astype(jnp.float32).reshape(math.prod(x.shape[:-1]), x.shape[-1])
     return drop(wide, words_of(key), 0, rate).reshape(x.shape).astype(x.dtype)
+
+
+def split_key(key: Key[Array, ''] | None, count: int) -> Any:
+    """As many keys; Nones of none, where nothing is dropped."""
+    return [None] * count if key is None else jax.random.split(key, count)
 
 
 def drop(

@@ -6,7 +6,6 @@ from collections import Counter
 from collections.abc import Callable, Iterator
 from typing import Any
 
-import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
@@ -20,6 +19,7 @@ from pkm_jax.data.labelled import Labelled, Records
 from pkm_jax.data.tables import read_table
 from pkm_jax.fields import setting
 from pkm_jax.models.bert import Bert, BertConfig
+from pkm_jax.ops.dropout import split_key
 from pkm_jax.refusal import Refusal
 from pkm_jax.tasks import scores
 from pkm_jax.tasks.finetuning import Labelling, file_of, in_order
@@ -169,7 +169,7 @@ class TextClassification(Labelling):
     ) -> Outcome:
         """Cross-entropy, that of each class on its own, or squared errors, summed over the
         examples; the logits or estimates [B, classes] of each."""
-        keys = (None, None) if rngs is None else jax.random.split(rngs)
+        keys = split_key(rngs, 2)
         states, reads = model(batch['tokens'], batch['segments'], batch['lengths'],
                               deterministic=deterministic, rngs=keys[0], deltas=deltas)
         logits = model.class_logits(states, keys[1])

@@ -6,7 +6,6 @@ from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
-import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
@@ -19,6 +18,7 @@ from pkm_jax.data.labelled import Labelled, Records
 from pkm_jax.data.words import Words, encode_words
 from pkm_jax.fields import setting
 from pkm_jax.models.bert import Bert, BertConfig
+from pkm_jax.ops.dropout import split_key
 from pkm_jax.refusal import Refusal
 from pkm_jax.tasks import entities
 from pkm_jax.tasks import scores as metrics
@@ -135,7 +135,7 @@ class TokenClassification(Labelling):
         rngs: Key[Array, ''] | None = None, deltas: dict[Any, Array] | None = None,
     ) -> Outcome:
         """Cross-entropy summed over the words, and the likeliest class of each token."""
-        keys = (None, None) if rngs is None else jax.random.split(rngs)
+        keys = split_key(rngs, 2)
         states, reads = model(batch['tokens'], batch['segments'], batch['lengths'],
                               deterministic=deterministic, rngs=keys[0], deltas=deltas)
         logits, labels = model.token_logits(states, keys[1]), batch['labels']
