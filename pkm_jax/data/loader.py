@@ -24,6 +24,7 @@ from jaxtyping import Int
 
 from pkm_jax.data.examples import Examples
 from pkm_jax.data.labelled import ByLength, Places
+from pkm_jax.data.worker import ignore_signals
 from pkm_jax.refusal import Refusal
 
 Batch = dict[str, np.ndarray]
@@ -265,9 +266,7 @@ def _iterate(batches: grain.MapDataset, workers: int) -> grain.DatasetIterator:
 
 
 def _leave_signals_to_parent(worker: int, workers: int) -> None:
-    """Ctrl-C and many launchers signal all processes: the parent ends its workers when done."""
-    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1):
-        signal.signal(number, signal.SIG_IGN)
+    ignore_signals()
     threading.Thread(target=_end_with_parent, daemon=True).start()
 
 

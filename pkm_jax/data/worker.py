@@ -71,11 +71,15 @@ def _varint(number: int) -> Iterator[int]:
     yield number
 
 
-def main() -> None:
-    """Answers requests (name of a function, arguments) until there are no more, or nobody reads."""
-    # Ctrl-C and many launchers signal all processes: the parent ends its workers when done.
+def ignore_signals() -> None:
+    """Ctrl-C and many launchers signal all processes: the parent ends its workers when done."""
     for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1):
         signal.signal(number, signal.SIG_IGN)
+
+
+def main() -> None:
+    """Answers requests (name of a function, arguments) until there are no more, or nobody reads."""
+    ignore_signals()
     requests, answers = sys.stdin.buffer, os.fdopen(os.dup(1), 'wb')
     os.dup2(2, 1)       # what a library prints is no answer
     tokenizer = tokenizer_of(pickle.load(requests))
