@@ -6,7 +6,7 @@ import functools
 import math
 import shutil
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -302,15 +302,11 @@ def _reporter(run: Run, log: RunLog, progress: Progress, skips: divergence.Skips
 def _evaluation(run: Run, program: Program, mesh: Mesh, data: Data,
                 log: RunLog) -> Callable[[TrainState, int, Progress], dict[str, Any]]:
     """A function that evaluates a state on the same validation batches each time, and logs it."""
-    number = run.log.eval_batches * run.train.gradient_accumulation_steps
-    size, sites = run.train.micro_batch, run.model.memories
+    sites, validation = run.model.memories, validation_batches(run, data)
     titles = {str(name): site.title for name, site in sites.items()}
-    examples = run.task.examples(data, EVALUATION_SEED)
 
     def batches():
-        return (to_devices(batch, mesh) for batch in loader.evaluation_batches(
-            data, 'validation', examples, batch_size=size, n_batches=number, seed=EVALUATION_SEED,
-            buckets=run.task.buckets, **of_this_process()))
+        return (to_devices(batch, mesh) for batch in validation())
 
     drift = (DriftLog(run, program, mesh, next(batches()))
              if sites and run.tables.drift_tokens else None)
@@ -318,7 +314,8 @@ def _evaluation(run: Run, program: Program, mesh: Mesh, data: Data,
     def evaluate_now(state, step, progress):
         values, counts, _ = evaluate(
             state, batches(), program, run.task, sites, data, 'validation',
-            min(number * size, data.num_records('validation')), run.tables.dead_after)
+            min(run.log.eval_batches * run.train.batch, data.num_records('validation')),
+            run.tables.dead_after)
         divergence.check_evaluation(step, values['loss'], run)
         for name, moved in (drift(state, step) if drift else {}).items():
             values['memory'][name] |= moved
@@ -336,6 +333,15 @@ def _evaluation(run: Run, program: Program, mesh: Mesh, data: Data,
         return values
 
     return evaluate_now
+
+
+def validation_batches(run: Run, data: Data) -> Callable[[], Iterator[dict[str, np.ndarray]]]:
+    """A function that makes the micro-batches of the run's evaluations, the same each time."""
+    return functools.partial(
+        loader.evaluation_batches, data, 'validation', run.task.examples(data, EVALUATION_SEED),
+        batch_size=run.train.micro_batch,
+        n_batches=run.log.eval_batches * run.train.gradient_accumulation_steps,
+        seed=EVALUATION_SEED, buckets=run.task.buckets, **of_this_process())
 
 
 def _stream(run: Run, data: Data) -> loader.BatchStream:

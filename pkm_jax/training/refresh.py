@@ -23,7 +23,7 @@ from pkm_jax.mesh import make_mesh
 from pkm_jax.models.interface import MemorySite, at, replaced, table_paths
 from pkm_jax.tasks.interface import Batch, Data, Task
 from pkm_jax.training.layout import Layout
-from pkm_jax.training.loop import EVALUATION_SEED, of_this_process, prepared, to_devices
+from pkm_jax.training.loop import of_this_process, prepared, to_devices, validation_batches
 from pkm_jax.training.program import Program, make_program
 from pkm_jax.training.state import gathered
 
@@ -75,6 +75,7 @@ def refresh(run: Run, layout: Layout, batches: int) -> dict[str, Any]:
 
         learnt, chosen_by = (list(_training_batches(run, data, first, batches))
                              for first in (run.train.steps, run.train.steps + batches))
+        validation = validation_batches(run, data)
         on_every_host = functools.partial(jax.jit, out_shardings=NamedSharding(mesh, P()))
         change = _change(summed(tables, learnt), on_every_host(lambda counts: counts))
 
@@ -87,13 +88,13 @@ def refresh(run: Run, layout: Layout, batches: int) -> dict[str, Any]:
                        for batch in chosen)
 
         step = _best_step(lambda step: total_loss(moved(step), chosen_by))
-        unread = _unread(tables, lambda some: total_loss(some, _validation_batches(run, data)))
+        unread = _unread(tables, lambda some: total_loss(some, validation()))
         by_slot = on_every_host(fall_by_slot)
 
         def measured(part):
             """Sums over the validation text after a part of the change, and what it takes off by
             slot. Its gradient, as large as the tables, is not kept."""
-            total = summed(moved(part * step), _validation_batches(run, data))
+            total = summed(moved(part * step), validation())
             return float(total.loss), float(total.terms), {
                 name: np.asarray(by_slot(gradient, change[name])) * step / float(total.terms)
                 for name, gradient in total.gradient.items()}
@@ -203,12 +204,3 @@ def _training_batches(
     parts = run.train.gradient_accumulation_steps
     for place in range(first * parts, (first + number) * parts):
         yield stream.at(place)[0]
-
-
-def _validation_batches(run: Run, data: Data) -> Iterable[dict[str, np.ndarray]]:
-    """Those of the run's evaluations."""
-    number = run.log.eval_batches * run.train.gradient_accumulation_steps
-    return loader.evaluation_batches(
-        data, 'validation', run.task.examples(data, EVALUATION_SEED),
-        batch_size=run.train.micro_batch, n_batches=number, seed=EVALUATION_SEED,
-        buckets=run.task.buckets, **of_this_process())
