@@ -124,6 +124,7 @@ def _special_tokens(config: dict[str, Any], ids: dict[str, int],
 
     Raises Refusal listing those that are not found, and where [MASK] is another one as well.
     """
+    optional = {'unk'} if model.get('type') == 'BPE' else set()
     found = {}
     for role in ROLES:
         named = [config[key] for key in _NAMES[role] if config.get(key)]
@@ -132,13 +133,11 @@ def _special_tokens(config: dict[str, Any], ids: dict[str, int],
             named.append(model['unk_token'])
         named = [name for name in named if isinstance(name, str)]
         found[role] = next((name for name in named or _USUAL[role] if name in ids), None)
-        optional = role == 'unk' and model.get('type') == 'BPE'
-        if named and found[role] is None and not optional:
+        if named and found[role] is None and role not in optional:
             raise Refusal(f'the vocabulary of {len(ids):,} tokens lacks {named[0]}, which the '
                           f'files beside it name as its {_NAMES[role][0]}: mend '
                           'special_tokens_map.json or tokenizer_config.json')
-    missing = [role for role, name in found.items()
-               if name is None and not (role == 'unk' and model.get('type') == 'BPE')]
+    missing = [role for role, name in found.items() if name is None and role not in optional]
     if missing:
         raise Refusal(f'the vocabulary of {len(ids):,} tokens lacks '
                       + ', '.join(_USUAL[role][0] for role in missing)
