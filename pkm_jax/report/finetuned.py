@@ -10,6 +10,7 @@ import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
+from pkm_jax.report.cells import read_json
 from pkm_jax.report.runs import RunRecord, column
 from pkm_jax.report.theme import DASHED, Theme, count_axis, end_labels, style
 
@@ -115,8 +116,7 @@ def _error(row: dict[str, Any]) -> float:
 
 def results_of(run: RunRecord) -> dict[str, Any]:
     """The eval_results.json of a finished run; {} where there is none yet."""
-    path = run.folder / 'eval_results.json'
-    return json.loads(path.read_text(encoding='utf-8')) if path.exists() else {}
+    return read_json(run.folder / 'eval_results.json')
 
 
 def predictions_of(run: RunRecord) -> list[dict[str, Any]]:
