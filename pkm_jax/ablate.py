@@ -93,8 +93,7 @@ def _attempted(cell: Cell, config: ml_collections.ConfigDict, failed: dict[str, 
     except Stopped:
         raise
     except Exception as error:      # whatever it is, the other cells go on
-        file.fail(error)
-        return str(error) or type(error).__name__
+        return file.fail(error)
     file.update(failure='')
     return ''
 

@@ -53,12 +53,14 @@ class CellFile:
         if jax.process_index() == 0:
             _write(self._folder / CELL, read_json(self._folder / CELL) | values)
 
-    def fail(self, error: Exception) -> None:
-        """Says why the cell failed; failure.txt has the traceback."""
-        self.update(failure=str(error) or type(error).__name__)
+    def fail(self, error: Exception) -> str:
+        """Says why the cell failed, and returns it; failure.txt has the traceback."""
+        why = str(error) or type(error).__name__
+        self.update(failure=why)
         if jax.process_index() == 0:
             (self._folder / 'failure.txt').write_text(
                 ''.join(traceback.format_exception(error)), encoding='utf-8')
+        return why
 
     @contextlib.contextmanager
     def part(self, name: str, steps: int) -> Iterator[dict[str, Any]]:
