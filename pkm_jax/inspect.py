@@ -59,11 +59,8 @@ def look(options: argparse.Namespace) -> None:
     source = Path(options.file).name if options.file else 'the texts given'
     write_page(found, folder / 'inspect.html', source, options.slots_shown)
     write_arrays(found, folder / 'slots.npz')
-    tally = found.tally
-    if tally.truncated:
-        print(f'{tally.truncated:,} of {found.texts:,} texts were cut off: the model takes '
-              f'{tally.longest:,} tokens.', file=sys.stderr)
-    print(f'{found.texts:,} texts of {tally.tokens:,} tokens in '
+    found.tally.print_truncated(found.texts)
+    print(f'{found.texts:,} texts of {found.tally.tokens:,} tokens in '
           f'{time.perf_counter() - start:.1f} s.', file=sys.stderr)
     print(folder / 'inspect.html', folder / 'slots.npz', sep='\n')
 

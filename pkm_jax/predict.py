@@ -118,9 +118,7 @@ def _write(results: Iterator[dict[str, Any]], predictor: Predictor, form: str,
         print(predictor.readable(result) if form == 'text'
               else json.dumps(result, ensure_ascii=False), flush=True)
     seconds, tally = time.perf_counter() - start, predictor.tally
-    if tally.truncated:
-        print(f'{tally.truncated:,} of {count:,} texts were cut off: the model takes '
-              f'{tally.longest:,} tokens.', file=sys.stderr)
+    tally.print_truncated(count)
     waited = first - start
     then = f'; then {(count - rows) / (seconds - waited):,.0f} texts/s' if count > rows else ''
     print(f'{count:,} texts of {tally.tokens:,} tokens in {seconds:.1f} s, {waited:.1f} s of it '

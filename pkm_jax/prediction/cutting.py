@@ -1,6 +1,7 @@
 """Texts to tokens as models in use read them: what is cut off is counted."""
 
 import dataclasses
+import sys
 from collections.abc import Sequence
 
 from pkm_jax.data import sequences
@@ -17,6 +18,12 @@ class Tally:
     longest: int
     tokens: int = 0
     truncated: int = 0
+
+    def print_truncated(self, texts: int) -> None:
+        """Says on standard error how many of so many texts were cut off, if any were."""
+        if self.truncated:
+            print(f'{self.truncated:,} of {texts:,} texts were cut off: the model takes '
+                  f'{self.longest:,} tokens.', file=sys.stderr)
 
 
 class Cutter:
