@@ -49,7 +49,7 @@ def in_order(
     ids: Int32[Array, '...'],
 ) -> tuple[Int32[Array, 'n'], Int32[Array, 'n']]:
     """Positions of the flattened ids in the order of the ids, equal ones as they are; and the
-    sorted ids. Where a program for a GPU asks twice for those of the same ids, XLA sorts once."""
+    sorted ids."""
     ids = ids.reshape(-1)
     ids, order = jax.lax.sort((ids, jnp.arange(ids.size, dtype=jnp.int32)), num_keys=1)
     return order, ids
@@ -60,13 +60,20 @@ def distinct(
 ) -> tuple[Int32[Array, '{capacity}'], Int32[Array, '1']]:
     """The different ids below `n_slots`, ascending, filled up with n_slots; and their number.
 
-    One sort. There must be no more than `capacity` of them.
+    One sort, on a GPU that of `in_order`. There must be no more than `capacity` of them.
     """
-    _, ids = in_order(ids)
+    ids = jax.lax.platform_dependent(ids, cuda=_sorted_with_order,
+                                     default=lambda ids: jnp.sort(ids.reshape(-1)))
     first = jnp.concatenate([jnp.ones(1, bool), ids[1:] != ids[:-1]]) & (ids < n_slots)
     position = jnp.where(first, jnp.cumsum(first) - 1, capacity)
     found = jnp.full(capacity, n_slots, jnp.int32).at[position].set(ids, mode='drop')
     return found, jnp.sum(first, dtype=jnp.int32)[None]
+
+
+def _sorted_with_order(ids):
+    """The ids by the sort of `in_order`, which the gradients of the same reads need: XLA merges the
+    two only if nothing of either has been left out."""
+    return jax.lax.optimization_barrier(in_order(ids))[1]
 
 
 def in_place(marked: Bool[Array, 'S']) -> tuple[Int32[Array, 'S'], Int32[Array, '1']]:
