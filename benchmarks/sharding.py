@@ -39,8 +39,9 @@ from benchmarks.steps import (
 )
 from pkm_jax.configs import bert_base_pkm, bert_base_pkm_pod
 from pkm_jax.configuration.run import Run
+from pkm_jax.memory.kernels import GPU_COLUMNS
 from pkm_jax.mesh import Shards
-from pkm_jax.training.layout import NARROWEST, Layout, bytes_of_device, lay_out, tables_of
+from pkm_jax.training.layout import Layout, bytes_of_device, lay_out, tables_of
 from pkm_jax.training.layout_time import rates_here
 
 TOLERANCE = 2e-5        # of parameters after three steps of 1e-4 and 1e-3, and of losses
@@ -117,8 +118,8 @@ def kinds_of_layouts(run: Run, devices: int) -> list[Shards]:
         return [Shards(devices)]
     width = tables_of(run.model.memories).width
     columns = max(part for part in range(1, devices + 1)
-                  if devices % part == 0 and (part == 1 or width % (part * NARROWEST) == 0))
-    both = [Shards(devices // 4, 2, 2)] if devices % 4 == width % (2 * NARROWEST) == 0 else []
+                  if devices % part == 0 and (part == 1 or width % (part * GPU_COLUMNS) == 0))
+    both = [Shards(devices // 4, 2, 2)] if devices % 4 == width % (2 * GPU_COLUMNS) == 0 else []
     return list(dict.fromkeys([Shards(devices), Shards(1, devices),
                                Shards(devices // columns, 1, columns), *both]))
 

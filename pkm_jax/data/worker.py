@@ -72,7 +72,10 @@ def _varint(number: int) -> Iterator[int]:
 
 
 def ignore_signals() -> None:
-    """Ctrl-C and many launchers signal all processes: the parent ends its workers when done."""
+    """Leaves the signals that stop a run to the parent, which ends its workers when it is done.
+
+    Ctrl-C and many launchers signal all processes.
+    """
     for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1):
         signal.signal(number, signal.SIG_IGN)
 

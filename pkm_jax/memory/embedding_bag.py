@@ -9,7 +9,7 @@ import numpy as np
 from jaxtyping import Array, Bool, Float, Int32
 
 from pkm_jax.dispatch import Choice, Implementation, Kernel
-from pkm_jax.memory.sparse_rows import SparseRows, distinct, in_place
+from pkm_jax.memory.sparse_rows import SparseRows, distinct, in_place, sorted_like_reads
 
 # Tokens that plain jnp reads for at a time: their sums stay in the on-chip memory of a TPU, and a
 # CPU's caches, through all R reads.
@@ -140,7 +140,7 @@ def touched(
     """`ids` and `count` of SparseRows of the slots that are not `n_slots`, with a place for as many
     as there can be: where all of them can, each has its own, and nothing is sorted."""
     if slots.size < n_slots:
-        return distinct(slots, n_slots, slots.size)
+        return distinct(sorted_like_reads(slots), n_slots, slots.size)
     return in_place(marked(slots, n_slots, owners=owners))
 
 

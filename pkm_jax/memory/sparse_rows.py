@@ -55,25 +55,24 @@ def in_order(
     return order, ids
 
 
-def distinct(
-    ids: Int32[Array, '...'], n_slots: int, capacity: int,
-) -> tuple[Int32[Array, '{capacity}'], Int32[Array, '1']]:
-    """The different ids below `n_slots`, ascending, filled up with n_slots; and their number.
+def sorted_like_reads(ids: Int32[Array, '...']) -> Int32[Array, 'n']:
+    """The flattened ids, ascending: on an NVIDIA GPU by the sort of `in_order`, which the gradients
+    of the same reads ask for. XLA merges the two if nothing of either has been left out."""
+    def by_both(ids):
+        return jax.lax.optimization_barrier(in_order(ids))[1]
 
-    One sort, on a GPU that of `in_order`. There must be no more than `capacity` of them.
-    """
-    ids = jax.lax.platform_dependent(ids, cuda=_sorted_with_order,
-                                     default=lambda ids: jnp.sort(ids.reshape(-1)))
+    return jax.lax.platform_dependent(ids, cuda=by_both, default=lambda ids: jnp.sort(ids, None))
+
+
+def distinct(
+    ids: Int32[Array, 'n'], n_slots: int, capacity: int,
+) -> tuple[Int32[Array, '{capacity}'], Int32[Array, '1']]:
+    """The different ones of ascending ids below `n_slots`, filled up with n_slots; and their
+    number. There must be no more than `capacity` of them."""
     first = jnp.concatenate([jnp.ones(1, bool), ids[1:] != ids[:-1]]) & (ids < n_slots)
     position = jnp.where(first, jnp.cumsum(first) - 1, capacity)
     found = jnp.full(capacity, n_slots, jnp.int32).at[position].set(ids, mode='drop')
     return found, jnp.sum(first, dtype=jnp.int32)[None]
-
-
-def _sorted_with_order(ids):
-    """The ids by the sort of `in_order`, which the gradients of the same reads need: XLA merges the
-    two only if nothing of either has been left out."""
-    return jax.lax.optimization_barrier(in_order(ids))[1]
 
 
 def in_place(marked: Bool[Array, 'S']) -> tuple[Int32[Array, 'S'], Int32[Array, '1']]:
@@ -92,7 +91,7 @@ def merge(parts: SparseRows, n_slots: int, capacity: int) -> SparseRows:
     if capacity == n_slots:
         ids, count = in_place(jnp.zeros(n_slots, bool).at[parts.ids].set(True, mode='drop'))
     else:
-        ids, count = distinct(parts.ids, n_slots, capacity)
+        ids, count = distinct(jnp.sort(parts.ids, None), n_slots, capacity)
 
     def add(rows, part):
         part = part._replace(rows=part.rows.astype(jnp.float32))

@@ -23,7 +23,7 @@ def dropout(x: Array, rate: float, key: Key[Array, ''] | None) -> Array:
 
 
 def split_key(key: Key[Array, ''] | None, count: int) -> Any:
-    """As many keys; Nones of none, where nothing is dropped."""
+    """`count` keys; as many Nones where `key` is None, so that nothing is dropped."""
     return [None] * count if key is None else jax.random.split(key, count)
 
 

@@ -172,7 +172,7 @@ def candidates(run: Run, work: Work, devices: int, rates: Rates) -> list[Candida
 def _is_wide(width, parts, rates):
     columns = width // parts
     by_kernels = rates.may_be_gpus and width % GPU_COLUMNS == 0
-    return columns >= NARROWEST and (columns % GPU_COLUMNS == 0 or not by_kernels)
+    return columns % GPU_COLUMNS == 0 if by_kernels else columns >= NARROWEST
 
 
 def _table_bytes(shards, work, rates):

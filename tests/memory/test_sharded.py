@@ -10,9 +10,9 @@ import pytest
 from jax.sharding import AbstractDevice, AbstractMesh, use_abstract_mesh
 
 from pkm_jax.memory import embedding_bag as bag
-from pkm_jax.memory import product_keys, sharded, sparse_rows
+from pkm_jax.memory import product_keys, sharded
 from pkm_jax.memory.replica_exchange import replica_exchange
-from pkm_jax.memory.sparse_rows import SparseRows, distinct
+from pkm_jax.memory.sparse_rows import SparseRows, sorted_like_reads
 from pkm_jax.mesh import OWN, Shards, make_mesh
 
 TOKENS, READS, SLOTS, WIDTH = 16, 6, 32, 16
@@ -256,14 +256,14 @@ def test_what_gpus_sort_twice_are_the_same_reads(shards):
 def test_of_what_gpus_sort_twice_nothing_is_left_out():
     """A sort whose order nothing used would become one of slots alone, and not be the same."""
     ids = np.random.default_rng(1).integers(0, 9, (5, 4), np.int32)
-    for platform, operands in ('cuda', 2), ('cpu', 1):
-        text = jax.jit(functools.partial(distinct, n_slots=8, capacity=8)).trace(ids).lower(
+    for platform, sorted_arrays in ('cuda', 2), ('cpu', 1):
+        text = jax.jit(sorted_like_reads).trace(ids).lower(
             lowering_platforms=(platform,)).as_text()
-        sorted_arrays, = re.findall(r'"stablehlo.sort"\((.*?)\)', text)
-        assert len(sorted_arrays.split(',')) == operands
-        assert ('optimization_barrier' in text) == (operands == 2)
-    np.testing.assert_array_equal(sparse_rows._sorted_with_order(jnp.asarray(ids)),
-                                  np.sort(ids, axis=None))
+        operands, = re.findall(r'"stablehlo.sort"\((.*?)\)', text)
+        assert len(operands.split(',')) == sorted_arrays
+        kept = re.findall(r'optimization_barrier (.*?) :', text)
+        assert [len(arrays.split(',')) for arrays in kept] == [2] * (platform == 'cuda')
+    np.testing.assert_array_equal(jax.jit(sorted_like_reads)(ids), np.sort(ids, None))
 
 
 def test_sums_in_plain_jnp_are_narrowed_only_where_that_is_asked_for():
