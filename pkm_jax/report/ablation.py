@@ -7,7 +7,7 @@ from pathlib import Path
 from pkm_jax.memory.drift import OUTDATED
 from pkm_jax.refusal import Refusal
 from pkm_jax.report import pairs
-from pkm_jax.report.bands import Groups, band_figures
+from pkm_jax.report.bands import band_figures
 from pkm_jax.report.cell_tables import memory_table, model_table
 from pkm_jax.report.cells import PLAN, Cell, read_cells, read_json
 
@@ -57,7 +57,8 @@ def write_ablation(folder: Path) -> Path:
                    if tables['memory'].rows else []),
                  *(['## Beside the same training without memories', pairs.markdown(beside),
                     'Pairs of the same seed, which see the same batches, at the last evaluation '
-                    'that all have; t and p: Student’s test of these differences.']
+                    'that all have; t and p: Student’s test of these differences. Where widths of '
+                    'feed-forward layers differ, so may those of what the cells start from.']
                    if beside else []),
                  '## During training', *_figures(done, paired, target)]
     text += ['## Cost', _cost(cells), '## Commands', _commands(cells)]
@@ -94,7 +95,7 @@ def _definitions() -> str:
         'section 4, has all of it.')
 
 
-def _figures(done: Sequence[Cell], paired: Groups, target: Path) -> list[str]:
+def _figures(done: Sequence[Cell], paired: pairs.Pairs, target: Path) -> list[str]:
     groups: dict[str, list[Cell]] = {}
     for cell in done:
         groups.setdefault(cell.group, []).append(cell)

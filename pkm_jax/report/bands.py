@@ -11,7 +11,7 @@ from matplotlib.figure import Figure
 
 from pkm_jax.report.cell_tables import mean_and_deviation
 from pkm_jax.report.cells import Cell, common_evaluations
-from pkm_jax.report.pairs import DIFFERENCE
+from pkm_jax.report.pairs import DIFFERENCE, Pairs
 from pkm_jax.report.theme import LIGHT, count_axis, end_labels, share_axis, style
 
 # Metrics of a memory by what they are called in the name of a figure and on its axis.
@@ -23,7 +23,7 @@ SHARES = ('top_1_usage', 'top_k_usage', 'gini', 'dead', 'outdated')
 Groups = dict[str, list[Cell]]
 
 
-def band_figures(groups: Groups, pairs: Groups) -> dict[str, Figure]:
+def band_figures(groups: Groups, pairs: Pairs) -> dict[str, Figure]:
     """All figures that the cells have the numbers for, by file name without suffix; `pairs` are
     those of `pairs.paired`."""
     with matplotlib.rc_context(LIGHT.look):
@@ -43,16 +43,20 @@ def band_figures(groups: Groups, pairs: Groups) -> dict[str, Figure]:
     return drawn
 
 
-def _pairs_figure(names: Sequence[str], pairs: Groups) -> Figure:
-    """Losses minus those of the same training without memories, a panel for each start."""
-    starts = sorted({cell.starts_from for cells in pairs.values() for cell in cells})
-    figure = Figure(figsize=(8 * len(starts), 4.6), layout='constrained')
-    for ax, start in zip(figure.subplots(1, len(starts), squeeze=False)[0], starts):
-        groups = {name: [cell for cell in pairs.get(name, ()) if cell.starts_from == start]
-                  for name in names}
-        title = f'From {start or "scratch"}: Loss minus that without memories (nats)'
+def _pairs_figure(names: Sequence[str], pairs: Pairs) -> Figure:
+    """Losses minus those of the same training without memories, a panel for each group of these
+    that is the first beside one with memories."""
+    first: dict[str, str] = {}
+    for name, other in pairs:
+        first.setdefault(name, other)
+    beside_memories = [other for name, other in first.items() if pairs[name, other][0].run.layers]
+    others = list(dict.fromkeys(beside_memories or first.values()))
+    figure = Figure(figsize=(8 * len(others), 4.6), layout='constrained')
+    for ax, other in zip(figure.subplots(1, len(others), squeeze=False)[0], others):
+        groups = {name: pairs[name, other] if first.get(name) == other else [] for name in names}
         ax.axhline(0, color=LIGHT.muted, linewidth=1)
-        _panel(ax, groups, title, operator.itemgetter(DIFFERENCE), share=False)
+        _panel(ax, groups, f'Loss minus that of {other} (nats)', operator.itemgetter(DIFFERENCE),
+               share=False)
     return figure
 
 
