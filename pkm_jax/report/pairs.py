@@ -124,7 +124,8 @@ def _width(cell):
 def _start(cell):
     """What a cell starts from, by its settings; by its name where it is not there."""
     before = cell.before
-    return (_setting(before), _start(before)) if before and before.run else cell.starts_from
+    return ([_setting(before), _memories(before), _start(before)] if before and before.run
+            else cell.starts_from)
 
 
 def _setting(cell):
