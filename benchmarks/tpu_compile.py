@@ -166,7 +166,7 @@ def updates(dtype: jnp.dtype, width: int, optimizer: str) -> list[Case]:
     # Read and written: the table and its moments; read: gradient, ids, mean squares; norms written.
     found = [Case(f'update, {optimizer}', sizes, run, arguments(SLOTS, 1), arguments(UPDATED, 1),
                   SLOTS * (width * (4 + 2 * (dtype.itemsize + 4 * wide)) + 12 + 8 * by_row))]
-    if width % tpu_rows.LANES == 0:
+    if width % accelerators.LANES == 0:
         tile = tpu_few_rows.tile_of(places, width)
         found.append(Case(
             f'update of one row in 16, {optimizer}', sizes, run, arguments(SLOTS, 16),

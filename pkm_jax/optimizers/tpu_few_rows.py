@@ -22,7 +22,8 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 from jaxtyping import Array, BFloat16, Float, Int32, UInt32
 
-from pkm_jax.memory.kernels.tpu.rows import LANES, SUBLANES, Interpret, padded_tokens
+from pkm_jax.accelerators import LANES, SUBLANES
+from pkm_jax.memory.kernels.tpu.rows import Interpret, padded_tokens
 from pkm_jax.optimizers.rounding import noise, rounded
 from pkm_jax.optimizers.rules import Numbers, Rule, moments_of_rows
 

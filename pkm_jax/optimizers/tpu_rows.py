@@ -20,7 +20,8 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 from jaxtyping import Array, Float, Int32, UInt32
 
-from pkm_jax.memory.kernels.tpu.rows import LANES, Interpret
+from pkm_jax.accelerators import LANES
+from pkm_jax.memory.kernels.tpu.rows import Interpret
 from pkm_jax.optimizers import tpu_few_rows
 from pkm_jax.optimizers.rounding import noise, rounded
 from pkm_jax.optimizers.rules import Numbers, Rule

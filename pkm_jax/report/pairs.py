@@ -19,6 +19,7 @@ from pkm_jax.report.cells import Cell, common_evaluations
 
 WIDTH = 'feed_forward_width'
 # What need not be equal in these sections of a config.json: only memories depend on it, or nothing.
+# Widths are compared apart.
 FREE = {'model': ('remat', WIDTH), 'data': ('cache', 'workers'),
         'train': ('values_learning_rate', 'values_epsilon', 'values_optimizer', 'fsdp',
                   'max_skipped_steps')}
@@ -48,16 +49,17 @@ def paired(cells: Sequence[Cell]) -> Pairs:
     another width; then those of what it starts from may too, and cells without memories have pairs
     as well, of those before them. Cells without any common evaluation are left out.
     """
-    plain: list[Cell] = []
+    plain: dict[str, list[Cell]] = {}
     for cell in cells:
-        if _memories(cell) == {} and not any(_same_but_memories(cell, other) for other in plain):
-            plain.append(cell)
+        others = plain.setdefault(_setting(cell), [])
+        if _memories(cell) == {} and not any(_same_model(cell, other) for other in others):
+            others.append(cell)
     groups: Pairs = {}
     for cell in cells:
-        for other in plain:
+        for other in plain[_setting(cell)]:
             if other is cell:
                 break
-            if _memories(cell) and _same_but_memories(cell, other) or _wider(cell, other):
+            if _memories(cell) and _same_model(cell, other) or _wider(cell, other):
                 beside = _beside(cell, other)
                 if beside.run.evals:
                     groups.setdefault((cell.group, other.group), []).append(beside)
@@ -105,16 +107,16 @@ def _memories(cell):
     return cell.run.started.get('memories')
 
 
-def _same_but_memories(cell, other):
-    return (_setting(cell) == _setting(other) and _width(cell) == _width(other)
-            and cell.starts_from == other.starts_from)
+def _same_model(cell, other):
+    """Whether two cells of a setting have one model, but for memories, and one start."""
+    return _width(cell) == _width(other) and cell.starts_from == other.starts_from
 
 
 def _wider(cell, other):
-    """Whether feed-forward layers of another width are all that two cells, and what they start
-    from, differ in beside memories."""
+    """Whether feed-forward layers of another width are all that two cells of a setting, and what
+    they start from, differ in beside memories."""
     return (_memories(cell) is not None and _width(cell) != _width(other)
-            and _setting(cell) == _setting(other) and _start(cell) == _start(other))
+            and _start(cell) == _start(other))
 
 
 def _width(cell):

@@ -5,6 +5,7 @@ import jax.numpy as jnp
 from jax import ShapeDtypeStruct
 from jaxtyping import Array, Float, Int32
 
+from pkm_jax.accelerators import LANES
 from pkm_jax.console import warn_once
 from pkm_jax.memory.embedding_bag import marked, reference_backward
 from pkm_jax.memory.kernels.tpu import (
@@ -19,7 +20,7 @@ from pkm_jax.memory.kernels.tpu.embedding_bag_backward import (
     own_row_gradients,
 )
 from pkm_jax.memory.kernels.tpu.embedding_bag_forward import sum_rows, weight_gradients
-from pkm_jax.memory.kernels.tpu.rows import LANES, Interpret
+from pkm_jax.memory.kernels.tpu.rows import Interpret
 from pkm_jax.memory.sparse_rows import SparseRows, in_place
 
 DTYPES = (jnp.float32, jnp.bfloat16)

@@ -19,7 +19,8 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 from jaxtyping import Array, Float, Int32
 
-from pkm_jax.memory.kernels.tpu.rows import LANES, Interpret, as_rows, padded_tokens, sum_lanes
+from pkm_jax.accelerators import LANES
+from pkm_jax.memory.kernels.tpu.rows import Interpret, as_rows, padded_tokens, sum_lanes
 
 IN_FLIGHT = 64      # rows, a power of two: a latency of 1 µs at one copy started in 16 ns
 READS = 8_192       # of a program: what scalar memory holds twice

@@ -15,7 +15,7 @@ import jax.numpy as jnp
 from jax.experimental.layout import Layout, with_layout_constraint
 from jaxtyping import Array, Float, Int32
 
-from pkm_jax.memory.kernels.tpu.rows import LANES
+from pkm_jax.accelerators import LANES
 
 BLOCK = 2_048       # reads that are sorted at a time
 SPREAD = 5.5        # standard deviations above the mean that a window holds

@@ -14,9 +14,10 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 from jaxtyping import Array, Float, Shaped
 
+from pkm_jax.accelerators import LANES
 from pkm_jax.console import warn_once
 from pkm_jax.memory.kernels.settings import is_on
-from pkm_jax.memory.kernels.tpu.rows import LANES, Interpret
+from pkm_jax.memory.kernels.tpu.rows import Interpret
 
 SETTING = 'PKM_JAX_SPARSECORE'      # of the environment; '1': SparseCores read, where there are any
 MOST_BYTES = 2 ** 34    # of one array, says the compiler

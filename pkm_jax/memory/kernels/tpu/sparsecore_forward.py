@@ -21,7 +21,8 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 from jaxtyping import Array, Float, Int32
 
-from pkm_jax.memory.kernels.tpu.rows import LANES, Interpret, padded_tokens
+from pkm_jax.accelerators import LANES
+from pkm_jax.memory.kernels.tpu.rows import Interpret, padded_tokens
 from pkm_jax.memory.kernels.tpu.sparsecore import (
     NO_READ,
     SHARE,

@@ -11,8 +11,9 @@ import jax.numpy as jnp
 from jax.experimental import pallas as pl
 from jaxtyping import Array, Float, Int32
 
+from pkm_jax.accelerators import LANES
 from pkm_jax.memory.kernels.tpu.own_reads import Reads
-from pkm_jax.memory.kernels.tpu.rows import LANES, padded_tokens
+from pkm_jax.memory.kernels.tpu.rows import padded_tokens
 from pkm_jax.memory.kernels.tpu.sparsecore import NO_READ, Chip
 
 TILE = 512          # sorted reads of a tile, a multiple of LANES
