@@ -314,6 +314,8 @@ def _kept(along, axes):
 
 def _in_shard(slots, size, axes):
     """Slots of the table as rows of this shard, `size` where they are in another; and which are."""
+    if shards_in_use(axes).rows == 1:
+        return slots, slots < size
     slots = slots - _first_row(size, axes)
     mine = (slots >= 0) & (slots < size)
     return jnp.where(mine, slots, size), mine
@@ -321,12 +323,14 @@ def _in_shard(slots, size, axes):
 
 def _in_table(ids, size, n_slots, axes):
     """Rows of this shard as slots of the table; `size`, which is none, as S."""
+    if shards_in_use(axes).rows == 1:
+        return ids
     return jnp.where(ids < size, ids + _first_row(size, axes), n_slots)
 
 
 def _first_row(size, axes):
     """The slot with which this shard begins."""
-    return jax.lax.axis_index(axes.rows) * size if shards_in_use(axes).rows > 1 else 0
+    return jax.lax.axis_index(axes.rows) * size
 
 
 def _touched(every, group, size, axes):

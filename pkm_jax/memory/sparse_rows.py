@@ -49,19 +49,21 @@ def in_order(
     ids: Int32[Array, '...'],
 ) -> tuple[Int32[Array, 'n'], Int32[Array, 'n']]:
     """Positions of the flattened ids in the order of the ids, equal ones as they are; and the
-    sorted ids."""
+    sorted ids.
+
+    These depend on the order, which changes no number: XLA for GPUs leaves out of a sort what
+    nothing uses, before it merges equal sorts.
+    """
     ids = ids.reshape(-1)
     ids, order = jax.lax.sort((ids, jnp.arange(ids.size, dtype=jnp.int32)), num_keys=1)
-    return order, ids
+    return order, jnp.where(order < 0, 0, ids)
 
 
 def sorted_like_reads(ids: Int32[Array, '...']) -> Int32[Array, 'n']:
     """The flattened ids, ascending: on an NVIDIA GPU by the sort of `in_order`, which the gradients
-    of the same reads ask for. XLA merges the two if nothing of either has been left out."""
-    def by_both(ids):
-        return jax.lax.optimization_barrier(in_order(ids))[1]
-
-    return jax.lax.platform_dependent(ids, cuda=by_both, default=lambda ids: jnp.sort(ids, None))
+    of the same reads ask for."""
+    return jax.lax.platform_dependent(
+        ids, cuda=lambda ids: in_order(ids)[1], default=lambda ids: jnp.sort(ids, None))
 
 
 def distinct(
@@ -69,10 +71,20 @@ def distinct(
 ) -> tuple[Int32[Array, '{capacity}'], Int32[Array, '1']]:
     """The different ones of ascending ids below `n_slots`, filled up with n_slots; and their
     number. There must be no more than `capacity` of them."""
-    first = jnp.concatenate([jnp.ones(1, bool), ids[1:] != ids[:-1]]) & (ids < n_slots)
-    position = jnp.where(first, jnp.cumsum(first) - 1, capacity)
+    first = _begins(ids) & (ids < n_slots)
+    position = jnp.where(first, ranks(ids) - 1, capacity)
     found = jnp.full(capacity, n_slots, jnp.int32).at[position].set(ids, mode='drop')
     return found, jnp.sum(first, dtype=jnp.int32)[None]
+
+
+def ranks(ids: Int32[Array, 'n']) -> Int32[Array, 'n']:
+    """How many different ones of ascending ids there are up to each, with it."""
+    return jnp.cumsum(_begins(ids), dtype=jnp.int32)
+
+
+def _begins(ids):
+    """Which of ascending ids are not those before them."""
+    return jnp.concatenate([jnp.ones(1, bool), ids[1:] != ids[:-1]])
 
 
 def in_place(marked: Bool[Array, 'S']) -> tuple[Int32[Array, 'S'], Int32[Array, '1']]:

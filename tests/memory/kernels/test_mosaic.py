@@ -37,14 +37,18 @@ def test_sums_agree_with_float64(dtype):
 
 
 @needs_mosaic
-@pytest.mark.parametrize('reads, slots, chunk', [(100, 9, 8), (97, 200, 8), (40, 1, 4), (5, 3, 8)])
+@pytest.mark.parametrize('reads, slots, chunk', [
+    (100, 9, 8), (97, 200, 8), (40, 1, 4), (5, 3, 8), (9, 0, 4)])
 def test_chunks_begin_where_the_other_backend_has_them(reads, slots, chunk):
+    """And where the reads of `slots`, which is none, begin, they end."""
     from pkm_jax.memory.kernels.gpu import mosaic_rows
-    slot = jnp.sort(jax.random.randint(jax.random.key(reads), (reads,), 0, slots))
-    cut, end = mosaic_rows.cuts(slot, chunk)
-    want_cut, want_end = embedding_bag_backward._cuts(slot, chunk, interpret=True)
+    slot = jax.random.randint(jax.random.key(reads), (reads,), 0, slots + 1)
+    slot = jnp.sort(slot).at[-3:].set(slots)
+    cut, end = mosaic_rows.cuts(slot, slots, chunk)
+    want_cut, want_end = embedding_bag_backward._cuts(slot, slots, chunk, interpret=True)
     np.testing.assert_array_equal(cut, want_cut)
     np.testing.assert_array_equal(end, want_end[:len(cut)])
+    assert np.all(np.diff(cut) >= 0) and cut[-1] == np.sum(slot < slots)
 
 
 @needs_mosaic
@@ -52,7 +56,7 @@ def test_segments_that_are_cut_are_added_up_and_rows_without_a_read_cleared():
     """One segment over 40 chunks, one over 2; the row of a third is left as it is."""
     from pkm_jax.memory.kernels.gpu import mosaic_rows
     slot = jnp.repeat(jnp.array([2, 5, 6]), jnp.array([160, 8, 4]), total_repeat_length=172)
-    cut, end = mosaic_rows.cuts(slot, 4)
+    cut, end = mosaic_rows.cuts(slot, 130, 4)
     pieces = np.random.default_rng(0).normal(size=(len(cut) - 1, 2, 128)).astype(np.float32)
     rows = jnp.full((130, 128), 7., 'bfloat16')
     got = mosaic_rows.add_pieces(rows, jnp.asarray(pieces), slot, cut, end, None, chunk_size=4,
@@ -62,7 +66,7 @@ def test_segments_that_are_cut_are_added_up_and_rows_without_a_read_cleared():
     want[5] = pieces[40, 1] + pieces[41, 0]
     np.testing.assert_allclose(np.asarray(got, np.float32), want, rtol=1e-2, atol=1e-2)
     row_slots = jnp.full(130, 130).at[jnp.array([2, 5])].set(jnp.array([2, 5]))
-    cleared = np.asarray(mosaic_rows.clear(got, row_slots, interpret=True))
+    cleared = np.asarray(mosaic_rows.clear(got, row_slots, 130, interpret=True))
     np.testing.assert_array_equal(cleared[[2, 5]], np.asarray(got)[[2, 5]])
     assert not np.delete(cleared, [2, 5], 0).any()
 
@@ -72,29 +76,33 @@ def test_segments_that_are_cut_are_added_up_and_rows_without_a_read_cleared():
     ('bfloat16', False), ('bfloat16', True), *(pytest.param(*case, marks=pytest.mark.slow)
                                                for case in (('float32', False), ('float32', True)))])
 def test_gradients_agree_with_float64(dtype, compact, monkeypatch):
-    """With segments that are cut, chunks without a segment's start, and an empty one."""
+    """With segments that are cut, chunks without a segment's start, an empty one, and slots of
+    S, which are no reads, whatever their weight."""
     from pkm_jax.memory.kernels.gpu import mosaic_backward
     monkeypatch.setattr(mosaic_backward, 'CHUNK', 4)
     for sizes in 'TILE', 'PIECES':
         monkeypatch.setattr(embedding_bag_backward, sizes, 4)
     values, slots, weights, gradient = make(HOT, 30, 128, dtype)
-    _, table, by_weight = expected(values, slots, weights, gradient)
+    no_reads = jnp.zeros(slots.shape, bool).at[3:, :4].set(True)
+    _, table, by_weight = expected(values, slots, jnp.where(no_reads, 0, weights), gradient)
+    read, slots = np.unique(slots[~no_reads]), jnp.where(no_reads, 30, slots)
     if compact:
-        ids, found, count, by_read = embedding_bag_backward.rows_that_were_read(
+        ids, found, by_read = embedding_bag_backward.rows_that_were_read(
             values, slots, weights, gradient, mosaic=True, interpret=True)
-        np.testing.assert_array_equal(ids[:count], np.unique(slots))
+        count = len(read)
+        np.testing.assert_array_equal(ids[:count], read)
         assert np.all(np.asarray(ids[count:]) == len(values))
         rows = np.zeros_like(table)
         rows[ids[:count]] = np.asarray(found[:count], np.float64)
         whole = np.asarray(embedding_bag_backward.cleared(
-            found, jnp.where(ids < len(values), 0, len(found)), mosaic=True, interpret=True))
+            found, ids, len(values), mosaic=True, interpret=True))
         np.testing.assert_array_equal(whole[:count], found[:count])
         assert len(whole) > count and not whole[count:].any()
     else:
         rows, by_read = embedding_bag_backward.dense_gradients(
             values, slots, weights, gradient, mosaic=True, interpret=True)
-        assert np.all(np.asarray(rows)[np.setdiff1d(np.arange(30), slots)] == 0)
-    assert error(by_read, by_weight) < LIMIT['float32']
+        assert np.all(np.asarray(rows)[np.setdiff1d(np.arange(30), read)] == 0)
+    assert error(by_read[~no_reads], by_weight[~no_reads]) < LIMIT['float32']
     assert error(rows, table) < LIMIT[dtype]
 
 

@@ -51,8 +51,7 @@ def backward(
     gradient: Float[Array, 'T V'], *, owners: int = 1, interpret: bool,
 ) -> tuple[Float[Array, 'S V'], Float[Array, 'T R']]:
     """Dense gradients of values, in their dtype, and of weights; deterministic."""
-    own, weights = _everywhere(values, slots, weights, owners)
-    table, by_read = dense_gradients(values, own, weights, gradient,
+    table, by_read = dense_gradients(values, slots, weights, gradient,
                                      mosaic=uses_mosaic(values, slots, interpret=interpret),
                                      interpret=interpret)
     return table, jnp.where(slots < len(values), by_read, 0) if owners > 1 else by_read
@@ -65,19 +64,17 @@ def compact_backward(
 ) -> tuple[SparseRows, Float[Array, '{tokens} R']]:
     """The rows of the values' gradient that were read, rounded to the values' dtype; and the
     weights' gradient; deterministic."""
-    last, mosaic = len(values) - 1, uses_mosaic(values, slots, interpret=interpret)
-    ids, rows, _, by_read = rows_that_were_read(
+    n_slots, mosaic = len(values), uses_mosaic(values, slots, interpret=interpret)
+    ids, rows, by_read = rows_that_were_read(
         values, slots, weights, gradient, mosaic=mosaic, interpret=interpret)
-    in_use = ids < jnp.where(jnp.any(slots == last), last + 1, last)
     # In their place: what reads rows may be a kernel, for which XLA would copy all.
-    rows = cleared(rows, jnp.where(in_use, 0, len(rows)), mosaic=mosaic, interpret=interpret)
-    return (SparseRows(jnp.where(in_use, ids, last + 1), rows.astype(jnp.float32),
-                       jnp.sum(in_use, dtype=jnp.int32)[None]),
-            jax.lax.dynamic_slice_in_dim(jnp.where(slots <= last, by_read, 0), first, tokens))
+    rows = cleared(rows, ids, n_slots, mosaic=mosaic, interpret=interpret)
+    return (SparseRows(ids, rows.astype(jnp.float32), jnp.sum(ids < n_slots, dtype=jnp.int32)[None]),
+            jax.lax.dynamic_slice_in_dim(jnp.where(slots < n_slots, by_read, 0), first, tokens))
 
 
 def _everywhere(values, slots, weights, owners):
-    """Reads of slots that exist: the kernels make those of other owners too, with weight 0."""
+    """Reads of slots that exist: the kernel makes those of other owners too, with weight 0."""
     if owners == 1:
         return slots, weights
     mine = slots < len(values)

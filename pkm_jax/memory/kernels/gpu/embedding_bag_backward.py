@@ -24,7 +24,7 @@ from jax.experimental import pallas as pl
 from jaxtyping import Array, Float, Int32
 
 from pkm_jax.memory.kernels.gpu.pairs import join, multiply_add, pack, parts_of, unpack
-from pkm_jax.memory.sparse_rows import in_order
+from pkm_jax.memory.sparse_rows import in_order, ranks
 from pkm_jax.ops.gpu import call, column_blocks
 from pkm_jax.ops.gpu import triton as plt
 
@@ -43,50 +43,44 @@ def dense_gradients(
 ) -> tuple[Float[Array, 'S V'], Float[Array, 'T R']]:
     """Gradients of `values` and `weights`; rows without a read are zero.
 
-    `mosaic`: by Mosaic GPU, see `mosaic_backward` and `mosaic_rows`.
+    Slots of S are no reads: the gradients of their weights are not set. `mosaic`: by Mosaic GPU,
+    see `mosaic_backward` and `mosaic_rows`.
     """
-    reads = in_order(slots)
-    row_slots, rows, by_read = _gradients(values, reads, weights, gradient, len(values), None,
+    n_slots = len(values)
+    row_slots, rows, by_read = _gradients(values, in_order(slots), weights, gradient, n_slots, None,
                                           mosaic, interpret)
-    return cleared(rows, row_slots, mosaic=mosaic, interpret=interpret), by_read
+    return cleared(rows, row_slots, n_slots, mosaic=mosaic, interpret=interpret), by_read
 
 
 def cleared(
-    rows: Float[Array, 'rows V'], numbers: Int32[Array, 'rows'], *, mosaic: bool, interpret: bool,
+    rows: Float[Array, 'rows V'], slots: Int32[Array, 'rows'], n_slots: int, *,
+    mosaic: bool, interpret: bool,
 ) -> Float[Array, 'rows V']:
-    """The rows in their place, with zeros in those whose number is how many rows there are."""
+    """The rows in their place, with zeros in those whose slot is `n_slots`, which is none."""
     if mosaic:
         from pkm_jax.memory.kernels.gpu import mosaic_rows
-        return mosaic_rows.clear(rows, numbers, interpret=interpret)
-    return call(functools.partial(_clear, blocks=column_blocks(rows.shape[1])),
-                'read_backward_clear', (pl.cdiv(len(rows), TILE),), [rows], rows, numbers,
+        return mosaic_rows.clear(rows, slots, n_slots, interpret=interpret)
+    return call(functools.partial(_clear, n_slots=n_slots, blocks=column_blocks(rows.shape[1])),
+                'read_backward_clear', (pl.cdiv(len(rows), TILE),), [rows], rows, slots,
                 aliases={0: 0}, interpret=interpret)[0]
 
 
 def rows_that_were_read(
     values: Float[Array, 'S V'], slots: Int32[Array, 'T R'], weights: Float[Array, 'T R'],
     gradient: Float[Array, 'T V'], *, mosaic: bool = False, interpret: bool,
-) -> tuple[Int32[Array, 'rows'], Float[Array, 'rows V'], Int32[Array, ''], Float[Array, 'T R']]:
-    """Slots read, their gradient rows, how many they are, and the weights' gradient.
+) -> tuple[Int32[Array, 'rows'], Float[Array, 'rows V'], Float[Array, 'T R']]:
+    """Slots read, their gradient rows, and the weights' gradient.
 
     rows = min(S, T·R): with S of them row i is slot i's, else the slots ascend; where there is no
-    slot it is S, and the row is not set. Slot S - 1 is read for S. `mosaic`: see `dense_gradients`.
+    slot it is S, and the row is not set. For slots of S and `mosaic` see `dense_gradients`.
     """
-    n_slots, (order, slot) = len(values), in_order(slots)
-    slot = jnp.minimum(slot, n_slots - 1)
-    reads = order, slot
-    if n_slots <= slots.size:
-        row_slots, rows, by_read = _gradients(values, reads, weights, gradient, n_slots, None,
-                                              mosaic, interpret)
-        return row_slots, rows, jnp.sum(row_slots < n_slots, dtype=jnp.int32), by_read
-    first = jnp.concatenate([jnp.ones(1, bool), slot[1:] != slot[:-1]])
-    chunk_size = _chunk_size(slot, mosaic)
-    first = jnp.pad(first, (0, -len(first) % chunk_size)).reshape(-1, chunk_size)
-    until = jnp.cumsum(jnp.sum(first, axis=1, dtype=jnp.int32))
-    before = jnp.concatenate([jnp.zeros(1, jnp.int32), until])
-    row_slots, rows, by_read = _gradients(values, reads, weights, gradient, slots.size, before,
-                                          mosaic, interpret)
-    return row_slots, rows, before[-1], by_read
+    reads, before = in_order(slots), None
+    if slots.size < len(values):
+        ends = jnp.arange(_chunk_size(slots, mosaic), slots.size, _chunk_size(slots, mosaic))
+        upto = ranks(reads[1])
+        before = jnp.concatenate([jnp.zeros(1, jnp.int32), upto[ends - 1], upto[-1:]])
+    return _gradients(values, reads, weights, gradient, min(len(values), slots.size), before,
+                      mosaic, interpret)
 
 
 def _chunk_size(slot, mosaic=False):
@@ -106,14 +100,14 @@ def _gradients(values, reads, weights, gradient, n_rows, rows_before, mosaic, in
     width, chunk_size = values.shape[1], _chunk_size(slot, mosaic)
     if mosaic:
         from pkm_jax.memory.kernels.gpu import mosaic_backward, mosaic_rows
-        cut, segment_end = mosaic_rows.cuts(slot, chunk_size)
+        cut, segment_end = mosaic_rows.cuts(slot, len(values), chunk_size)
         row_slots, rows, by_read, pieces = mosaic_backward.stream(
             values, gradient, weights, order, slot, cut, rows_before, n_rows, chunk=chunk_size,
             interpret=interpret)
         rows = mosaic_rows.add_pieces(rows, pieces, slot, cut, segment_end, rows_before,
                                       chunk_size=chunk_size, interpret=interpret)
     else:
-        cut, segment_end = _cuts(slot, chunk_size, interpret)
+        cut, segment_end = _cuts(slot, len(values), chunk_size, interpret)
         chunks, compact = len(cut) - 1, [] if rows_before is None else [rows_before]
         row_slots, rows, by_read, pieces = _stream_by_triton(
             values, gradient, weights, order, slot, cut, compact, n_rows, interpret)
@@ -142,11 +136,12 @@ def _stream_by_triton(values, gradient, weights, order, slot, cut, compact, n_ro
         interpret=interpret)
 
 
-def _cuts(slot, chunk_size, interpret):
+def _cuts(slot, n_slots, chunk_size, interpret):
     """First sorted read of each chunk (and the end), and where the segment at n·chunk size ends.
 
     A chunk starts at n·chunk size if a segment starts there or a hot one is to be cut, and
-    otherwise where the segment that spans it ends. Two binary searches a chunk.
+    otherwise where the segment that spans it ends. None has reads of S: where these begin, chunks
+    are empty. Three binary searches a chunk, side by side.
     """
     size = slot.size
     chunks = pl.cdiv(size, chunk_size)
@@ -156,18 +151,23 @@ def _cuts(slot, chunk_size, interpret):
         position = jnp.minimum(at * chunk_size, size)
         here = slot[jnp.minimum(position, size - 1)]
 
-        def search(is_before, low, high):
-            def halve(_, bounds):
-                low, high = bounds
+        zero, all_of_them = jnp.zeros_like(position), jnp.full_like(position, size)
+
+        def halve(_, searches):
+            def narrowed(is_before, low, high):
                 middle = (low + high) // 2
                 before = is_before(slot[jnp.minimum(middle, size - 1)]) & (low < high)
                 return jnp.where(before, middle + 1, low), jnp.where(before, high, middle)
-            return jax.lax.fori_loop(0, size.bit_length(), halve, (low, high))[0]
 
-        start = search(lambda s: s < here, jnp.zeros_like(position), position)
-        end = search(lambda s: s <= here, position, jnp.full_like(position, size))
+            conditions = (lambda s: s < here), (lambda s: s <= here), (lambda s: s < n_slots)
+            return [narrowed(condition, *bounds)
+                    for condition, bounds in zip(conditions, searches)]
+
+        (start, _), (end, _), (used, _) = jax.lax.fori_loop(
+            0, size.bit_length(), halve,
+            [(zero, position), (position, all_of_them), (zero, all_of_them)])
         keep = (start == position) | (end - start > chunk_size) | (position == size)
-        cut[at] = jnp.where(keep, position, end)
+        cut[at] = jnp.minimum(jnp.where(keep, position, end), used)
         segment_end[at] = end
 
     padded = jax.ShapeDtypeStruct((pl.cdiv(chunks + 1, TILE) * TILE,), jnp.int32)
@@ -296,11 +296,10 @@ def _add_pieces(_rows, pieces, slot, cut, segment_end, *rest, chunk_size, chunks
     jax.lax.while_loop(lambda n: n < PIECES, add_segment, next_start(-1))
 
 
-def _clear(_rows, numbers, rows, *, blocks):
-    """Zeroes the rows whose number is how many there are."""
-    n_rows = rows.shape[0]
+def _clear(_rows, slots, rows, *, n_slots, blocks):
+    """Zeroes the rows whose slot is none."""
     at = pl.program_id(0) * TILE + jnp.arange(TILE, dtype=jnp.int32)
-    unread = plt.load(numbers.at[at], mask=at < n_rows, other=0) == n_rows
+    unread = plt.load(slots.at[at], mask=at < rows.shape[0], other=0) == n_slots
 
     @pl.when(jnp.max(unread.astype(jnp.int32)) == 1)
     def _():

@@ -335,8 +335,8 @@ def add_segment(
     llvm.store(number, utils.getelementptr(row_of(rows, row), [here], out))
 
 
-def clear(number: int, _: Any, rows: Any, numbers: Any, first: Any) -> None:
-    """See `mosaic_rows.clear`: a warp's rows, whose numbers it asks for all at once."""
+def clear(number: int, n_slots: int, _: Any, rows: Any, slots: Any, first: Any) -> None:
+    """See `mosaic_rows.clear`: a warp's rows, whose slots it asks for all at once."""
     kind = ir.MemRefType(rows.type)
     n_rows, width = kind.shape
     word = ir.IntegerType.get_signless(32)
@@ -346,9 +346,9 @@ def clear(number: int, _: Any, rows: Any, numbers: Any, first: Any) -> None:
     begin = arith.addi(number_of(first), arith.muli(utils.warp_idx(sync=False), constant(number)))
     places = [arith.minsi(arith.addi(begin, constant(n)), constant(n_rows - 1))
               for n in range(number)]
-    of_rows = [loaded(numbers, place) for place in places]
-    for place, of_row in zip(places, of_rows):
-        with utils.when(arith.cmpi(arith.CmpIPredicate.eq, of_row, constant(n_rows))):
+    of_rows = [loaded(slots, place) for place in places]
+    for place, slot in zip(places, of_rows):
+        with utils.when(arith.cmpi(arith.CmpIPredicate.eq, slot, constant(n_slots))):
             at = utils.getelementptr(row_of(rows, place), [
                 arith.muli(lane_index(), constant(together))], word)
             for block in range(words // together):

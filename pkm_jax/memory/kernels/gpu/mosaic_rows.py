@@ -23,16 +23,18 @@ ROWS_A_WARP = 16    # that are cleared, or not
 
 
 def cuts(
-    slot: Int32[Array, 'reads'], chunk_size: int,
+    slot: Int32[Array, 'reads'], n_slots: int, chunk_size: int,
 ) -> tuple[Int32[Array, 'chunks_1'], Int32[Array, 'chunks_1']]:
-    """First sorted read of each chunk (and the end), and where the segment at n·chunk size ends."""
+    """First sorted read of each chunk (and the end), none of S; and where the segment at n·chunk
+    size ends."""
     size = slot.size
     position = jnp.minimum(jnp.arange(pl.cdiv(size, chunk_size) + 1) * chunk_size, size)
     here = slot[jnp.minimum(position, size - 1)]
     start, end = (jnp.searchsorted(slot, here, side, method='scan_unrolled').astype(jnp.int32)
                   for side in ('left', 'right'))
     keep = (start == position) | (end - start > chunk_size) | (position == size)
-    return jnp.where(keep, position, end).astype(jnp.int32), end
+    used = jnp.sum(slot < n_slots, dtype=jnp.int32)
+    return jnp.minimum(jnp.where(keep, position, end).astype(jnp.int32), used), end
 
 
 def add_pieces(
@@ -90,28 +92,28 @@ def _add_segment(rows, pieces, totals, chunk, stop, row, column, interpret):
 
 
 def clear(
-    rows: Float[Array, 'rows V'], numbers: Int32[Array, 'rows'], *, interpret: bool,
+    rows: Float[Array, 'rows V'], slots: Int32[Array, 'rows'], n_slots: int, *, interpret: bool,
 ) -> Float[Array, 'rows V']:
-    """The rows with zeros in those whose number is how many rows there are."""
+    """The rows with zeros in those whose slot is `n_slots`."""
     n_rows, table = len(rows), jax.new_ref(rows)
     tile = WARPS * ROWS_A_WARP
 
-    def read_backward_clear(numbers):
+    def read_backward_clear(slots):
         first = jax.lax.axis_index('tile') * tile
         if not interpret:
-            inline(functools.partial(lanes.clear, ROWS_A_WARP), (REF, REF, NUMBER),
-                   table, numbers, first)
+            inline(functools.partial(lanes.clear, ROWS_A_WARP, n_slots), (REF, REF, NUMBER),
+                   table, slots, first)
             return
 
         @pl.loop(0, tile)
         def _(number):
             row = jnp.minimum(first + number, n_rows - 1)
 
-            @pl.when(numbers[row] == n_rows)
+            @pl.when(slots[row] == n_slots)
             def _():
                 table[row, :] = jnp.zeros(rows.shape[1], rows.dtype)
 
     plgpu.kernel(
         read_backward_clear, out_type=(), grid=(pl.cdiv(n_rows, tile),), grid_names=('tile',),
-        interpret=plgpu.InterpretGPUParams() if interpret else None)(numbers)
+        interpret=plgpu.InterpretGPUParams() if interpret else None)(slots)
     return table[...]
