@@ -6,8 +6,9 @@ import numpy as np
 import pytest
 
 from benchmarks import memory as benchmark
-from pkm_jax.memory.embedding_bag import embedding_bag
+from pkm_jax.memory.embedding_bag import compact_reference, embedding_bag
 from pkm_jax.memory.kernels.gpu import backend
+from pkm_jax.memory.kernels.gpu import embedding_bag as kernel
 from pkm_jax.memory.layer import MemoryConfig
 from pkm_jax.memory.product_keys import top_k_product_keys
 from tests.memory.kernels.searches import all_scores, check_gradients
@@ -74,6 +75,31 @@ def test_hot_slots_by_mosaic_gpu(slots, dtype, mosaic):
                         weights)
     for one, other in zip((out, *pull(gradient)), want):
         assert error(one, other) < LIMIT[dtype]
+
+
+@pytest.mark.parametrize('by', ['triton', 'mosaic'])
+@pytest.mark.parametrize('n_slots', [300, 100_000])
+@pytest.mark.parametrize('share', [.4, .999, 1])
+def test_slots_of_no_row_are_no_reads(by, n_slots, share, request):
+    """Whatever their weight, beside a hot last slot; rows with a place for each, and with fewer."""
+    if by == 'mosaic':
+        request.getfixturevalue('mosaic')
+    rng = np.random.default_rng(7)
+    slots = rng.integers(0, n_slots, (1000, 32))
+    slots[:, :3] = n_slots - 1
+    slots[rng.random(slots.shape) < share] = n_slots
+    values, slots, weights, gradient = make_reads(slots, n_slots, 256, 'bfloat16')
+    want = compact_reference(values, slots, jnp.where(slots < n_slots, weights, 0), gradient,
+                             jnp.int32(0), tokens=1000)
+    dense = jnp.zeros(values.shape).at[want[0].ids].set(want[0].rows, mode='drop'), want[1]
+    got = kernel.compact_backward(values, slots, weights, gradient, jnp.int32(0), tokens=1000,
+                                  interpret=False)
+    got_dense = kernel.backward(values, slots, weights, gradient, owners=2, interpret=False)
+    np.testing.assert_array_equal(got[0].ids, want[0].ids)
+    np.testing.assert_array_equal(got[0].count, want[0].count)
+    for one, other in (got[0].rows, want[0].rows), (got[1], want[1]), *zip(got_dense, dense):
+        np.testing.assert_allclose(np.asarray(one, np.float32), np.asarray(other), rtol=1e-2,
+                                   atol=1e-2)
 
 
 @pytest.mark.parametrize('check, dtype, arguments', [

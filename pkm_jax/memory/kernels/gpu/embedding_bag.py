@@ -69,7 +69,8 @@ def compact_backward(
         values, slots, weights, gradient, mosaic=mosaic, interpret=interpret)
     # In their place: what reads rows may be a kernel, for which XLA would copy all.
     rows = cleared(rows, ids, n_slots, mosaic=mosaic, interpret=interpret)
-    return (SparseRows(ids, rows.astype(jnp.float32), jnp.sum(ids < n_slots, dtype=jnp.int32)[None]),
+    count = jnp.sum(ids < n_slots, dtype=jnp.int32)[None]
+    return (SparseRows(ids, rows.astype(jnp.float32), count),
             jax.lax.dynamic_slice_in_dim(jnp.where(slots < n_slots, by_read, 0), first, tokens))
 
 
