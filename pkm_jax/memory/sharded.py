@@ -229,7 +229,7 @@ def merge(parts: SparseRows, n_slots: int, *, axes: Axes = OWN) -> SparseRows:
 
     def add(parts):
         size = n_slots // shards_in_use(axes).rows      # with as many places row i has place i
-        parts = parts._replace(ids=_in_shard(parts.ids, size, axes)[0])
+        parts = parts._replace(ids=_in_shard(parts.ids, size, axes))
         merged = sparse_rows.merge(parts, size, capacity)
         return merged._replace(ids=_in_table(merged.ids, size, n_slots, axes))
 
@@ -239,7 +239,7 @@ def merge(parts: SparseRows, n_slots: int, *, axes: Axes = OWN) -> SparseRows:
 def take_rows(table: Array, ids: Int32[Array, 'rows'], *, axes: Axes = OWN) -> Array:
     """Rows of `table` ([S, V] or [S], split as values are) with these ids; zeros for ids of S."""
     def take(table, ids):
-        return sparse_rows.take_rows(table, _in_shard(ids, len(table), axes)[0])
+        return sparse_rows.take_rows(table, _in_shard(ids, len(table), axes))
 
     spec = P(*axes.table[:table.ndim])
     return on_shards(take, (spec, _rows(axes).ids), spec, axes)(table, ids)
@@ -250,7 +250,7 @@ def put_rows(
 ) -> Array:
     """`table` ([S, V] or [S], split as values are) with these rows set, in place where possible."""
     def put(table, ids, rows):
-        return sparse_rows.put_rows(table, _in_shard(ids, len(table), axes)[0], rows)
+        return sparse_rows.put_rows(table, _in_shard(ids, len(table), axes), rows)
 
     spec = P(*axes.table[:table.ndim])
     return on_shards(put, (spec, _rows(axes).ids, spec), spec, axes)(table, ids, rows)
@@ -271,7 +271,7 @@ def on_parts(
         start = jnp.stack([jnp.int32(length) * (jax.lax.axis_index(names) if split > 1 else 0)
                            for length, names, split in zip(
                                size, (axes.rows, axes.columns), shards[1:])])
-        return tuple(function(_in_shard(ids, size[0], axes)[0], start, *whole, *rows, *changing))
+        return tuple(function(_in_shard(ids, size[0], axes), start, *whole, *rows, *changing))
 
     def specs(arrays):
         return tuple(P(*axes.table[:array.ndim]) for array in arrays)
@@ -293,8 +293,8 @@ def _capacity(n_slots, reads, axes):
 
 
 def _read_slots(slots, weights, n_slots):
-    """Slots, or S for reads of weight 0 (padding, above all): they touch nothing."""
-    return jnp.where(weights != 0, slots, n_slots)
+    """Slots, or S for reads of weight 0, padding above all, and of no slot: they touch nothing."""
+    return jnp.where((weights != 0) & (slots >= 0), slots, n_slots)
 
 
 def _exchanged(reads, values, weights, axes):
@@ -313,12 +313,11 @@ def _kept(along, axes):
 # What follows runs within a shard, of `size` rows.
 
 def _in_shard(slots, size, axes):
-    """Slots of the table as rows of this shard, `size` where they are in another; and which are."""
+    """Slots of the table, or S, as rows of this shard, `size` where they are in another."""
     if shards_in_use(axes).rows == 1:
-        return slots, slots < size
+        return slots
     slots = slots - _first_row(size, axes)
-    mine = (slots >= 0) & (slots < size)
-    return jnp.where(mine, slots, size), mine
+    return jnp.where((slots >= 0) & (slots < size), slots, size)
 
 
 def _in_table(ids, size, n_slots, axes):
@@ -337,15 +336,16 @@ def _touched(every, group, size, axes):
     """`bag.touched` of the slots of all; where every row has a place, each replica marks the rows
     that its group reads, and they share the marks."""
     if every.size < size or _devices(axes.data) == 1:
-        return bag.touched(_in_shard(every, size, axes)[0], size, owners=shards_in_use(axes).rows)
-    marks = bag.marked(_in_shard(group, size, axes)[0], size, owners=shards_in_use(axes).rows)
+        return bag.touched(_in_shard(every, size, axes), size, owners=shards_in_use(axes).rows)
+    marks = bag.marked(_in_shard(group, size, axes), size, owners=shards_in_use(axes).rows)
     return in_place(jax.lax.pmax(marks.astype(jnp.int8), axes.data) > 0)
 
 
 def _own(slots, weights, size, axes):
-    """Slots as rows of this shard, and weights: `size` and 0 for the reads of others."""
-    slots, mine = _in_shard(slots, size, axes)
-    return slots, jnp.where(mine, weights, 0)
+    """Slots as rows of this shard, and weights: `size` and 0 for the reads of others; 0 for those
+    of no slot."""
+    slots = _in_shard(slots, size, axes)
+    return slots, jnp.where((slots >= 0) & (slots < size), weights, 0)
 
 
 def _of_group(array, axes):

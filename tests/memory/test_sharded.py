@@ -241,6 +241,19 @@ def test_narrow_rows_of_gpus_are_the_same_numbers(slots):
         np.testing.assert_array_equal(np.asarray(one, np.float32), np.asarray(other, np.float32))
 
 
+@pytest.mark.parametrize('shards', [Shards(), Shards(2, 2, 2)], ids=['one', 'eight'])
+def test_reads_of_no_slot_are_none(shards):
+    values, slots, weights, direction = draw()
+    slots[:2, 0], (fewer := weights.copy())[:2, 0] = (-1, SLOTS), 0
+    with jax.set_mesh(mesh_of(shards)):
+        for read in sparse, dense:
+            got, want = (jax.jit(read)(values, slots, chosen, direction)
+                         for chosen in (weights, fewer))
+            np.testing.assert_array_equal(got[0], want[0])
+            for one, other in zip(jax.tree.leaves(got[1]), jax.tree.leaves(want[1]), strict=True):
+                np.testing.assert_array_equal(one, other)
+
+
 @pytest.mark.parametrize('shards', [Shards(), Shards(1, 4, 2)], ids=['one', 'eight'])
 def test_what_gpus_sort_twice_are_the_same_reads(shards):
     """What was touched, and its gradients: of which XLA for GPUs makes one sort."""

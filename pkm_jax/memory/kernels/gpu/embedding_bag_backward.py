@@ -7,6 +7,7 @@ read's weight), adds weight · gradient to a float32 sum, and writes the sum whe
 Chunks end where segments do, except that segments longer than a chunk ("hot" slots) are cut, and
 their partial sums added in order afterwards. Every sum has one fixed order and there is no atomic
 operation: results are equal bit for bit from run to run.
+Reads of slot S, which is none, come last and are in no chunk.
 
 Bytes: each read fetches its output gradient, T·R·V·itemsize, from L2 as far as the T·V gradients
 fit (an H200 keeps about 25 MB of them, and is asked to keep them rather than rows written); value
@@ -76,9 +77,8 @@ def rows_that_were_read(
     """
     reads, before = in_order(slots), None
     if slots.size < len(values):
-        ends = jnp.arange(_chunk_size(slots, mosaic), slots.size, _chunk_size(slots, mosaic))
-        upto = ranks(reads[1])
-        before = jnp.concatenate([jnp.zeros(1, jnp.int32), upto[ends - 1], upto[-1:]])
+        chunk, upto = _chunk_size(slots, mosaic), ranks(reads[1])
+        before = jnp.concatenate([jnp.zeros(1, jnp.int32), upto[chunk - 1:-1:chunk], upto[-1:]])
     return _gradients(values, reads, weights, gradient, min(len(values), slots.size), before,
                       mosaic, interpret)
 
@@ -141,7 +141,7 @@ def _cuts(slot, n_slots, chunk_size, interpret):
 
     A chunk starts at n·chunk size if a segment starts there or a hot one is to be cut, and
     otherwise where the segment that spans it ends. None has reads of S: where these begin, chunks
-    are empty. Three binary searches a chunk, side by side.
+    end, and those after are empty. Two binary searches a chunk, side by side.
     """
     size = slot.size
     chunks = pl.cdiv(size, chunk_size)
@@ -151,23 +151,20 @@ def _cuts(slot, n_slots, chunk_size, interpret):
         position = jnp.minimum(at * chunk_size, size)
         here = slot[jnp.minimum(position, size - 1)]
 
-        zero, all_of_them = jnp.zeros_like(position), jnp.full_like(position, size)
+        def narrowed(is_before, low, high):
+            middle = (low + high) // 2
+            before = is_before(slot[jnp.minimum(middle, size - 1)]) & (low < high)
+            return jnp.where(before, middle + 1, low), jnp.where(before, high, middle)
 
-        def halve(_, searches):
-            def narrowed(is_before, low, high):
-                middle = (low + high) // 2
-                before = is_before(slot[jnp.minimum(middle, size - 1)]) & (low < high)
-                return jnp.where(before, middle + 1, low), jnp.where(before, high, middle)
+        def halve(_, bounds):
+            starts, ends = bounds
+            return (narrowed(lambda s: s < here, *starts), narrowed(lambda s: s <= here, *ends))
 
-            conditions = (lambda s: s < here), (lambda s: s <= here), (lambda s: s < n_slots)
-            return [narrowed(condition, *bounds)
-                    for condition, bounds in zip(conditions, searches)]
-
-        (start, _), (end, _), (used, _) = jax.lax.fori_loop(
+        (start, _), (end, _) = jax.lax.fori_loop(
             0, size.bit_length(), halve,
-            [(zero, position), (position, all_of_them), (zero, all_of_them)])
+            ((jnp.zeros_like(position), position), (position, jnp.full_like(position, size))))
         keep = (start == position) | (end - start > chunk_size) | (position == size)
-        cut[at] = jnp.minimum(jnp.where(keep, position, end), used)
+        cut[at] = jnp.where(here < n_slots, jnp.where(keep, position, end), start)
         segment_end[at] = end
 
     padded = jax.ShapeDtypeStruct((pl.cdiv(chunks + 1, TILE) * TILE,), jnp.int32)

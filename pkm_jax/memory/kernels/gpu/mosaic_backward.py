@@ -147,13 +147,13 @@ def _positive(number):
 def _by_chunk(slot, cut, rows_before, groups):
     """[groups, 7, 4]: first read, length, whether head and tail are cut, first row, and the pieces
     of head and tail of every warp's chunk."""
-    reads, chunks = slot.size, jnp.arange(groups * WARPS)
-    first, last = (jnp.pad(part, (0, groups * WARPS - len(part)), constant_values=reads)
-                   for part in (cut[:-1], cut[1:]))
-
+    chunks = jnp.arange(groups * WARPS)
+    cut = jnp.pad(cut, (0, len(chunks) + 1 - len(cut)), mode='edge')
+    first, last = cut[:-1], cut[1:]
     head_cut = is_cut(slot, first)
     row = 0 * first if rows_before is None else (
-        jnp.pad(rows_before[:-1], (0, len(first) - len(cut) + 1)) - head_cut.astype(jnp.int32))
+        jnp.pad(rows_before[:-1], (0, len(first) - len(rows_before) + 1))
+        - head_cut.astype(jnp.int32))
     parts = first, last - first, head_cut, is_cut(slot, last), row, 2 * chunks, 2 * chunks + 1
     return jnp.stack([part.astype(jnp.int32).reshape(groups, WARPS) for part in parts], axis=1)
 

@@ -33,8 +33,8 @@ def cuts(
     start, end = (jnp.searchsorted(slot, here, side, method='scan_unrolled').astype(jnp.int32)
                   for side in ('left', 'right'))
     keep = (start == position) | (end - start > chunk_size) | (position == size)
-    used = jnp.sum(slot < n_slots, dtype=jnp.int32)
-    return jnp.minimum(jnp.where(keep, position, end).astype(jnp.int32), used), end
+    cut = jnp.where(here < n_slots, jnp.where(keep, position, end), start)
+    return cut.astype(jnp.int32), end
 
 
 def add_pieces(
