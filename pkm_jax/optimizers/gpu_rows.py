@@ -1,16 +1,15 @@
 """The update of a table's rows on an NVIDIA GPU (Pallas, Triton backend), each touched once.
 
-A program takes a tile of places: some rows, and a power of two of their columns. Of the rows in use
-it reads gradient, table and moments, and writes table and moments where they were; of others it
-reads the id alone. Each number is one program's, and no thread shares one where a tile is full, so
-that nothing is read that was written. Moments of one number a row are gathered and scattered by
-XLA: each would be of several programs. Sums of squares have one fixed order.
+A program takes some tiles of the same places, side by side: a tile is some rows, and a power of two
+of their columns. Of the rows in use it reads gradient, table and moments, and writes table and
+moments where they were; of others it reads the id alone. Each number is one thread's, so that
+nothing is read that was written. Moments of one number a row are gathered and scattered by XLA:
+each would be of several programs. Sums of squares have one fixed order.
 
 Bytes: the gradient is read, table and moments are read and written, of the rows in use alone: for
-lazy Adam 22 a number of a bfloat16 table and gradient (`sharded.rows_dtype`), and 4 for each tile,
-the sum of its squares. Operations: those of
-the rule and, in bfloat16, some 20 for the random bits of each number. Floor: the bytes over the
-memory bandwidth.
+lazy Adam 22 a number of a bfloat16 table and gradient (`sharded.rows_dtype`), and 4 for each
+program, the sum of its squares. Operations: those of the rule and, in bfloat16, some 20 for the
+random bits of each number. Floor: the bytes over the memory bandwidth.
 """
 
 import functools
@@ -28,11 +27,13 @@ from pkm_jax.ops.gpu import triton as plt
 from pkm_jax.optimizers.rounding import noise, rounded
 from pkm_jax.optimizers.rules import Numbers, Rule, moments_of_rows
 
-# Numbers of a tile, and the warps of its program, by what was tried on an H200 at 768 columns of
-# bfloat16 (docs/results.md). 8 numbers for each thread are 16 bytes.
-IN_PLACE = 256, 1           # with moments as wide as the table, where all of its rows have a place;
-OTHERWISE = 2048, 4         # without such moments, or with fewer places than rows
-COLUMNS = 256               # of a tile at most
+# Of the widest array a warp takes so many bytes of a tile, of one row or of several short ones: 16
+# for a thread. So all arrays lie in registers alike, and no sector is asked for twice.
+BYTES = 512
+# Warps of a program, and tiles of it at most, by what was tried on an H200 at 768 columns of
+# bfloat16 (docs/results.md).
+IN_PLACE = 1, 3             # where all rows of the table have a place
+OTHERWISE = 4, 3
 
 
 def unsupported(
@@ -59,11 +60,12 @@ def update(
     by_row, moments = moments_of_rows(ids, gradient, squares, moments, rule)
     changing = [table, *(moment for moment in moments if moment.ndim == 2)]
     places, width = gradient.shape
-    tile, warps = tile_of(places, width, len(table), rule)
-    grid = pl.cdiv(width, tile[1]), pl.cdiv(places, tile[0])    # a row's columns after another
+    widest = max(array.dtype.itemsize for array in (gradient, *changing))
+    tile, tiles, warps = tiles_of(places, width, len(table), widest)
+    grid = pl.cdiv(width, tiles * tile[1]), pl.cdiv(places, tile[0])    # columns, then rows
     given = ids, start, numbers, seed, gradient, *by_row
     *changed, norms = call(
-        functools.partial(_update, rule=rule, tile=tile), 'update_rows', grid,
+        functools.partial(_update, rule=rule, tile=tile, tiles=tiles), 'update_rows', grid,
         [*changing, ShapeDtypeStruct(grid, jnp.float32)], *given, *changing,
         aliases={len(given) + at: at for at in range(len(changing))}, warps=warps,
         interpret=interpret)
@@ -72,14 +74,17 @@ def update(
             *(moment if one else wide.pop(0) for moment, one in zip(moments, rule.per_row)))
 
 
-def tile_of(places: int, width: int, slots: int, rule: Rule) -> tuple[tuple[int, int], int]:
-    """Rows and columns of a tile of so many places and columns, and warps of its program."""
-    numbers, warps = OTHERWISE if places < slots or all(rule.per_row) else IN_PLACE
-    columns = min(pl.next_power_of_2(width), COLUMNS)
-    return (max(numbers // columns, 1), columns), warps
+def tiles_of(
+    places: int, width: int, slots: int, itemsize: int,
+) -> tuple[tuple[int, int], int, int]:
+    """Rows and columns of a tile, tiles side by side that a program takes, and its warps."""
+    warps, most = IN_PLACE if places == slots else OTHERWISE
+    columns = min(pl.next_power_of_2(width), BYTES // itemsize)
+    rows = warps * BYTES // itemsize // columns
+    return (rows, columns), min(most, pl.cdiv(width, columns)), warps
 
 
-def _update(ids, start, numbers, seed, gradient, *refs, rule, tile):
+def _update(ids, start, numbers, seed, gradient, *refs, rule, tile, tiles):
     """One program: see the module."""
     of_rows = sum(rule.per_row)
     by_row, changing, norms = refs[:of_rows], refs[of_rows:-1], refs[-1]
@@ -90,28 +95,32 @@ def _update(ids, start, numbers, seed, gradient, *refs, rule, tile):
     row = plt.load(ids.at[at], mask=at < ids.shape[0], other=slots)
     any_used = jnp.max((row < slots).astype(jnp.int32)) == 1
 
+    def spots(ref, row, column):
+        return ref.at[jnp.broadcast_to(row[:, None], tile), jnp.broadcast_to(column, tile)]
+
     @pl.when(any_used)
     def _():
-        column = across * columns + jnp.arange(columns, dtype=jnp.int32)[None]
-        used = jnp.broadcast_to((row < slots)[:, None] & (column < width), tile)
-
-        def spots(ref, row):
-            return ref.at[jnp.broadcast_to(row[:, None], tile), jnp.broadcast_to(column, tile)]
-
-        def read(ref, row):
-            return plt.load(spots(ref, row), mask=used, other=0).astype(jnp.float32)
-
-        before, *wide = (read(ref, row) for ref in old)
-        change, moments = _change(
-            Numbers(*(numbers[n] for n in range(3))), read(gradient, at), wide,
-            [plt.load(ref.at[at], mask=row < slots, other=0)[:, None] for ref in by_row], rule)
-        changed = before + change
-        if new[0].dtype == jnp.bfloat16:
-            changed = rounded(changed, noise((seed[0], seed[1]), row[:, None] + start[0],
-                                             column + start[1]))
-        for ref, numbers_of_it in zip(new, (changed, *moments)):
-            plt.store(spots(ref, row), numbers_of_it.astype(ref.dtype), mask=used)
-        norms[across, down] = jnp.sum(jnp.where(used, change, 0) ** 2)
+        scalars = Numbers(*(numbers[n] for n in range(3)))
+        random = seed[0], seed[1]
+        of_row = [plt.load(ref.at[at], mask=row < slots, other=0)[:, None] for ref in by_row]
+        loaded = []
+        for n in range(tiles):      # all on their way before the first is worked out
+            column = (across * tiles + n) * columns + jnp.arange(columns, dtype=jnp.int32)[None]
+            used = jnp.broadcast_to((row < slots)[:, None] & (column < width), tile)
+            read = functools.partial(plt.load, mask=used, other=0)
+            loaded.append((column, used, read(spots(gradient, at, column)),
+                           [read(spots(ref, row, column)) for ref in old]))
+        squares = jnp.zeros(tile, jnp.float32)
+        for column, used, slope, (before, *wide) in loaded:
+            change, moments = _change(scalars, slope.astype(jnp.float32), wide, of_row, rule)
+            changed = before.astype(jnp.float32) + change
+            if new[0].dtype == jnp.bfloat16:
+                changed = rounded(changed, noise(random, row[:, None] + start[0],
+                                                 column + start[1]))
+            for ref, numbers_of_it in zip(new, (changed, *moments)):
+                plt.store(spots(ref, row, column), numbers_of_it.astype(ref.dtype), mask=used)
+            squares += jnp.where(used, change, 0) ** 2
+        norms[across, down] = jnp.sum(squares)
 
     @pl.when(~any_used)
     def _():

@@ -166,16 +166,14 @@ def test_what_is_not_finite_stays_in_its_row(name):
     assert np.isnan(table[2]).all() and np.isinf(table[8]).all()
 
 
-@pytest.mark.parametrize('name, places, width, tile', [
-    ('lazy_adam', SLOTS, 1, (256, 1)), ('lazy_adam', SLOTS, 40, (4, 64)),
-    ('rowwise_adam', SLOTS, 768, (1, 256)), ('lazy_adam', SLOTS - 1, 1, (2048, 1)),
-    ('rowwise_adam', PLACES, 40, (32, 64)), ('lazy_adam', PLACES, 768, (8, 256)),
-    ('rowwise_adagrad', PLACES, 1, (2048, 1)), ('rowwise_adagrad', SLOTS, 40, (32, 64)),
-    ('sgd', PLACES, 768, (8, 256))])
-def test_a_tile_has_numbers_for_every_thread(name, places, width, tile):
-    found, warps = gpu_rows.tile_of(places, width, SLOTS, RULES[name])
-    assert found == tile
-    assert tile[0] * tile[1] >= 32 * warps * 8
+@pytest.mark.parametrize('places, width, itemsize, tile, tiles', [
+    (SLOTS, 1, 4, (128, 1), 1), (SLOTS, 40, 4, (2, 64), 1), (SLOTS, 768, 4, (1, 128), 3),
+    (SLOTS - 1, 1, 4, (512, 1), 1), (PLACES, 40, 2, (16, 64), 1), (PLACES, 768, 4, (4, 128), 3),
+    (PLACES, 200, 4, (4, 128), 2), (SLOTS, 768, 2, (1, 256), 3), (PLACES, 8000, 2, (4, 256), 3)])
+def test_a_tile_has_sixteen_bytes_for_every_thread(places, width, itemsize, tile, tiles):
+    *found, warps = gpu_rows.tiles_of(places, width, SLOTS, itemsize)
+    assert found == [tile, tiles]
+    assert tile[0] * tile[1] * itemsize == 32 * warps * 16
 
 
 def how_it_is_lowered(name, dtype, places=PLACES):
