@@ -61,7 +61,7 @@ def sparse(values, slots, weights, direction, implementation=None, dtype=jnp.flo
 
 def spread(rows, slots=SLOTS):
     """A table of zeros with these rows."""
-    table = np.zeros((slots + 1, WIDTH), np.float32)
+    table = np.zeros((slots + 1, rows.rows.shape[1]), np.float32)
     ids = np.asarray(rows.ids)
     table[ids] = rows.rows
     assert len(set(ids[ids < slots])) == np.sum(ids < slots) == np.sum(rows.count)
@@ -111,6 +111,24 @@ def test_kernels_for_tpus_read_what_is_a_shards_own(shards):
     np.testing.assert_allclose(read, expected()[0], atol=1e-5)
     np.testing.assert_allclose(spread(rows), expected()[1], atol=1e-5)
     np.testing.assert_allclose(by_weight[used], expected()[2][used], atol=1e-5)
+
+
+@pytest.mark.parametrize('slots', [SLOTS, 512])
+def test_kernels_for_gpus_leave_out_reads_of_other_shards(slots):
+    """Interpreted; with a place for every row of a part, and with fewer."""
+    rng, (_, _, weights, direction) = np.random.default_rng(5), draw()
+    given = (rng.normal(size=(slots, 256)).astype(np.float32),
+             rng.integers(0, slots, (TOKENS, READS), np.int32), weights, np.tile(direction, 16))
+    results = []
+    for shards, implementation in (Shards(), 'xla'), (Shards(2, 2, 2), 'gpu'):
+        with jax.set_mesh(mesh_of(shards)):
+            results.append(jax.jit(functools.partial(sparse, implementation=implementation))(
+                *given))
+    (want, want_rows, want_by_weight), (read, rows, by_weight) = results
+    used = weights != 0
+    np.testing.assert_allclose(read, want, atol=1e-4)
+    np.testing.assert_allclose(spread(rows, slots), spread(want_rows, slots), atol=1e-4)
+    np.testing.assert_allclose(by_weight[used], want_by_weight[used], atol=1e-4)
 
 
 def test_both_exchanges_occur_in_these_tests():

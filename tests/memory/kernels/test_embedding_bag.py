@@ -123,7 +123,7 @@ def test_rows_of_a_gradient_are_those_of_the_reference(case, n_slots):
     than reads, and fewer."""
     slots = random_slots(7, 4, n_slots - 1)
     if 'padding,' in case:
-        slots[:4, 0] = n_slots - 1
+        slots[:4, :3] = n_slots - 1
     if case != 'no padding':
         slots[4:, 1:] = n_slots
     if case == 'padding alone':
