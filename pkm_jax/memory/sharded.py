@@ -54,8 +54,11 @@ def embedding_bag(
     own."""
     def read(values, slots, weights):
         values = values.astype(dtype or values.dtype)
-        own = _own(_gather(slots, axes.memory), _gather(weights, axes.memory), len(values), axes)
-        partial = bag.embedding_bag(values, *own, owners=shards_in_use(axes).rows,
+        own, weights = _own(_gather(slots, axes.memory), _gather(weights, axes.memory),
+                            len(values), axes)
+        if shards_in_use(axes).rows == 1:       # then reads of no slot are of some row, by 0
+            own = jnp.clip(own, 0, len(values) - 1)
+        partial = bag.embedding_bag(values, own, weights, owners=shards_in_use(axes).rows,
                                     implementation=implementation)
         return _to_owners(partial, axes)
 
@@ -294,7 +297,7 @@ def _capacity(n_slots, reads, axes):
 
 def _read_slots(slots, weights, n_slots):
     """Slots, or S for reads of weight 0, padding above all, and of no slot: they touch nothing."""
-    return jnp.where((weights != 0) & (slots >= 0), slots, n_slots)
+    return jnp.where((weights != 0) & (slots >= 0) & (slots < n_slots), slots, n_slots)
 
 
 def _exchanged(reads, values, weights, axes):

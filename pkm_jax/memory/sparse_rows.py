@@ -51,8 +51,8 @@ def in_order(
     """Positions of the flattened ids in the order of the ids, equal ones as they are; and the
     sorted ids.
 
-    These depend on the order, which changes no number: XLA for GPUs leaves out of a sort what
-    nothing uses, before it merges equal sorts.
+    No place is below 0, but so the ids need the order: XLA for GPUs would else leave it out of a
+    sort where nothing uses it, and no longer merge that sort with an equal one.
     """
     ids = ids.reshape(-1)
     ids, order = jax.lax.sort((ids, jnp.arange(ids.size, dtype=jnp.int32)), num_keys=1)
@@ -78,7 +78,7 @@ def distinct(
 
 
 def ranks(ids: Int32[Array, 'n']) -> Int32[Array, 'n']:
-    """How many different ones of ascending ids there are up to each, with it."""
+    """How many different ids there are up to and with each of ascending ids."""
     return jnp.cumsum(_begins(ids), dtype=jnp.int32)
 
 

@@ -30,10 +30,9 @@ from pkm_jax.optimizers.rules import Numbers, Rule, moments_of_rows
 # Of the widest array a warp takes so many bytes of a tile, of one row or of several short ones: 16
 # for a thread. So all arrays lie in registers alike, and no sector is asked for twice.
 BYTES = 512
-# Warps of a program, and tiles of it at most, by what was tried on an H200 at 768 columns of
-# bfloat16 (docs/results.md).
-IN_PLACE = 1, 3             # where all rows of the table have a place
-OTHERWISE = 4, 3
+# Tiles of a program at most, and its warps, where all rows of the table have a place and otherwise:
+# by what was tried on an H200 at 768 columns of bfloat16 (docs/results.md).
+TILES, WARPS_IN_PLACE, WARPS = 3, 1, 4
 
 
 def unsupported(
@@ -78,10 +77,10 @@ def tiles_of(
     places: int, width: int, slots: int, itemsize: int,
 ) -> tuple[tuple[int, int], int, int]:
     """Rows and columns of a tile, tiles side by side that a program takes, and its warps."""
-    warps, most = IN_PLACE if places == slots else OTHERWISE
+    warps = WARPS_IN_PLACE if places == slots else WARPS
     columns = min(pl.next_power_of_2(width), BYTES // itemsize)
     rows = warps * BYTES // itemsize // columns
-    return (rows, columns), min(most, pl.cdiv(width, columns)), warps
+    return (rows, columns), min(TILES, pl.cdiv(width, columns)), warps
 
 
 def _update(ids, start, numbers, seed, gradient, *refs, rule, tile, tiles):
@@ -111,14 +110,15 @@ def _update(ids, start, numbers, seed, gradient, *refs, rule, tile, tiles):
             loaded.append((column, used, read(spots(gradient, at, column)),
                            [read(spots(ref, row, column)) for ref in old]))
         squares = jnp.zeros(tile, jnp.float32)
-        for column, used, slope, (before, *wide) in loaded:
-            change, moments = _change(scalars, slope.astype(jnp.float32), wide, of_row, rule)
+        for column, used, gradient_here, (before, *wide) in loaded:
+            change, moments = _change(scalars, gradient_here.astype(jnp.float32), wide, of_row,
+                                      rule)
             changed = before.astype(jnp.float32) + change
             if new[0].dtype == jnp.bfloat16:
                 changed = rounded(changed, noise(random, row[:, None] + start[0],
                                                  column + start[1]))
-            for ref, numbers_of_it in zip(new, (changed, *moments)):
-                plt.store(spots(ref, row, column), numbers_of_it.astype(ref.dtype), mask=used)
+            for ref, after in zip(new, (changed, *moments)):
+                plt.store(spots(ref, row, column), after.astype(ref.dtype), mask=used)
             squares += jnp.where(used, change, 0) ** 2
         norms[across, down] = jnp.sum(squares)
 

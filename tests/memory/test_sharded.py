@@ -262,7 +262,7 @@ def test_narrow_rows_of_gpus_are_the_same_numbers(slots):
 @pytest.mark.parametrize('shards', [Shards(), Shards(2, 2, 2)], ids=['one', 'eight'])
 def test_reads_of_no_slot_are_none(shards):
     values, slots, weights, direction = draw()
-    slots[:2, 0], (fewer := weights.copy())[:2, 0] = (-1, SLOTS), 0
+    slots[:2, 0], (fewer := weights.copy())[:2, 0] = (-1, SLOTS + 3), 0
     with jax.set_mesh(mesh_of(shards)):
         for read in sparse, dense:
             got, want = (jax.jit(read)(values, slots, chosen, direction)

@@ -50,8 +50,8 @@ def backward(
     values: Float[Array, 'S V'], slots: Int32[Array, 'T R'], weights: Float[Array, 'T R'],
     gradient: Float[Array, 'T V'], *, owners: int = 1, interpret: bool,
 ) -> tuple[Float[Array, 'S V'], Float[Array, 'T R']]:
-    """Dense gradients of values, in their dtype, and of weights; deterministic. Slots of S are of
-    others of several owners."""
+    """Dense gradients of values, in their dtype, and of weights; deterministic. With several owners
+    slots of S are reads of others: they add nothing, and the gradients of their weights are 0."""
     table, by_read = dense_gradients(values, slots, weights, gradient,
                                      mosaic=uses_mosaic(values, slots, interpret=interpret),
                                      interpret=interpret)

@@ -140,8 +140,9 @@ def _cuts(slot, n_slots, chunk_size, interpret):
     """First sorted read of each chunk (and the end), and where the segment at n·chunk size ends.
 
     A chunk starts at n·chunk size if a segment starts there or a hot one is to be cut, and
-    otherwise where the segment that spans it ends. None has reads of S: where these begin, chunks
-    end, and those after are empty. Two binary searches a chunk, side by side.
+    otherwise where the segment that spans it ends. Reads of S are in no chunk: the last one that
+    has reads ends where they begin, and later ones are empty. Two binary searches a chunk, side by
+    side.
     """
     size = slot.size
     chunks = pl.cdiv(size, chunk_size)

@@ -25,8 +25,8 @@ ROWS_A_WARP = 16    # that are cleared, or not
 def cuts(
     slot: Int32[Array, 'reads'], n_slots: int, chunk_size: int,
 ) -> tuple[Int32[Array, 'chunks_1'], Int32[Array, 'chunks_1']]:
-    """First sorted read of each chunk (and the end), none of S; and where the segment at n·chunk
-    size ends."""
+    """First sorted read of each chunk (and the end), and where the segment at n·chunk size ends.
+    Reads of S are in no chunk."""
     size = slot.size
     position = jnp.minimum(jnp.arange(pl.cdiv(size, chunk_size) + 1) * chunk_size, size)
     here = slot[jnp.minimum(position, size - 1)]
