@@ -84,7 +84,7 @@ def ranks(ids: Int32[Array, 'n']) -> Int32[Array, 'n']:
 
 def _begins(ids):
     """Which of ascending ids are not those before them."""
-    return jnp.concatenate([jnp.ones(1, bool), ids[1:] != ids[:-1]])
+    return jnp.concatenate([jnp.ones_like(ids[:1], bool), ids[1:] != ids[:-1]])
 
 
 def in_place(marked: Bool[Array, 'S']) -> tuple[Int32[Array, 'S'], Int32[Array, '1']]:
