@@ -54,12 +54,8 @@ def embedding_bag(
     own."""
     def read(values, slots, weights):
         values = values.astype(dtype or values.dtype)
-        own, weights = _own(_gather(slots, axes.memory), _gather(weights, axes.memory),
-                            len(values), axes)
-        if shards_in_use(axes).rows == 1:       # then reads of no slot are of some row, by 0
-            own = jnp.clip(own, 0, len(values) - 1)
-        partial = bag.embedding_bag(values, own, weights, owners=shards_in_use(axes).rows,
-                                    implementation=implementation)
+        partial = _read_own(values, _gather(slots, axes.memory), _gather(weights, axes.memory),
+                            axes, implementation)
         return _to_owners(partial, axes)
 
     return on_shards(read, (axes.table, axes.tokens, axes.tokens), axes.tokens, axes)(
@@ -133,12 +129,8 @@ def _sparse_forward(values, delta, slots, weights, axes, implementation, dtype):
     def read(values, slots, weights):
         every = _gather(_read_slots(slots, weights, n_slots), axes.names)
         weights, group = _gather(weights, along), _of_group(every, axes)
-        own, own_weights = _own(
-            group, weights if along == axes.memory else _of_group(weights, axes), len(values), axes)
-        if shards_in_use(axes).rows == 1:       # then reads of weight 0 are of some row
-            own = jnp.minimum(own, len(values) - 1)
-        partial = bag.embedding_bag(values, own, own_weights, owners=shards_in_use(axes).rows,
-                                    implementation=implementation)
+        of_group = weights if along == axes.memory else _of_group(weights, axes)
+        partial = _read_own(values, group, of_group, axes, implementation)
         ids, count = _touched(every, group, len(values), axes)
         touched = Touched(_in_table(ids, len(values), n_slots, axes), count)
         return (_to_owners(partial, axes), touched, group if along == axes.memory else every,
@@ -349,6 +341,14 @@ def _own(slots, weights, size, axes):
     of no slot."""
     slots = _in_shard(slots, size, axes)
     return slots, jnp.where((slots >= 0) & (slots < size), weights, 0)
+
+
+def _read_own(values, slots, weights, axes, implementation):
+    """Sums of the reads of this shard's rows; those of no slot add nothing."""
+    rows, (own, weights) = shards_in_use(axes).rows, _own(slots, weights, len(values), axes)
+    if rows == 1:       # then they are of some row, with weight 0
+        own = jnp.clip(own, 0, len(values) - 1)
+    return bag.embedding_bag(values, own, weights, owners=rows, implementation=implementation)
 
 
 def _of_group(array, axes):
