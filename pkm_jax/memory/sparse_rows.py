@@ -71,7 +71,7 @@ def distinct(
 ) -> tuple[Int32[Array, '{capacity}'], Int32[Array, '1']]:
     """The different ones of ascending ids below `n_slots`, filled up with n_slots; and their
     number. There must be no more than `capacity` of them."""
-    first = _begins(ids) & (ids < n_slots)
+    first = starts(ids) & (ids < n_slots)
     position = jnp.where(first, ranks(ids) - 1, capacity)
     found = jnp.full(capacity, n_slots, jnp.int32).at[position].set(ids, mode='drop')
     return found, jnp.sum(first, dtype=jnp.int32)[None]
@@ -79,10 +79,10 @@ def distinct(
 
 def ranks(ids: Int32[Array, 'n']) -> Int32[Array, 'n']:
     """How many different ids there are up to and with each of ascending ids."""
-    return jnp.cumsum(_begins(ids), dtype=jnp.int32)
+    return jnp.cumsum(starts(ids), dtype=jnp.int32)
 
 
-def _begins(ids):
+def starts(ids: Int32[Array, 'n']) -> Bool[Array, 'n']:
     """Which of ascending ids are not those before them."""
     return jnp.concatenate([jnp.ones_like(ids[:1], bool), ids[1:] != ids[:-1]])
 

@@ -37,7 +37,7 @@ from pkm_jax.memory.kernels.tpu.rows import (
     padded_tokens,
     sum_lanes,
 )
-from pkm_jax.memory.sparse_rows import SparseRows, in_place
+from pkm_jax.memory.sparse_rows import SparseRows, distinct, in_place, ranks, starts
 
 IN_FLIGHT = 64      # output gradients, and as many value rows: a power of two, as is
 LEAVING = 8         # sums on their way to their rows
@@ -72,11 +72,8 @@ def compact_gradients(
         place = reads.slots
         ids, count = in_place(jnp.zeros(n_slots, bool).at[place].set(True, mode='drop'))
     else:
-        begins = _begins(reads.slots) & (reads.slots < n_slots)
-        place = jnp.cumsum(begins, dtype=jnp.int32) - 1
-        ids = jnp.full(capacity, n_slots, jnp.int32).at[
-            jnp.where(begins, place, capacity)].set(reads.slots, mode='drop')
-        count = jnp.sum(begins, dtype=jnp.int32)[None]
+        ids, count = distinct(reads.slots, n_slots, capacity)
+        place = jnp.minimum(ranks(reads.slots), count) - 1
     if chip is not None:
         rows, by_sorted = sparsecore_backward.sum_by_slot(
             reads, place, ids < n_slots, n_slots, gradient, slots.shape[1], values, chip=chip,
@@ -129,16 +126,11 @@ def _in_order(reads, by_sorted, weights):
     return by_read.reshape(weights.shape).astype(weights.dtype)
 
 
-def _begins(slot):
-    """Which sorted reads are the first of their slot."""
-    return jnp.concatenate([jnp.ones(1, bool), slot[1:] != slot[:-1]])
-
-
 def _sums(reads, place, by_token, n_slots, n_rows, dtype, per_token, interpret, table=None,
           expected=None):
     """Rows [n_rows, pieces, LANES] in `dtype`, the sums of each slot at its place, which ascend;
     with a `table` also the gradient of each sorted read's weight. `expected` reads are likely."""
-    begins = _begins(reads.slots)
+    begins = starts(reads.slots)
     ends = jnp.concatenate([begins[1:], jnp.ones(1, bool)])
     fetches = begins | (jnp.arange(len(begins)) % CHUNK == 0)
     flags = sum(jnp.where(where, flag, 0) for where, flag in (
